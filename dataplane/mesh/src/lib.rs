@@ -1,1 +1,6 @@
-//! mesh
+//! The mesh as data, and the decisions taken on it.
+#![forbid(unsafe_code)]
+
+pub mod identity;
+
+pub use identity::{Identity, IdentityError};
