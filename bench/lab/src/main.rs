@@ -1,1 +1,172 @@
-fn main() {}
+//! Command line of the two-node lab.
+#![forbid(unsafe_code)]
+
+use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use lab::network::namespace;
+use lab::{Lab, LabOptions, Redirect, Variant};
+
+/// A two-node Istio ambient network on this machine, in network namespaces.
+///
+/// Hosts: node-a, node-b (nodes); ztunnel-a, ztunnel-b; client-a and server-a (mesh pods on node
+/// A); server-b (mesh pod on node B); plain-b (pod outside the mesh); waypoint-b. Needs root and
+/// iproute2; nothing outside of the lab's own namespaces is touched. Binaries `ztunnel` and
+/// `node-agent` are taken from LAB_BIN_DIR or from beside this program.
+#[derive(Debug, Parser)]
+#[command(name = "lab", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Commands,
+}
+
+#[derive(Debug, Subcommand)]
+enum Commands {
+    /// Bring the network up, and with a redirection a node agent and a ztunnel per node
+    Up(UpArgs),
+    /// Run a command in a host's network namespace; exits as the command does
+    Exec {
+        #[command(flatten)]
+        lab: NameArg,
+        /// Host to run on
+        host: String,
+        /// Command and its arguments
+        #[arg(last = true, required = true, num_args = 1..)]
+        command: Vec<OsString>,
+    },
+    /// Show hosts, addresses, processes, redirection and readiness
+    Status {
+        #[command(flatten)]
+        lab: NameArg,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove everything: namespaces, links, redirection, processes, files
+    Down {
+        #[command(flatten)]
+        lab: NameArg,
+    },
+}
+
+#[derive(Args, Debug)]
+struct NameArg {
+    /// Name of the lab; labs of different names can be up at the same time
+    #[arg(long, default_value = LabOptions::DEFAULT_NAME)]
+    name: String,
+}
+
+#[derive(Args, Debug)]
+struct UpArgs {
+    #[command(flatten)]
+    lab: NameArg,
+    /// How traffic gets to ztunnel: none (no ztunnel at all), tunnel (iptables and a tunnel), ebpf
+    #[arg(long, default_value = Redirect::default().name())]
+    redirect: Redirect,
+    /// Socket short-cuts between applications and ztunnel
+    #[arg(long, value_enum, default_value = "off")]
+    sockmap: Switch,
+    /// Mesh file (LOCAL_XDS_PATH format) instead of the generated one
+    #[arg(long, value_name = "MESH.yaml")]
+    config: Option<PathBuf>,
+    /// Any binary that takes ztunnel's environment, instead of this workspace's
+    #[arg(long, value_name = "PATH")]
+    ztunnel: Option<PathBuf>,
+    /// Rule set of --redirect tunnel: hardened, or faithful to Istio 1.20 with its defects
+    #[arg(long, default_value = Variant::default().name())]
+    variant: Variant,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum Switch {
+    Off,
+    On,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    match cli.command {
+        Commands::Up(args) => up(args)?,
+        Commands::Exec { lab, host, command } => return exec(&lab.name, &host, &command),
+        Commands::Status { lab, json } => return status(&lab.name, json),
+        Commands::Down { lab } => down(&lab.name)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn up(args: UpArgs) -> Result<()> {
+    let options = LabOptions {
+        name: args.lab.name,
+        redirect: args.redirect,
+        sockmap: args.sockmap == Switch::On,
+        mesh: args.config,
+        ztunnel: args.ztunnel,
+        variant: args.variant,
+    };
+    let lab = Lab::up(&options)
+        .with_context(|| format!("up `{}` --redirect {}", options.name, options.redirect))?;
+    print(&lab.status().to_string())
+}
+
+/// Becomes the command: its exit status, signals and standard streams need no handling then.
+fn exec(name: &str, host: &str, command: &[OsString]) -> Result<ExitCode> {
+    let lab = Lab::attach(name)?;
+    namespace::enter(&lab.netns(host)?)?;
+    let (program, arguments) = command.split_first().context("exec: no command given")?;
+    let error = Command::new(program).args(arguments).exec();
+    eprintln!("lab: exec on {host}: {}: {error}", program.display());
+    // What shells return for a command that is not there, or cannot be run.
+    Ok(ExitCode::from(if error.kind() == io::ErrorKind::NotFound {
+        127
+    } else {
+        126
+    }))
+}
+
+/// Exits with 0 if the lab is ready, with 1 if it is up but not ready.
+fn status(name: &str, json: bool) -> Result<ExitCode> {
+    let status = Lab::attach(name)?.status();
+    if json {
+        print(&format!("{}\n", serde_json::to_string_pretty(&status)?))?;
+    } else {
+        print(&status.to_string())?;
+    }
+    Ok(if status.ready {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn down(name: &str) -> Result<()> {
+    let removed = Lab::down(name).with_context(|| format!("down `{name}`"))?;
+    print(&if removed {
+        format!("lab {name}: removed\n")
+    } else {
+        format!("lab {name}: there was nothing to remove\n")
+    })
+}
+
+/// Writes to standard output; a reader that went away is no error.
+fn print(text: &str) -> Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("writing to standard output")
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,44 @@
+//! The sysctls of the lab's namespaces. Set explicitly even where they equal the usual default,
+//! because a new namespace inherits the machine's settings and results must not depend on those.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::topology::Role;
+
+/// Set in every namespace.
+const COMMON: &[(&str, &str)] = &[
+    // Child namespaces may only choose non-restricted algorithms: reno is always one, cubic often
+    // is not, and the machine's own default may be bbr, whose pacing caps bulk flows.
+    ("net/ipv4/tcp_congestion_control", "reno"),
+    // Replies of a proxy that keeps the client's address look asymmetric to a strict filter.
+    ("net/ipv4/conf/all/rp_filter", "0"),
+    ("net/ipv4/conf/default/rp_filter", "0"),
+];
+
+/// Set in every pod: enough source ports for the connection-rate workloads, none of them a port
+/// that ztunnel listens on (15000-15080), and ports reused after one second of TIME_WAIT.
+const POD: &[(&str, &str)] = &[
+    ("net/ipv4/ip_forward", "0"),
+    ("net/ipv4/ip_local_port_range", "16384 65535"),
+    ("net/ipv4/tcp_tw_reuse", "1"),
+];
+
+/// Set on the nodes.
+const NODE: &[(&str, &str)] = &[("net/ipv4/ip_forward", "1")];
+
+/// Writes the settings of a host with this role into the calling thread's namespace. Must run
+/// before interfaces are created, so that they inherit `default`.
+///
+/// # Errors
+/// [`Error::Io`] naming the sysctl that could not be written.
+pub fn apply(role: Role) -> Result<()> {
+    let own = if role == Role::Node { NODE } else { POD };
+    for (name, value) in COMMON.iter().chain(own) {
+        // /proc/sys/net shows the namespace of the thread that opens the file.
+        let path: PathBuf = Path::new("/proc/sys").join(name);
+        fs::write(&path, value).map_err(Error::io("setting sysctl", path))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! The ztunnels' part: environment, starting, readiness, stopping.
+
+use std::env;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::agent::listener_map;
+use crate::daemon::Daemon;
+use crate::error::Result;
+use crate::http::http_get;
+use crate::network::namespace::{HostCommand, in_namespace};
+use crate::network::netns_path;
+use crate::process::Process;
+use crate::state::{Redirect, State, directory};
+use crate::topology::{Host, Node};
+
+/// How long a ztunnel may take to become ready.
+const READY_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long a ztunnel may drain after SIGTERM. Its own default deadline is 5 s.
+const DRAIN_LIMIT: Duration = Duration::from_secs(8);
+
+/// How long the kernel may take to close a dead ztunnel's listeners: an io_uring holds them until
+/// it is torn down.
+const PORTS_LIMIT: Duration = Duration::from_secs(5);
+
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// ztunnel's readiness port.
+const READINESS_PORT: u16 = 15021;
+
+/// The lab's root certificate and its key.
+pub(crate) fn ca_paths(lab: &str) -> (PathBuf, PathBuf) {
+    (
+        directory(lab).join("ca.pem"),
+        directory(lab).join("ca-key.pem"),
+    )
+}
+
+/// The mesh file that ztunnels read.
+pub(crate) fn mesh_path(lab: &str) -> PathBuf {
+    directory(lab).join("mesh.yaml")
+}
+
+/// The log of `node`'s ztunnel.
+pub(crate) fn log_path(lab: &str, node: Node) -> PathBuf {
+    directory(lab).join(format!("{}.log", node.ztunnel()))
+}
+
+/// Starts `node`'s ztunnel. The caller records the process before waiting. Variables of the
+/// caller's environment that are not set here reach it too, so that one can tune it.
+pub(crate) fn start(state: &State, binary: &Path, node: Node) -> Result<Daemon> {
+    let host = node.ztunnel();
+    let mut command = HostCommand::new(netns_path(&state.name, host), binary);
+    let (certificate, key) = ca_paths(&state.name);
+    command
+        .env("LOCAL_XDS_PATH", mesh_path(&state.name))
+        .env("LOCAL_CA_CERT", certificate)
+        .env("LOCAL_CA_KEY", key)
+        .env("REDIRECT_MODE", "node")
+        .env("NODE_NAME", node.name())
+        .env("XDS_ADDRESS", "")
+        .env("CA_ADDRESS", "")
+        .env("SOCKMAP", if state.sockmap { "on" } else { "off" });
+    if env::var_os("RUST_LOG").is_none() {
+        command.env("RUST_LOG", "info");
+    }
+    if state.redirect == Redirect::Ebpf {
+        command.env("ZTUNNEL_LISTENER_MAP", listener_map(&state.name, node));
+    }
+    Daemon::start("ztunnel", host, command, log_path(&state.name, node))
+}
+
+/// Waits until the ztunnel on `node` says that it is ready.
+pub(crate) fn wait_ready(state: &State, daemon: &mut Daemon, node: Node) -> Result<()> {
+    daemon.wait_ready(READY_LIMIT, |_| is_ready(&state.name, node.ztunnel()))
+}
+
+/// Whether `host`'s ztunnel answers its readiness probe with 200.
+pub(crate) fn is_ready(lab: &str, host: Host) -> bool {
+    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, READINESS_PORT));
+    let answer = http_get(
+        &netns_path(lab, host),
+        server,
+        "/healthz/ready",
+        PROBE_TIMEOUT,
+    );
+    matches!(answer, Ok((200, _)))
+}
+
+/// Stops `process`, a ztunnel on `node`, and waits until its ports are free again.
+pub(crate) fn stop(state: &State, process: &Process, node: Node) -> Result<()> {
+    process.stop(DRAIN_LIMIT)?;
+    let path = netns_path(&state.name, node.ztunnel());
+    let deadline = Instant::now() + PORTS_LIMIT;
+    while Instant::now() < deadline && in_namespace(&path, listening)? {
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Whether any TCP socket listens in the calling thread's namespace.
+fn listening() -> bool {
+    ["tcp", "tcp6"].iter().any(|table| {
+        // /proc/net would show the namespace of the process's first thread.
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}"));
+        text.is_ok_and(|text| text.lines().skip(1).any(is_listener))
+    })
+}
+
+/// Whether a line of /proc/net/tcp is a listener: state, the fourth field, is 0A.
+fn is_listener(line: &str) -> bool {
+    line.split_ascii_whitespace().nth(3) == Some("0A")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_listener_is_seen_in_the_socket_table() {
+        let _listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(listening());
+        let established = "   1: 0100007F:1F90 0100007F:B3D2 01 00000000:00000000 00:00000000";
+        assert!(!is_listener(established));
+    }
+}
