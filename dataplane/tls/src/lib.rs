@@ -1,1 +1,43 @@
-//! tls
+//! TLS 1.3 with mutual authentication between workloads.
+//!
+//! rustls does the handshake and nothing after it: [`Handshake`] feeds its unbuffered API one
+//! record at a time, so that no byte behind the handshake is swallowed, then takes the traffic
+//! secrets. From there a [`Session`] seals and opens records in place, in the caller's buffers.
+//!
+//! * [`certificate`]: a workload's certificate, key and roots, and loading them.
+//! * [`authority`]: a local certificate authority, issuing in process.
+//! * [`store`]: certificates by identity, issued on first use and renewed at half lifetime.
+//! * [`settings`]: what a handshake needs, built once per certificate.
+//! * [`peer`]: which peers are accepted, and who the peer turned out to be.
+//! * [`handshake`]: sans-io handshake, yields a session.
+//! * [`session`]: sealing, opening, key updates, alerts.
+//! * [`record`]: framing and protection of records, where other record layers belong.
+//!
+//! Invariants: only TLS 1.3 with AES-GCM; a [`Session`] exists only after rustls has verified the
+//! peer's chain and possession of its key, and the per-connection verifier has accepted its identity; nothing
+//! is sent to a server, not even our certificate, before its identity is accepted. Input is
+//! hostile: every length is bounded, and nothing a peer sends makes this crate panic.
+//!
+//! Limits: no resumption, no early data, no TLS 1.2, no revocation lists yet.
+#![forbid(unsafe_code)]
+
+pub mod authority;
+pub mod certificate;
+pub mod handshake;
+pub mod peer;
+mod provider;
+pub mod record;
+pub mod session;
+pub mod settings;
+pub mod store;
+mod verify;
+
+pub use authority::{Authority, AuthorityError};
+pub use certificate::{CertificateError, CertificateInfo, WorkloadCertificate};
+pub use handshake::{Handshake, HandshakeError, Progress};
+pub use peer::{ExpectedPeers, Peer, PeerRefused};
+pub use session::{OpenError, Opened, SealError, Session};
+pub use settings::{ClientSettings, ServerSettings, SettingsError};
+pub use store::{
+    CertificateStatus, CertificateStore, IssueError, Issuer, LocalIssuer, StoreError, WorkloadTls,
+};
