@@ -1,1 +1,39 @@
-//! telemetry
+//! What the proxy tells about itself: metrics, access log, process log, and the HTTP endpoints for
+//! metrics, readiness and administration.
+//!
+//! The data path pays as little as possible. Each worker has its own counters, which a scrape
+//! merges ([`Registry`], [`WorkerTelemetry`]); a connection whose ends were seen before costs one
+//! hash lookup, and a chunk of bytes two plain stores. Log lines are formatted on the worker into
+//! a reused buffer and handed to one writer thread through a bounded queue ([`LogSink`]); when
+//! output stalls, lines are dropped and counted, and the data path never waits.
+//!
+//! Limits: label sets of connections ([`LABEL_SETS_MAX_DEFAULT`]), bytes of queued log per worker
+//! ([`QUEUE_BYTES_DEFAULT`]), connections and times of the HTTP servers ([`HttpLimits`]).
+#![forbid(unsafe_code)]
+
+mod access;
+mod connection;
+mod endpoints;
+mod exposition;
+mod http;
+mod line;
+mod logging;
+mod process;
+mod ready;
+mod registry;
+mod series;
+mod sink;
+mod text;
+mod worker;
+
+pub use access::{AccessLevel, AccessLog};
+pub use connection::{ConnectionInfo, HboneTarget, Reporter, ResponseFlags, Security};
+pub use endpoints::{Admin, Shutdown, serve_admin, serve_metrics, serve_readiness};
+pub use exposition::{Exposition, MetricKind};
+pub use http::HttpLimits;
+pub use logging::{FILTER_DEFAULT, Logging, LoggingError};
+pub use ready::{PendingTask, Ready};
+pub use registry::{LABEL_SETS_MAX_DEFAULT, MetricError, Registry};
+pub use sink::{LogQueue, LogSink, QUEUE_BYTES_DEFAULT};
+pub use text::LogFormat;
+pub use worker::{ConnectionRecord, WorkerTelemetry};

@@ -1,0 +1,314 @@
+//! What a worker holds: the way from a connection to its counters, and its part of the access log.
+//!
+//! A connection whose ends were seen before costs a hash lookup by the addresses of its model
+//! objects: no allocation, no lock, no label text. The table holds on to those objects, so an
+//! address cannot come to mean another one. When the model changes, its objects change too;
+//! [`WorkerTelemetry::model_changed`] lets go of the old ones, and the size of the table is
+//! bounded in any case.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hashbrown::HashTable;
+use mesh::{Identity, Service, Workload};
+use tracing::Level;
+
+use crate::access::{self, AccessLog, Outcome};
+use crate::connection::{ConnectionInfo, Reporter, ResponseFlags, Security};
+use crate::line::LineBuffer;
+use crate::registry::{Registry, WorkerShared};
+use crate::series::{Series, reporter_index};
+
+/// Entries of the table before it starts afresh. Counters are not lost by that.
+const TABLE_MAX: usize = 1 << 16;
+
+/// What is logged for a connection that was dropped without being closed.
+const DRAINED: &str = "connection closed due to connection drain";
+
+/// One worker's telemetry. Lives on that worker's thread; clones share it.
+#[derive(Clone, Debug)]
+pub struct WorkerTelemetry {
+    inner: Rc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    shared: Arc<WorkerShared>,
+    access: AccessLog,
+    hasher: RandomState,
+    table: RefCell<HashTable<Entry>>,
+    /// This worker's series by label set.
+    series: RefCell<HashMap<usize, Arc<Series>>>,
+    line: RefCell<LineBuffer>,
+}
+
+/// What decides a connection's label set, and the counters found for it.
+#[derive(Debug)]
+struct Entry {
+    hash: u64,
+    source: Option<Arc<Workload>>,
+    destination: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+    source_identity: Option<Identity>,
+    destination_identity: Option<Identity>,
+    reporter: Reporter,
+    security: Security,
+    flags: ResponseFlags,
+    series: Arc<Series>,
+}
+
+impl Entry {
+    fn matches(&self, info: &ConnectionInfo, flags: ResponseFlags) -> bool {
+        self.flags == flags
+            && self.reporter == info.reporter
+            && self.security == info.security
+            && same(&self.source, &info.source)
+            && same(&self.destination, &info.destination)
+            && same(&self.service, &info.service)
+            && self.source_identity == info.source_identity
+            && self.destination_identity == info.destination_identity
+    }
+}
+
+fn same<T>(a: &Option<Arc<T>>, b: &Option<Arc<T>>) -> bool {
+    address(a) == address(b)
+}
+
+/// The address of what is referred to, 0 for nothing.
+fn address<T>(object: &Option<Arc<T>>) -> usize {
+    object
+        .as_ref()
+        .map_or(0, |object| Arc::as_ptr(object).addr())
+}
+
+impl WorkerTelemetry {
+    pub(crate) fn new(registry: Registry, shared: Arc<WorkerShared>, access: AccessLog) -> Self {
+        let inner = Inner {
+            registry,
+            shared,
+            access,
+            hasher: RandomState::new(),
+            table: RefCell::default(),
+            series: RefCell::default(),
+            line: RefCell::default(),
+        };
+        Self {
+            inner: Rc::new(inner),
+        }
+    }
+
+    /// Counts a connection as opened. What happens to it is told to the record.
+    pub fn opened(&self, info: ConnectionInfo) -> ConnectionRecord {
+        let inner = &self.inner;
+        let series = inner.series(&info, ResponseFlags::None);
+        series.opened.add(1);
+        inner.shared.open[reporter_index(info.reporter)].add(1);
+        if inner.access.enables(Level::DEBUG) {
+            let mut buffer = inner.line.borrow_mut();
+            let mut line = inner
+                .access
+                .start(&mut buffer, Level::DEBUG, "connection opened");
+            access::ends(&mut line, &info);
+            inner.access.write(line.finish());
+        }
+        ConnectionRecord {
+            worker: Rc::clone(inner),
+            info,
+            series,
+            started: Instant::now(),
+            sent: Cell::new(0),
+            received: Cell::new(0),
+            over: false,
+        }
+    }
+
+    /// Counts and logs a connection that was refused before its source or destination was known.
+    pub fn failed_early(
+        &self,
+        reporter: Reporter,
+        src: SocketAddr,
+        dst: SocketAddr,
+        error: &dyn fmt::Display,
+    ) {
+        let inner = &self.inner;
+        inner.shared.failed_early[reporter_index(reporter)].add(1);
+        if inner.access.enables(Level::WARN) {
+            let mut buffer = inner.line.borrow_mut();
+            let mut line = inner
+                .access
+                .start(&mut buffer, Level::WARN, "connection failed");
+            line.bare("src.addr", &src);
+            line.bare("dst.addr", &dst);
+            line.string("direction", reporter.direction());
+            line.quoted("error", error);
+            inner.access.write(line.finish());
+        }
+    }
+
+    /// Lets go of the workloads and services of an older model. Counters stay.
+    pub fn model_changed(&self) {
+        self.inner.table.borrow_mut().clear();
+    }
+}
+
+impl Inner {
+    fn series(&self, info: &ConnectionInfo, flags: ResponseFlags) -> Arc<Series> {
+        let hash = self.hash(info, flags);
+        let found = self
+            .table
+            .borrow()
+            .find(hash, |e| e.matches(info, flags))
+            .map(|e| {
+                let series = &e.series;
+                Arc::clone(series)
+            });
+        found.unwrap_or_else(|| self.first_seen(hash, info, flags))
+    }
+
+    #[cold]
+    fn first_seen(&self, hash: u64, info: &ConnectionInfo, flags: ResponseFlags) -> Arc<Series> {
+        let (labels, overflow) = self.registry.intern(info, flags);
+        if overflow {
+            self.shared.overflows.add(1);
+        }
+        let series = self
+            .series
+            .borrow_mut()
+            .entry(labels.id)
+            .or_insert_with(|| {
+                let series = Arc::new(Series::new(labels));
+                self.shared.publish(Arc::clone(&series));
+                series
+            })
+            .clone();
+        let mut table = self.table.borrow_mut();
+        if table.len() >= TABLE_MAX {
+            table.clear();
+        }
+        let entry = Entry {
+            hash,
+            source: info.source.clone(),
+            destination: info.destination.clone(),
+            service: info.service.clone(),
+            source_identity: info.source_identity.clone(),
+            destination_identity: info.destination_identity.clone(),
+            reporter: info.reporter,
+            security: info.security,
+            flags,
+            series: Arc::clone(&series),
+        };
+        table.insert_unique(hash, entry, |entry| entry.hash);
+        series
+    }
+
+    fn hash(&self, info: &ConnectionInfo, flags: ResponseFlags) -> u64 {
+        // Keyed, as peers choose some of what goes in.
+        let mut hasher = self.hasher.build_hasher();
+        address(&info.source).hash(&mut hasher);
+        address(&info.destination).hash(&mut hasher);
+        address(&info.service).hash(&mut hasher);
+        for identity in [&info.source_identity, &info.destination_identity] {
+            identity
+                .as_ref()
+                .map_or("", Identity::uri)
+                .hash(&mut hasher);
+        }
+        (info.reporter, info.security, flags).hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// One connection's counters and its line in the access log. Dropped without [`Self::close`], it
+/// counts as ended by a drain.
+///
+/// "Sent" and "received" are the metrics' words, whoever reports: *received* from the client that
+/// began the connection, *sent* to it. The access log turns them round for the client's proxy.
+#[derive(Debug)]
+pub struct ConnectionRecord {
+    worker: Rc<Inner>,
+    info: ConnectionInfo,
+    series: Arc<Series>,
+    started: Instant,
+    sent: Cell<u64>,
+    received: Cell<u64>,
+    over: bool,
+}
+
+impl ConnectionRecord {
+    /// `bytes` more went to the client (downstream), the direction of a response.
+    pub fn sent(&self, bytes: u64) {
+        self.sent.set(self.sent.get().wrapping_add(bytes));
+        self.series.sent_bytes.add(bytes);
+    }
+
+    /// `bytes` more came from the client (downstream), the direction of a request.
+    pub fn received(&self, bytes: u64) {
+        self.received.set(self.received.get().wrapping_add(bytes));
+        self.series.received_bytes.add(bytes);
+    }
+
+    /// What was given to [`WorkerTelemetry::opened`].
+    pub fn info(&self) -> &ConnectionInfo {
+        &self.info
+    }
+
+    /// Learns where the connection really goes, for the log: known only once it is set up.
+    pub fn set_destination(&mut self, dst: SocketAddr) {
+        self.info.dst = dst;
+    }
+
+    /// Counts the end and writes the access log line; with an error as an error. `flags` other
+    /// than none say that the connection never came to be, and count it as failed too.
+    pub fn close(mut self, error: Option<&dyn fmt::Display>, flags: ResponseFlags) {
+        self.end(error, flags);
+    }
+
+    fn end(&mut self, error: Option<&dyn fmt::Display>, flags: ResponseFlags) {
+        self.over = true;
+        let worker = &self.worker;
+        let reporter = self.info.reporter;
+        worker.shared.open[reporter_index(reporter)].subtract(1);
+        if flags == ResponseFlags::None {
+            self.series.closed.add(1);
+        } else {
+            let series = worker.series(&self.info, flags);
+            series.closed.add(1);
+            series.failed.add(1);
+        }
+        let level = if error.is_some() {
+            Level::ERROR
+        } else {
+            Level::INFO
+        };
+        if worker.access.enables(level) {
+            let mut buffer = worker.line.borrow_mut();
+            let mut line = worker
+                .access
+                .start(&mut buffer, level, "connection complete");
+            access::ends(&mut line, &self.info);
+            let outcome = Outcome {
+                received: self.received.get(),
+                sent: self.sent.get(),
+                duration: self.started.elapsed(),
+                error,
+            };
+            access::outcome(&mut line, reporter, &outcome);
+            worker.access.write(line.finish());
+        }
+    }
+}
+
+impl Drop for ConnectionRecord {
+    fn drop(&mut self) {
+        if !self.over {
+            self.end(Some(&DRAINED), ResponseFlags::None);
+        }
+    }
+}
