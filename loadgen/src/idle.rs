@@ -1,0 +1,74 @@
+//! Connections that are opened and held: what standing connections cost the system under test.
+
+use std::io::{self, Read as _};
+
+use mio::Token;
+use mio::net::TcpStream;
+
+use crate::error::Error;
+use crate::net::{self, Progress};
+use crate::outcome::Kind;
+use crate::report::{self, Report};
+use crate::worker::{self, Client, Worker};
+
+/// Reads per event.
+const READS: usize = 16;
+
+/// What to do; the client's `duration` is how long connections are held, its warm-up is not used.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Connections, times and placement.
+    pub client: Client,
+}
+
+/// Opens the connections, holds them and counts those that stand at the end.
+///
+/// # Errors
+///
+/// A setting out of range, or an event loop that cannot run.
+pub fn run(options: &Options) -> Result<Report, Error> {
+    let mut options = options.clone();
+    options.client.warmup = std::time::Duration::ZERO;
+    let outcome = worker::run(&options.client, "held", |worker| {
+        let streams = worker.establish()?;
+        hold(worker, streams)
+    })?;
+    Ok(report::idle(&options, &outcome))
+}
+
+fn hold(worker: &mut Worker<'_>, mut streams: Vec<Option<TcpStream>>) -> io::Result<()> {
+    let established = streams.iter().flatten().count();
+    let Some(window) = worker.begin(established) else {
+        return Ok(());
+    };
+    let mut events = worker.events();
+    let mut buffer = vec![0; 4096];
+    while worker.clock.now() < window.until && !worker.stopped() {
+        worker.wait(&mut events, window.until)?;
+        for event in &events {
+            let Token(i) = event.token();
+            // An idle server sends nothing; what one sends all the same is thrown away, and not
+            // for ever: new bytes are new events.
+            for _ in 0..READS {
+                let Some(stream) = &mut streams[i] else { break };
+                let kind = match net::progress(stream.read(&mut buffer)) {
+                    Ok(Progress::Moved(n)) => {
+                        worker.tally.moved(0, n, true);
+                        continue;
+                    }
+                    Ok(Progress::Blocked) => break,
+                    Ok(Progress::Ended) => Kind::ClosedEarly,
+                    Err(e) => Kind::of_io(&e),
+                };
+                worker.tally.fail(kind);
+                streams[i] = None;
+            }
+        }
+        worker.publish();
+    }
+    for _ in streams.iter().flatten() {
+        worker.tally.ok += 1;
+        worker.tally.complete(true);
+    }
+    Ok(())
+}

@@ -1,0 +1,347 @@
+//! Results: the JSON file, the `.hgrm` text and the summary on the terminal.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::error::Error;
+use crate::pacing::{Arrivals, Pacing};
+use crate::stats::Latency;
+use crate::worker::{Client, Outcome};
+use crate::{connect, idle, rr, stream};
+
+/// Version of the JSON layout; grows when a field changes its meaning or goes.
+pub const SCHEMA: u32 = 1;
+
+/// A share of the schedule that may go unsent before a run counts as saturated.
+const SKIPPED_TOLERATED: f64 = 0.01;
+
+const QUANTILES: [(f64, &str); 4] = [(0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p999")];
+
+/// What a client command measured.
+#[derive(Clone, Debug)]
+pub struct Report {
+    command: &'static str,
+    loop_kind: &'static str,
+    workload: Value,
+    metrics: BTreeMap<String, f64>,
+    ok: u64,
+    errors: BTreeMap<&'static str, u64>,
+    saturated: bool,
+    skipped: u64,
+    interrupted: bool,
+    measured_s: f64,
+    latency: Option<Latency>,
+    service: Option<Latency>,
+    generator_cpu_s: f64,
+}
+
+impl Report {
+    /// Requests, connections or streams that succeeded.
+    #[must_use]
+    pub fn ok(&self) -> u64 {
+        self.ok
+    }
+
+    /// Failures by kind name, see [`crate::outcome::Kind`].
+    #[must_use]
+    pub fn errors_by_kind(&self) -> &BTreeMap<&'static str, u64> {
+        &self.errors
+    }
+
+    /// One of the metrics of the JSON output.
+    #[must_use]
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        self.metrics.get(name).copied()
+    }
+
+    /// Whether the generator or the server could not keep the set rate.
+    #[must_use]
+    pub fn saturated(&self) -> bool {
+        self.saturated
+    }
+
+    /// Requests of the schedule that were never sent.
+    #[must_use]
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// The JSON document.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let errors: u64 = self.errors.values().sum();
+        let mut document = json!({
+            "schema": SCHEMA,
+            "tool": {"name": "loadgen", "version": env!("CARGO_PKG_VERSION")},
+            "command": self.command,
+            "loop": self.loop_kind,
+            "workload": self.workload,
+            "metrics": self.metrics,
+            "outcomes": {"ok": self.ok, "errors": errors, "errors_by_kind": self.errors},
+            "saturated": self.saturated,
+            "skipped": self.skipped,
+            "interrupted": self.interrupted,
+            "measured_s": self.measured_s,
+            "generator": {"cpu_s": self.generator_cpu_s},
+        });
+        for (name, latency) in [
+            ("histogram", &self.latency),
+            ("service_histogram", &self.service),
+        ] {
+            if let Some(latency) = latency {
+                document[name] = json!({"unit": "ns", "encoding": "hdr-v2-deflate-base64", "data": latency.encode()});
+            }
+        }
+        document
+    }
+
+    /// Writes the JSON document.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Output`] naming the file.
+    pub fn write_json(&self, path: &Path) -> Result<(), Error> {
+        write(path, &format!("{:#}\n", self.json()))
+    }
+
+    /// Writes the percentile distribution for HdrHistogram plotters, values in µs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Output`] naming the file.
+    pub fn write_hgrm(&self, path: &Path) -> Result<(), Error> {
+        write(
+            path,
+            &self.latency.as_ref().map(Latency::hgrm).unwrap_or_default(),
+        )
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Error> {
+    std::fs::write(path, text).map_err(|source| Error::Output {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+impl fmt::Display for Report {
+    /// The summary on the terminal.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let loop_kind = match self.loop_kind {
+            "" => String::new(),
+            kind => format!(", {kind} loop"),
+        };
+        writeln!(
+            f,
+            "{}{loop_kind}, {:.1} s measured",
+            self.command, self.measured_s
+        )?;
+        for (name, unit) in [
+            ("requests_per_s", "requests/s"),
+            ("connections_per_s", "connections/s"),
+            ("held", "connections held to the end"),
+        ] {
+            if let Some(value) = self.metric(name) {
+                writeln!(f, "  {value:>12.0} {unit}")?;
+            }
+        }
+        for (name, unit) in [
+            ("bytes_per_s", "MB/s"),
+            ("bytes_up_per_s", "MB/s up"),
+            ("bytes_down_per_s", "MB/s down"),
+        ] {
+            if let Some(value) = self.metric(name) {
+                writeln!(f, "  {:>12.1} {unit}", value / 1e6)?;
+            }
+        }
+        if let Some(latency) = self.latency.as_ref().filter(|latency| latency.count() > 0) {
+            write_latencies(f, latency, self.service.as_ref())?;
+        }
+        let errors: u64 = self.errors.values().sum();
+        writeln!(f, "  {:>12} ok, {errors} failed", self.ok)?;
+        for (kind, count) in &self.errors {
+            writeln!(f, "  {count:>12} {kind}")?;
+        }
+        if self.loop_kind == "open" {
+            writeln!(f, "  {:>12} skipped (due, never sent)", self.skipped)?;
+        }
+        if self.saturated {
+            writeln!(
+                f,
+                "  SATURATED: the set rate was not reached; latencies grow with the run's length"
+            )?;
+        }
+        if self.interrupted {
+            writeln!(f, "  interrupted: results up to then")?;
+        }
+        Ok(())
+    }
+}
+
+fn write_latencies(
+    f: &mut fmt::Formatter<'_>,
+    latency: &Latency,
+    service: Option<&Latency>,
+) -> fmt::Result {
+    let cell = |l: &Latency, quantile: f64| match l.supports(quantile) {
+        true => format!("{:>11.1}", l.quantile_us(quantile)),
+        false => format!("{:>11}", "n/a"),
+    };
+    match service {
+        None => writeln!(f, "  latency, us")?,
+        Some(_) => writeln!(
+            f,
+            "  latency, us   from the intended send time, from the actual one"
+        )?,
+    }
+    let mut line = |name: &str, value: &dyn Fn(&Latency) -> String| {
+        let mut text = format!("  {name:>8} {}", value(latency));
+        if let Some(service) = service {
+            let _ = write!(text, " {}", value(service));
+        }
+        writeln!(f, "{text}")
+    };
+    line("min", &|l| format!("{:>11.1}", l.min_us()))?;
+    for (quantile, name) in [
+        (0.5, "50 %"),
+        (0.75, "75 %"),
+        (0.9, "90 %"),
+        (0.99, "99 %"),
+        (0.999, "99.9 %"),
+        (0.9999, "99.99 %"),
+    ] {
+        line(name, &|l| cell(l, quantile))?;
+    }
+    line("max", &|l| format!("{:>11.1}", l.max_us()))?;
+    line("mean", &|l| format!("{:>11.1}", l.mean_us()))?;
+    line("sd", &|l| format!("{:>11.1}", l.sd_us()))
+}
+
+/// The part of the workload every command has.
+fn workload(client: &Client) -> Value {
+    json!({
+        "to": client.to.to_string(),
+        "bind": client.bind.map(|ip| ip.to_string()),
+        "connections": client.connections,
+        "duration_s": client.duration.as_secs_f64(),
+        "warmup_s": client.warmup.as_secs_f64(),
+        "threads": client.thread_count(),
+        "cpus": client.cpus,
+    })
+}
+
+fn base(command: &'static str, client: &Client, outcome: &Outcome) -> Report {
+    let tally = &outcome.tally;
+    Report {
+        command,
+        loop_kind: "",
+        workload: workload(client),
+        metrics: BTreeMap::new(),
+        ok: tally.ok,
+        errors: tally.failures.by_kind(),
+        saturated: false,
+        skipped: tally.skipped,
+        interrupted: outcome.interrupted,
+        measured_s: outcome.measured_s,
+        latency: None,
+        service: None,
+        generator_cpu_s: outcome.cpu_s,
+    }
+}
+
+impl Report {
+    fn set(&mut self, name: &str, value: f64) {
+        self.metrics.insert(name.to_owned(), value);
+    }
+
+    /// Sets a rate over the measured window; 0 if the window was interrupted before it began.
+    fn set_rate(&mut self, name: &str, count: u64) {
+        let rate = if self.measured_s > 0.0 {
+            count as f64 / self.measured_s
+        } else {
+            0.0
+        };
+        self.set(name, rate);
+    }
+
+    /// Sets the latency metrics, their names beginning with `prefix`.
+    fn set_latency(&mut self, prefix: &str, latency: &Latency) {
+        if latency.count() == 0 {
+            return;
+        }
+        for (quantile, name) in QUANTILES {
+            self.set(&format!("{prefix}{name}_us"), latency.quantile_us(quantile));
+        }
+        self.set(&format!("{prefix}min_us"), latency.min_us());
+        self.set(&format!("{prefix}max_us"), latency.max_us());
+        self.set(&format!("{prefix}mean_us"), latency.mean_us());
+        self.set(&format!("{prefix}sd_us"), latency.sd_us());
+        self.set(&format!("{prefix}count"), latency.count() as f64);
+    }
+}
+
+pub(crate) fn rr(options: &rr::Options, outcome: &Outcome) -> Report {
+    let tally = &outcome.tally;
+    let mut report = base("rr", &options.client, outcome);
+    report.loop_kind = options.pacing.label();
+    report.workload["size_bytes"] = json!(options.size);
+    report.workload["verify"] = json!(options.verify);
+    report.set_rate("requests_per_s", tally.completed);
+    report.set_rate("bytes_per_s", tally.sent + tally.received);
+    report.set("reconnects", tally.reconnects as f64);
+    report.set_latency("", &tally.latency);
+    if let Pacing::Open { rate, arrivals } = options.pacing {
+        report.workload["rate"] = json!(rate);
+        report.workload["arrivals"] = json!(match arrivals {
+            Arrivals::Constant => "constant",
+            Arrivals::Poisson => "poisson",
+        });
+        report.set_latency("service_", &tally.service);
+        report.set("scheduled", tally.scheduled as f64);
+        report.set("late", tally.late as f64);
+        report.service = Some(tally.service.clone());
+        let tolerated = tally.scheduled as f64 * SKIPPED_TOLERATED;
+        report.saturated = tally.skipped as f64 > tolerated;
+    }
+    report.latency = Some(tally.latency.clone());
+    report
+}
+
+pub(crate) fn connect(options: &connect::Options, outcome: &Outcome) -> Report {
+    let tally = &outcome.tally;
+    let mut report = base("connect", &options.client, outcome);
+    report.loop_kind = "closed";
+    report.workload["size_bytes"] = json!(options.size);
+    report.workload["verify"] = json!(options.verify);
+    report.set_rate("connections_per_s", tally.completed);
+    report.set_latency("", &tally.latency);
+    report.set_latency("connect_", &tally.connecting);
+    report.latency = Some(tally.latency.clone());
+    report
+}
+
+pub(crate) fn stream(options: &stream::Options, outcome: &Outcome) -> Report {
+    let tally = &outcome.tally;
+    let mut report = base("stream", &options.client, outcome);
+    report.workload["direction"] = json!(options.direction.name());
+    report.workload["verify"] = json!(options.verify);
+    report.set_rate("bytes_per_s", tally.sent + tally.received);
+    report.set_rate("bytes_up_per_s", tally.sent);
+    report.set_rate("bytes_down_per_s", tally.received);
+    report.set("bytes_sent_total", tally.sent_total as f64);
+    report.set("bytes_received_total", tally.received_total as f64);
+    report.set("bytes_measured", (tally.sent + tally.received) as f64);
+    report
+}
+
+pub(crate) fn idle(options: &idle::Options, outcome: &Outcome) -> Report {
+    let tally = &outcome.tally;
+    let mut report = base("idle", &options.client, outcome);
+    report.set("established", outcome.established as f64);
+    report.set("held", tally.ok as f64);
+    report.set_latency("connect_", &tally.connecting);
+    report
+}

@@ -1,0 +1,456 @@
+//! Request/response over kept connections: sends `size` bytes, expects as many back.
+//!
+//! A connection has at most one request under way. All events of a round are read first and
+//! their time taken, then the next requests are written, so that no connection waits for another
+//! one's system calls more than the kernel's order makes it.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io::{self, Read as _, Write as _};
+
+use mio::event::Event;
+use mio::net::TcpStream;
+use mio::{Events, Token};
+
+use crate::error::Error;
+use crate::net::{self, Progress};
+use crate::outcome::Kind;
+use crate::pacing::{Pacing, Schedule};
+use crate::payload::Requests;
+use crate::report::{self, Report};
+use crate::timer::Timer;
+use crate::worker::{self, Client, Window, Worker};
+
+/// Pause before a broken connection is dialled again, in ns.
+const REDIAL_AFTER: u64 = 100_000_000;
+/// How often timeouts are looked for, in ns.
+const SWEEP_EVERY: u64 = 100_000_000;
+/// An open-loop request sent later than this after its time counts as late, in ns.
+const LATE_AFTER: u64 = 1_000_000;
+const MAX_SIZE: usize = 64 << 20;
+const TIMER: Token = Token(usize::MAX);
+
+/// What to send.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Connections, times and placement.
+    pub client: Client,
+    /// Bytes per request and per response; 1 to 67,108,864.
+    pub size: usize,
+    /// Closed or open loop.
+    pub pacing: Pacing,
+    /// Compare every response with the request, byte by byte.
+    pub verify: bool,
+}
+
+/// Runs the workload.
+///
+/// # Errors
+///
+/// A setting out of range, or an event loop that cannot run. Requests that fail are not errors
+/// here but counted in the report.
+pub fn run(options: &Options) -> Result<Report, Error> {
+    if !(1..=MAX_SIZE).contains(&options.size) {
+        return Err(Error::Setting {
+            name: "--size",
+            value: options.size.to_string(),
+            allowed: "1 to 67108864",
+        });
+    }
+    if let Pacing::Open { rate, .. } = options.pacing
+        && !(rate > 0.0 && rate <= 1e9)
+    {
+        let value = rate.to_string();
+        return Err(Error::Setting {
+            name: "--rate",
+            value,
+            allowed: "above 0, at most 1e9",
+        });
+    }
+    let requests = Requests::new(options.size);
+    let outcome = worker::run(&options.client, "requests", |worker| {
+        let streams = worker.establish()?;
+        let established = streams.iter().flatten().count();
+        let Some(window) = worker.begin(established) else {
+            return Ok(());
+        };
+        Loop::new(worker, options, &requests, streams, window)?.run()
+    })?;
+    Ok(report::rr(options, &outcome))
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum State {
+    /// No connection; dialled again at this time.
+    Down { retry_at: u64 },
+    /// Dialling since then.
+    Connecting { since: u64 },
+    /// Connected, nothing under way.
+    Idle,
+    /// A request is being sent or its response awaited.
+    Busy,
+}
+
+/// One connection and its request.
+#[derive(Debug)]
+struct Lane {
+    stream: Option<TcpStream>,
+    state: State,
+    sent: usize,
+    received: usize,
+    /// When the request should have been sent (closed loop: was), ns.
+    intended: u64,
+    /// When it was sent, ns.
+    actual: u64,
+    schedule: Option<Schedule>,
+}
+
+#[derive(Debug)]
+struct Loop<'w, 'r> {
+    worker: &'w mut Worker<'r>,
+    requests: &'w Requests,
+    verify: bool,
+    window: Window,
+    lanes: Vec<Lane>,
+    /// First lane's number in the whole run: picks the request's bytes.
+    first: usize,
+    buffer: Vec<u8>,
+    /// Lanes that may send now.
+    ready: Vec<usize>,
+    /// Open loop: idle lanes by the time of their next request.
+    due: BinaryHeap<Reverse<(u64, usize)>>,
+    timer: Option<Timer>,
+    busy: usize,
+    /// No new requests any more.
+    closing: bool,
+}
+
+impl<'w, 'r> Loop<'w, 'r> {
+    fn new(
+        worker: &'w mut Worker<'r>,
+        options: &Options,
+        requests: &'w Requests,
+        streams: Vec<Option<TcpStream>>,
+        window: Window,
+    ) -> io::Result<Self> {
+        let first = worker.share.start;
+        let connections = options.client.connections;
+        let schedule = |i| match options.pacing {
+            Pacing::Closed => None,
+            Pacing::Open { rate, arrivals } => Some(Schedule::new(
+                rate,
+                arrivals,
+                first + i,
+                connections,
+                window.start,
+            )),
+        };
+        let lane = |(i, stream): (usize, Option<TcpStream>)| Lane {
+            state: match stream {
+                Some(_) => State::Idle,
+                None => State::Down {
+                    retry_at: window.start + REDIAL_AFTER,
+                },
+            },
+            stream,
+            sent: 0,
+            received: 0,
+            intended: 0,
+            actual: 0,
+            schedule: schedule(i),
+        };
+        let lanes: Vec<Lane> = streams.into_iter().enumerate().map(lane).collect();
+        let timer = match options.pacing {
+            Pacing::Closed => None,
+            Pacing::Open { .. } => Some(Timer::new(worker.poll.registry(), TIMER)?),
+        };
+        Ok(Self {
+            requests,
+            verify: options.verify,
+            window,
+            first,
+            // One byte more than a response, so that a read tells whether more came.
+            buffer: vec![0; (requests.size() + 1).clamp(16 * 1024, 256 * 1024)],
+            ready: Vec::with_capacity(lanes.len()),
+            due: BinaryHeap::with_capacity(lanes.len()),
+            lanes,
+            worker,
+            timer,
+            busy: 0,
+            closing: false,
+        })
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        let mut events = self.worker.events();
+        for i in 0..self.lanes.len() {
+            if self.lanes[i].state == State::Idle {
+                self.enqueue(i, self.window.start);
+            }
+        }
+        let mut next_sweep = self.window.start + SWEEP_EVERY;
+        let mut until = self.window.until;
+        loop {
+            let now = self.worker.clock.now();
+            if !self.closing && (now >= self.window.until || self.worker.stopped()) {
+                self.close(now);
+                until = now + self.worker.client.grace.as_nanos() as u64;
+            }
+            if self.closing && (self.busy == 0 || now >= until) {
+                break;
+            }
+            if now >= next_sweep {
+                self.sweep(now);
+                next_sweep = now + SWEEP_EVERY;
+            }
+            self.send_due(now)?;
+            self.worker.wait(&mut events, until)?;
+            self.take(&events);
+            self.worker.publish();
+        }
+        for lane in &self.lanes {
+            if lane.state == State::Busy && lane.intended >= self.window.from {
+                self.worker.tally.fail(Kind::Unfinished);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what has arrived on all lanes with events.
+    fn take(&mut self, events: &Events) {
+        for event in events {
+            let Token(i) = event.token();
+            if event.token() != TIMER {
+                self.handle(i, event);
+            }
+        }
+    }
+
+    /// Starts the requests whose time has come and sets the timer for the next one.
+    fn send_due(&mut self, now: u64) -> io::Result<()> {
+        while let Some(&Reverse((at, i))) = self.due.peek() {
+            if at > now {
+                break;
+            }
+            self.due.pop();
+            self.ready.push(i);
+        }
+        for k in 0..self.ready.len() {
+            self.start(self.ready[k]);
+        }
+        self.ready.clear();
+        if let (Some(timer), Some(&Reverse((at, _)))) = (&mut self.timer, self.due.peek()) {
+            timer.arm(self.worker.clock.now(), at)?;
+        }
+        Ok(())
+    }
+
+    /// Gives an idle lane its next turn: at once, or when its schedule says.
+    fn enqueue(&mut self, i: usize, now: u64) {
+        if self.closing {
+            return;
+        }
+        match &self.lanes[i].schedule {
+            Some(schedule) if schedule.next() > now => self.due.push(Reverse((schedule.next(), i))),
+            _ => self.ready.push(i),
+        }
+    }
+
+    fn start(&mut self, i: usize) {
+        let lane = &mut self.lanes[i];
+        if lane.state != State::Idle || self.closing {
+            return;
+        }
+        let now = self.worker.clock.now();
+        if lane
+            .schedule
+            .as_ref()
+            .is_some_and(|schedule| schedule.next() > now)
+        {
+            // A turn left over from before a reconnection; the right one is queued as well.
+            return;
+        }
+        lane.actual = now;
+        lane.intended = now;
+        if let Some(schedule) = &mut lane.schedule {
+            lane.intended = schedule.next();
+            schedule.advance();
+            if self.window.contains(lane.intended) {
+                self.worker.tally.scheduled += 1;
+                self.worker.tally.late += u64::from(now > lane.intended + LATE_AFTER);
+            }
+        }
+        lane.sent = 0;
+        lane.received = 0;
+        lane.state = State::Busy;
+        self.busy += 1;
+        self.push(i);
+    }
+
+    /// Sends as much of the request as the socket takes.
+    fn push(&mut self, i: usize) {
+        let request = self.requests.of(self.first + i);
+        let lane = &mut self.lanes[i];
+        let Some(stream) = &mut lane.stream else {
+            return;
+        };
+        while lane.sent < request.len() {
+            match net::progress(stream.write(&request[lane.sent..])) {
+                Ok(Progress::Moved(n)) => {
+                    lane.sent += n;
+                    let measured = self.window.contains(lane.actual);
+                    self.worker.tally.moved(n, 0, measured);
+                }
+                Ok(Progress::Blocked | Progress::Ended) => return,
+                Err(e) => return self.fail(i, Kind::of_io(&e)),
+            }
+        }
+    }
+
+    fn handle(&mut self, i: usize, event: &Event) {
+        match self.lanes[i].state {
+            State::Down { .. } => {}
+            State::Connecting { since } => self.finish_connecting(i, since),
+            State::Idle | State::Busy => {
+                if event.is_readable() || event.is_read_closed() || event.is_error() {
+                    self.pull(i, event.is_read_closed() || event.is_error());
+                }
+                if event.is_writable() && self.lanes[i].state == State::Busy {
+                    self.push(i);
+                }
+            }
+        }
+    }
+
+    fn finish_connecting(&mut self, i: usize, since: u64) {
+        let Some(stream) = &self.lanes[i].stream else {
+            return;
+        };
+        match net::established(stream) {
+            Ok(true) => {
+                let now = self.worker.clock.now();
+                self.worker.tally.connecting.record(now - since);
+                self.lanes[i].state = State::Idle;
+                self.enqueue(i, now);
+            }
+            Ok(false) => {}
+            Err(e) => self.fail(i, Kind::of_connect(&e)),
+        }
+    }
+
+    /// Reads until the socket is empty; a short read says so without another call, unless the
+    /// peer has closed (`closed`), which no further event would tell.
+    fn pull(&mut self, i: usize, closed: bool) {
+        loop {
+            let Some(stream) = &mut self.lanes[i].stream else {
+                return;
+            };
+            let n = match net::progress(stream.read(&mut self.buffer)) {
+                Ok(Progress::Moved(n)) => n,
+                Ok(Progress::Blocked) => return,
+                Ok(Progress::Ended) => return self.fail(i, Kind::ClosedEarly),
+                Err(e) => return self.fail(i, Kind::of_io(&e)),
+            };
+            if !self.accept(i, n) {
+                return;
+            }
+            if n < self.buffer.len() && !closed {
+                return;
+            }
+        }
+    }
+
+    /// Accounts for `n` received bytes; false if the lane broke over them.
+    fn accept(&mut self, i: usize, n: usize) -> bool {
+        let now = self.worker.clock.now();
+        self.worker.tally.moved(0, n, self.window.contains(now));
+        let request = self.requests.of(self.first + i);
+        let lane = &mut self.lanes[i];
+        let end = lane.received + n;
+        if lane.state != State::Busy || end > lane.sent {
+            self.fail(i, Kind::ExcessBytes);
+            return false;
+        }
+        if self.verify && request[lane.received..end] != self.buffer[..n] {
+            self.fail(i, Kind::ContentMismatch);
+            return false;
+        }
+        lane.received = end;
+        if end < request.len() {
+            return true;
+        }
+        lane.state = State::Idle;
+        self.busy -= 1;
+        if lane.intended >= self.window.from {
+            let tally = &mut self.worker.tally;
+            tally.latency.record(now - lane.intended);
+            tally.ok += 1;
+            if lane.schedule.is_some() {
+                tally.service.record(now - lane.actual);
+            }
+        }
+        self.worker.tally.complete(self.window.contains(now));
+        self.enqueue(i, now);
+        true
+    }
+
+    /// Counts a failure and drops the connection; it is dialled again later.
+    fn fail(&mut self, i: usize, kind: Kind) {
+        let lane = &mut self.lanes[i];
+        // A connection the peer closes between the last response and the end is no failure.
+        if lane.state == State::Busy || !self.closing {
+            self.worker.tally.fail(kind);
+        }
+        self.busy -= usize::from(lane.state == State::Busy);
+        lane.stream = None;
+        lane.state = State::Down {
+            retry_at: self.worker.clock.now() + REDIAL_AFTER,
+        };
+    }
+
+    /// Finds lanes that wait too long, and dials those that are down.
+    fn sweep(&mut self, now: u64) {
+        let request_timeout = self.worker.client.request_timeout.as_nanos() as u64;
+        let connect_timeout = self.worker.client.connect_timeout.as_nanos() as u64;
+        for i in 0..self.lanes.len() {
+            match self.lanes[i].state {
+                State::Busy if now >= self.lanes[i].actual + request_timeout => {
+                    self.fail(i, Kind::Timeout);
+                }
+                State::Connecting { since } if now >= since + connect_timeout => {
+                    self.fail(i, Kind::ConnectTimeout);
+                }
+                State::Down { retry_at } if now >= retry_at && !self.closing => {
+                    self.worker.tally.reconnects += 1;
+                    match self.worker.dial(Token(i)) {
+                        Ok(stream) => {
+                            self.lanes[i].stream = Some(stream);
+                            self.lanes[i].state = State::Connecting { since: now };
+                        }
+                        Err(kind) => self.fail(i, kind),
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Ends the sending; requests that were due by `now` and never sent are skipped ones.
+    fn close(&mut self, now: u64) {
+        self.closing = true;
+        let until = now.min(self.window.until);
+        for schedule in self
+            .lanes
+            .iter_mut()
+            .filter_map(|lane| lane.schedule.as_mut())
+        {
+            while schedule.next() < until {
+                if schedule.next() >= self.window.from {
+                    self.worker.tally.scheduled += 1;
+                    self.worker.tally.skipped += 1;
+                }
+                schedule.advance();
+            }
+        }
+    }
+}
