@@ -1,1 +1,32 @@
-//! rt
+//! A thread-per-core runtime on io_uring for programs that relay bytes between TCP sockets.
+//!
+//! One [`Runtime`] owns one ring and runs local (`!Send`) tasks on the thread that created it.
+//! What sets it apart from general runtimes, and why it exists:
+//!
+//! * **Receive into shared memory the sender can use.** Multishot receives take buffers from a ring
+//!   the kernel fills ([`buf`]); every buffer has head and tail room, so that record and frame
+//!   headers are written around the payload where it lies. An idle connection holds no buffer.
+//! * **Adaptive receive.** Small messages come through the multishot path; a flow that turns out to
+//!   be bulk moves to large single receives and back ([`net::ReadHalf`]).
+//! * **No allocation per operation.** Operations live in a slab, wakers are plain numbers, send
+//!   lists are reused.
+//! * **Cancellation is memory safe.** What the kernel may still touch is owned by the operation
+//!   table, never by the future; a dropped future leaves the operation to finish there.
+//!
+//! Limits: Linux >= 6.1 (`SINGLE_ISSUER`, `DEFER_TASKRUN`; Debian 12's kernel). [`probe::check`]
+//! says why io_uring is refused where it is. Queues are bounded: see [`RuntimeConfig`].
+
+mod affinity;
+pub mod buf;
+mod driver;
+mod exec;
+pub mod mailbox;
+pub mod net;
+mod op;
+pub mod probe;
+pub mod sync;
+pub mod time;
+
+pub use affinity::{available_cpus, pin_current_thread};
+pub use driver::Counters;
+pub use exec::{Runtime, RuntimeConfig, RuntimeError, SharedCounters, spawn, yield_now};

@@ -1,0 +1,526 @@
+//! The executor: local tasks, wakers that are plain numbers, and the worker's loop.
+//!
+//! A waker is one word: worker, task slot, generation. Cloning it copies the word and dropping it
+//! does nothing, so it can be stored and sent anywhere without counting references; a stale one
+//! wakes nothing. Woken on its own thread it appends to the run queue; from another thread it goes
+//! through that worker's inbox and eventfd.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::os::fd::RawFd;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
+use std::time::{Duration, Instant};
+
+use crate::buf::{Pool, PoolConfig};
+use crate::driver::{Counters, Driver};
+use crate::probe::{self, Refusal};
+use crate::time::Timers;
+
+/// Sizes of one worker's runtime.
+#[derive(Debug, Clone, Copy)]
+pub struct RuntimeConfig {
+    /// Submission queue entries (the completion queue has four times as many).
+    pub entries: u32,
+    /// Buffer memory.
+    pub pool: PoolConfig,
+    /// Task polls between two looks at the ring, so that no task starves the others.
+    pub polls_per_turn: usize,
+    /// Completions taken per turn.
+    pub completions_per_turn: usize,
+}
+
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        Self {
+            entries: 1024,
+            pool: PoolConfig::default(),
+            polls_per_turn: 1024,
+            completions_per_turn: 2048,
+        }
+    }
+}
+
+/// Why a runtime could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// io_uring is refused.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The ring or its buffers could not be set up.
+    #[error("cannot set up the io_uring of this worker: {0}")]
+    Setup(#[from] io::Error),
+    /// This thread already runs a runtime, or the process runs too many.
+    #[error("cannot start a runtime: {0}")]
+    Misuse(&'static str),
+}
+
+type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
+
+struct Task {
+    generation: u32,
+    future: Option<LocalFuture>,
+    queued: bool,
+    live: bool,
+}
+
+#[derive(Default)]
+struct Tasks {
+    slots: Vec<Task>,
+    free: Vec<u32>,
+    run: VecDeque<u32>,
+    live: usize,
+}
+
+/// What sockets, timers and tasks of one worker share.
+pub(crate) struct Inner {
+    pub(crate) driver: RefCell<Driver>,
+    pub(crate) timers: RefCell<Timers>,
+    pub(crate) pool: Pool,
+    tasks: RefCell<Tasks>,
+    worker: u16,
+    remote: Arc<Remote>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inner")
+            .field("worker", &self.worker)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Inbox for wake-ups from other threads.
+struct Remote {
+    inbox: Mutex<Vec<u64>>,
+    wake_fd: RawFd,
+    /// The eventfd has been written and not yet been answered.
+    signalled: AtomicBool,
+    closed: AtomicBool,
+}
+
+const WORKERS_MAX: usize = 1 << 12;
+static REMOTES: Mutex<Vec<Option<Arc<Remote>>>> = Mutex::new(Vec::new());
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Inner>>> = const { RefCell::new(None) };
+    static WORKER: Cell<u16> = const { Cell::new(u16::MAX) };
+}
+
+/// The runtime of this thread.
+///
+/// # Panics
+/// Outside [`Runtime::run`].
+pub(crate) fn current() -> Rc<Inner> {
+    CURRENT.with(|current| {
+        current
+            .borrow()
+            .clone()
+            .expect("sockets, timers and tasks live inside Runtime::run")
+    })
+}
+
+/// Counters of a worker, readable from any thread; the worker stores them once per turn.
+#[derive(Debug, Default)]
+pub struct SharedCounters {
+    values: [AtomicU64; 6],
+    tasks: AtomicU64,
+}
+
+impl SharedCounters {
+    fn publish(&self, counters: &Counters, tasks: usize) {
+        let values = [
+            counters.enters,
+            counters.completions,
+            counters.submissions,
+            counters.overflows,
+            counters.starved,
+            counters.wakes,
+        ];
+        for (cell, value) in self.values.iter().zip(values) {
+            cell.store(value, Ordering::Relaxed);
+        }
+        self.tasks.store(tasks as u64, Ordering::Relaxed);
+    }
+
+    /// The ring's counters as of the worker's last turn.
+    #[must_use]
+    pub fn ring(&self) -> Counters {
+        let value = |index: usize| self.values[index].load(Ordering::Relaxed);
+        Counters {
+            enters: value(0),
+            completions: value(1),
+            submissions: value(2),
+            overflows: value(3),
+            starved: value(4),
+            wakes: value(5),
+        }
+    }
+
+    /// Live tasks.
+    #[must_use]
+    pub fn tasks(&self) -> u64 {
+        self.tasks.load(Ordering::Relaxed)
+    }
+}
+
+/// One worker's runtime. Create and run it on the worker's own thread.
+pub struct Runtime {
+    inner: Rc<Inner>,
+    config: RuntimeConfig,
+    counters: Arc<SharedCounters>,
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime")
+            .field("inner", &self.inner)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Runtime {
+    /// Sets up the ring on this thread.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Refused`] says who refuses io_uring and what to do.
+    pub fn new(config: RuntimeConfig) -> Result<Self, RuntimeError> {
+        if WORKER.get() != u16::MAX {
+            return Err(RuntimeError::Misuse("this thread already has one"));
+        }
+        probe::check()?;
+        let pool = Pool::new(config.pool);
+        let driver = Driver::new(config.entries, &pool)?;
+        let remote = Arc::new(Remote {
+            inbox: Mutex::default(),
+            wake_fd: driver.wake_fd(),
+            signalled: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        });
+        let worker = register_remote(&remote)?;
+        WORKER.set(worker);
+        let inner = Rc::new(Inner {
+            driver: RefCell::new(driver),
+            timers: RefCell::default(),
+            pool,
+            tasks: RefCell::default(),
+            worker,
+            remote,
+        });
+        Ok(Self {
+            inner,
+            config,
+            counters: Arc::default(),
+        })
+    }
+
+    /// Counters that other threads may read.
+    #[must_use]
+    pub fn counters(&self) -> Arc<SharedCounters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Runs `main` and everything it spawns until `main` ends; other tasks are then dropped.
+    ///
+    /// # Errors
+    /// When the ring itself fails (never for errors of single operations).
+    pub fn run<T>(&mut self, main: impl Future<Output = T>) -> io::Result<T> {
+        CURRENT.with(|current| *current.borrow_mut() = Some(Rc::clone(&self.inner)));
+        let mut main = pin!(main);
+        let task = self.inner.reserve();
+        self.inner.wake(task);
+        let waker = waker(self.inner.worker, task, 1);
+        let result = self.drive(|inner, index| {
+            if index == task {
+                match main.as_mut().poll(&mut Context::from_waker(&waker)) {
+                    Poll::Ready(value) => return Some(value),
+                    Poll::Pending => {}
+                }
+            } else {
+                inner.poll_task(index);
+            }
+            None
+        });
+        self.inner.drop_tasks();
+        result
+    }
+
+    fn drive<T>(&self, mut poll: impl FnMut(&Inner, u32) -> Option<T>) -> io::Result<T> {
+        let inner = &*self.inner;
+        loop {
+            for _ in 0..self.config.polls_per_turn {
+                let Some(index) = inner.next_task() else {
+                    break;
+                };
+                if let Some(value) = poll(inner, index) {
+                    return Ok(value);
+                }
+            }
+            let idle = inner.tasks.borrow().run.is_empty();
+            let timeout = inner.timers.borrow_mut().next_timeout(Instant::now());
+            {
+                let mut driver = inner.driver.borrow_mut();
+                driver.turn(idle, timeout, self.config.completions_per_turn)?;
+                self.counters
+                    .publish(&driver.counters, inner.tasks.borrow().live);
+            }
+            inner.timers.borrow_mut().fire(Instant::now());
+            inner.take_remote();
+        }
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        {
+            let _inbox = self
+                .inner
+                .remote
+                .inbox
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            self.inner.remote.closed.store(true, Ordering::Release);
+        }
+        unregister_remote(self.inner.worker);
+        {
+            let mut driver = self.inner.driver.borrow_mut();
+            if !driver.quiesce(Duration::from_secs(5)) {
+                driver.leak();
+            }
+        }
+        CURRENT.with(|current| current.borrow_mut().take());
+        WORKER.set(u16::MAX);
+    }
+}
+
+impl Inner {
+    fn reserve(&self) -> u32 {
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.live += 1;
+        if let Some(index) = tasks.free.pop() {
+            let slot = &mut tasks.slots[index as usize];
+            slot.live = true;
+            slot.queued = false;
+            return index;
+        }
+        tasks.slots.push(Task {
+            generation: 1,
+            future: None,
+            queued: false,
+            live: true,
+        });
+        (tasks.slots.len() - 1) as u32
+    }
+
+    fn spawn(&self, future: LocalFuture) {
+        let index = self.reserve();
+        self.tasks.borrow_mut().slots[index as usize].future = Some(future);
+        self.wake(index);
+    }
+
+    fn wake(&self, index: u32) {
+        let mut tasks = self.tasks.borrow_mut();
+        let slot = &mut tasks.slots[index as usize];
+        if slot.live && !slot.queued {
+            slot.queued = true;
+            tasks.run.push_back(index);
+        }
+    }
+
+    fn wake_checked(&self, index: u32, generation: u32) {
+        let current = self
+            .tasks
+            .borrow()
+            .slots
+            .get(index as usize)
+            .map(|task| task.generation);
+        if current.is_some_and(|current| current & GENERATION_MASK == generation) {
+            self.wake(index);
+        }
+    }
+
+    fn next_task(&self) -> Option<u32> {
+        let mut tasks = self.tasks.borrow_mut();
+        let index = tasks.run.pop_front()?;
+        tasks.slots[index as usize].queued = false;
+        Some(index)
+    }
+
+    fn poll_task(&self, index: u32) {
+        let (mut future, generation) = {
+            let mut tasks = self.tasks.borrow_mut();
+            let slot = &mut tasks.slots[index as usize];
+            let Some(future) = slot.future.take() else {
+                return;
+            };
+            (future, slot.generation)
+        };
+        let waker = waker(self.worker, index, generation);
+        if future
+            .as_mut()
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+        {
+            self.tasks.borrow_mut().slots[index as usize].future = Some(future);
+            return;
+        }
+        drop(future);
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.live -= 1;
+        let slot = &mut tasks.slots[index as usize];
+        slot.generation = slot.generation.wrapping_add(1);
+        slot.live = false;
+        tasks.free.push(index);
+    }
+
+    /// Drops every task; their operations become orphans.
+    fn drop_tasks(&self) {
+        loop {
+            let futures: Vec<LocalFuture> = {
+                let mut tasks = self.tasks.borrow_mut();
+                tasks.run.clear();
+                tasks
+                    .slots
+                    .iter_mut()
+                    .filter_map(|slot| slot.future.take())
+                    .collect()
+            };
+            if futures.is_empty() {
+                break;
+            }
+        }
+        let mut tasks = self.tasks.borrow_mut();
+        *tasks = Tasks::default();
+    }
+
+    fn take_remote(&self) {
+        if !self.remote.signalled.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let woken = {
+            let mut inbox = self
+                .remote
+                .inbox
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *inbox)
+        };
+        for word in woken {
+            let (_, generation, index) = unpack(word);
+            self.wake_checked(index, generation);
+        }
+    }
+}
+
+fn register_remote(remote: &Arc<Remote>) -> Result<u16, RuntimeError> {
+    let mut remotes = REMOTES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(free) = remotes.iter().position(Option::is_none) {
+        remotes[free] = Some(Arc::clone(remote));
+        return Ok(free as u16);
+    }
+    if remotes.len() >= WORKERS_MAX {
+        return Err(RuntimeError::Misuse(
+            "more than 4096 runtimes in one process",
+        ));
+    }
+    remotes.push(Some(Arc::clone(remote)));
+    Ok((remotes.len() - 1) as u16)
+}
+
+fn unregister_remote(worker: u16) {
+    let mut remotes = REMOTES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(slot) = remotes.get_mut(usize::from(worker)) {
+        *slot = None;
+    }
+}
+
+/// Starts a task on this worker. It is dropped when [`Runtime::run`]'s main future ends.
+///
+/// # Panics
+/// Outside [`Runtime::run`].
+pub fn spawn(future: impl Future<Output = ()> + 'static) {
+    current().spawn(Box::pin(future));
+}
+
+/// Lets other tasks run once.
+pub async fn yield_now() {
+    let mut yielded = false;
+    std::future::poll_fn(|cx| {
+        if yielded {
+            return Poll::Ready(());
+        }
+        yielded = true;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+const GENERATION_MASK: u32 = (1 << 20) - 1;
+
+fn pack(worker: u16, generation: u32, index: u32) -> u64 {
+    u64::from(worker) << 52 | u64::from(generation & GENERATION_MASK) << 32 | u64::from(index)
+}
+
+fn unpack(word: u64) -> (u16, u32, u32) {
+    (
+        (word >> 52) as u16,
+        (word >> 32) as u32 & GENERATION_MASK,
+        word as u32,
+    )
+}
+
+const VTABLE: RawWakerVTable = RawWakerVTable::new(clone_word, wake_word, wake_word, drop_word);
+
+fn clone_word(data: *const ()) -> RawWaker {
+    RawWaker::new(data, &VTABLE)
+}
+
+fn drop_word(_: *const ()) {}
+
+fn wake_word(data: *const ()) {
+    let word = data.addr() as u64;
+    let (worker, generation, index) = unpack(word);
+    if WORKER.get() == worker {
+        // During tear-down the thread-local may be gone already: then there is nothing to wake.
+        let _ = CURRENT.try_with(|current| {
+            if let Some(inner) = &*current.borrow() {
+                inner.wake_checked(index, generation);
+            }
+        });
+        return;
+    }
+    wake_remote(worker, word);
+}
+
+fn wake_remote(worker: u16, word: u64) {
+    let remote = {
+        let remotes = REMOTES.lock().unwrap_or_else(PoisonError::into_inner);
+        remotes.get(usize::from(worker)).and_then(Clone::clone)
+    };
+    let Some(remote) = remote else { return };
+    let mut inbox = remote.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+    inbox.push(word);
+    let closed = remote.closed.load(Ordering::Acquire);
+    if !remote.signalled.swap(true, Ordering::AcqRel) && !closed {
+        let one: u64 = 1;
+        // SAFETY: writes eight bytes from a live local to the worker's eventfd. The worker closes
+        // it only after leaving REMOTES and `closed`; a late write to a reused number is prevented
+        // by holding the inbox lock, which tear-down takes as well.
+        unsafe { libc::write(remote.wake_fd, (&raw const one).cast(), 8) };
+    }
+}
+
+fn waker(worker: u16, index: u32, generation: u32) -> Waker {
+    let word = pack(worker, generation, index);
+    let data = std::ptr::without_provenance(word as usize);
+    // SAFETY: the vtable's functions treat the pointer as a number and never dereference it; they
+    // are thread safe, and clone and drop have nothing to count.
+    unsafe { Waker::from_raw(RawWaker::new(data, &VTABLE)) }
+}

@@ -1,0 +1,81 @@
+//! Multishot accept.
+
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::rc::Rc;
+use std::task::{Poll, ready};
+
+use io_uring::opcode;
+use io_uring::types::Fd;
+
+use super::socket::{Socket, TcpStream};
+use crate::exec::{Inner, current};
+use crate::op::{Keep, OpId};
+
+/// A listening socket with one multishot accept under way.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Rc<Socket>,
+    inner: Rc<Inner>,
+    op: Option<OpId>,
+}
+
+impl Listener {
+    /// Takes over a listening standard socket (blocking mode).
+    ///
+    /// # Panics
+    /// Outside [`crate::Runtime::run`].
+    #[must_use]
+    pub fn from_std(listener: std::net::TcpListener) -> Self {
+        let socket = Rc::new(Socket::new(OwnedFd::from(listener)));
+        Self {
+            socket,
+            inner: current(),
+            op: None,
+        }
+    }
+
+    /// Waits for the next connection. Cancel safe.
+    ///
+    /// # Errors
+    /// Those of `accept(2)`; after `EMFILE`, `ENFILE` or `ENOMEM` wait a little before the next call.
+    pub async fn accept(&mut self) -> io::Result<TcpStream> {
+        poll_fn(|cx| {
+            loop {
+                let mut driver = self.inner.driver.borrow_mut();
+                let op = if let Some(op) = self.op {
+                    op
+                } else {
+                    let entry = opcode::AcceptMulti::new(Fd(self.socket.raw()))
+                        .flags(libc::SOCK_CLOEXEC)
+                        .build();
+                    let keep = Keep::Socket {
+                        _socket: Rc::clone(&self.socket),
+                    };
+                    *self.op.insert(driver.submit_many(keep, entry, true))
+                };
+                match ready!(driver.ops.poll_many(op, cx)) {
+                    None => self.op = None, // the kernel ended it: arm it again
+                    Some(done) if done.result < 0 => {
+                        return Poll::Ready(Err(io::Error::from_raw_os_error(-done.result)));
+                    }
+                    Some(done) => {
+                        // SAFETY: the kernel has just created this descriptor for us.
+                        let fd = unsafe { OwnedFd::from_raw_fd(done.result) };
+                        return Poll::Ready(Ok(TcpStream::from_fd(fd)));
+                    }
+                }
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(op) = self.op.take() {
+            self.inner.driver.borrow_mut().abandon(op);
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! Receiving: multishot while messages are small, large single receives while the flow is bulk.
+//!
+//! Small mode arms one multishot receive; the kernel takes a ring block per message and an idle
+//! connection holds none. When one wake-up finds several full blocks the flow is bulk: the multishot
+//! is cancelled and single receives fill large blocks, which lets the socket buffer gather data
+//! while the previous block is being sent. A few short receives lead back to small mode. When the
+//! ring of blocks is empty (`ENOBUFS`) a receive into an own record-sized block keeps the flow
+//! going, so that connections whose readers lag cannot starve the others.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use io_uring::opcode;
+use io_uring::types::Fd;
+
+use super::socket::{Socket, reset_on_close};
+use crate::buf::{Buf, RING_GROUP};
+use crate::exec::Inner;
+use crate::op::{Keep, OpId};
+
+/// How bulk data is laid out in a large block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// One contiguous run, for data that is parsed (TLS records) or passed on as it is.
+    Flat,
+    /// Cut into segments with head and tail room, to be sealed into records where it lies.
+    Segmented,
+}
+
+#[derive(Debug)]
+enum Mode {
+    Idle,
+    Multi { op: OpId, stopping: bool },
+    Single { op: OpId },
+}
+
+/// Bytes one wake-up must find before a flow counts as bulk.
+const BULK_BYTES: usize = 16 * 1024;
+/// Short bulk receives in a row before a flow counts as small again.
+const SHORT_RECEIVES: u8 = 4;
+/// A bulk receive below this is short.
+const SHORT_BYTES: usize = 4 * 1024;
+/// Room a carried-over buffer must have left to be received into again.
+const CARRY_ROOM: usize = 64 * 1024;
+
+/// The receiving half of a connection.
+#[derive(Debug)]
+pub struct ReadHalf {
+    socket: Rc<Socket>,
+    inner: Rc<Inner>,
+    mode: Mode,
+    placement: Placement,
+    bulk: bool,
+    starved: bool,
+    short: u8,
+    eof: bool,
+    /// An error that came behind data in one wake-up; told by the next receive.
+    error: Option<i32>,
+    header: Option<Box<MessageHeader>>,
+}
+
+impl ReadHalf {
+    pub(crate) fn new(socket: Rc<Socket>, inner: Rc<Inner>) -> Self {
+        Self {
+            socket,
+            inner,
+            mode: Mode::Idle,
+            placement: Placement::Flat,
+            bulk: false,
+            starved: false,
+            short: 0,
+            eof: false,
+            error: None,
+            header: None,
+        }
+    }
+
+    /// Chooses the layout of bulk data; takes effect with the next receive.
+    pub fn set_placement(&mut self, placement: Placement) {
+        self.placement = placement;
+    }
+
+    /// Whether the flow currently counts as bulk.
+    #[must_use]
+    pub fn is_bulk(&self) -> bool {
+        self.bulk
+    }
+
+    /// Makes the final close of the connection send RST.
+    ///
+    /// # Errors
+    /// That of `setsockopt(2)`.
+    pub fn reset_on_close(&self) -> io::Result<()> {
+        reset_on_close(&self.socket)
+    }
+
+    /// Receives what is there into `out` and returns how many bytes; 0 is the end of the stream.
+    /// Waits for the first byte only. Cancel safe: nothing received is lost.
+    ///
+    /// # Errors
+    /// Those of `recv(2)`, such as `ECONNRESET`.
+    pub async fn recv(&mut self, out: &mut VecDeque<Buf>) -> io::Result<usize> {
+        poll_fn(|cx| self.poll_recv(cx, out, &mut None)).await
+    }
+
+    /// As [`ReadHalf::recv`], for parsers: `carry` is an incomplete record at the end of what was
+    /// received before. If it is taken, the data handed out begins with its bytes, which do not
+    /// count in the result.
+    ///
+    /// # Errors
+    /// As [`ReadHalf::recv`].
+    pub fn poll_recv(
+        &mut self,
+        cx: &Context<'_>,
+        out: &mut VecDeque<Buf>,
+        carry: &mut Option<Buf>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            if let Some(code) = self.error {
+                return Poll::Ready(Err(io::Error::from_raw_os_error(code)));
+            }
+            if self.eof {
+                return Poll::Ready(Ok(0));
+            }
+            match self.mode {
+                Mode::Idle => self.start(carry),
+                Mode::Multi { op, .. } => {
+                    if let Some(result) = ready!(self.poll_multi(op, cx, out)) {
+                        return Poll::Ready(result);
+                    }
+                }
+                Mode::Single { op } => {
+                    let done = self.inner.driver.borrow_mut().ops.poll_once(op, cx);
+                    let (result, keep) = ready!(done);
+                    self.mode = Mode::Idle;
+                    return Poll::Ready(self.finish_single(result, keep, out, carry));
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, carry: &mut Option<Buf>) {
+        if self.bulk || self.starved {
+            let segmented = self.placement == Placement::Segmented;
+            self.mode = Mode::Single {
+                op: if segmented && self.bulk {
+                    self.scatter()
+                } else {
+                    self.single(carry)
+                },
+            };
+            return;
+        }
+        let entry = opcode::RecvMulti::new(Fd(self.socket.raw()), RING_GROUP).build();
+        let keep = Keep::Socket {
+            _socket: Rc::clone(&self.socket),
+        };
+        let op = self
+            .inner
+            .driver
+            .borrow_mut()
+            .submit_many(keep, entry, false);
+        self.mode = Mode::Multi {
+            op,
+            stopping: false,
+        };
+    }
+
+    /// A receive into one contiguous buffer, behind `carry` if there is one.
+    fn single(&mut self, carry: &mut Option<Buf>) -> OpId {
+        let buf = match carry.take() {
+            Some(buf) if buf.tail_room() >= CARRY_ROOM => buf,
+            Some(old) if self.bulk => {
+                let mut buf = self.inner.pool.large();
+                buf.extend_from_slice(&old);
+                buf
+            }
+            other => {
+                *carry = other;
+                if self.bulk {
+                    self.inner.pool.large()
+                } else {
+                    self.starved_block()
+                }
+            }
+        };
+        let keep = Keep::Recv(Rc::clone(&self.socket), buf);
+        self.inner.driver.borrow_mut().submit_once(keep, |keep| {
+            let Keep::Recv(socket, buf) = keep else {
+                unreachable!("just built")
+            };
+            let (ptr, len) = buf.tail_ptr();
+            opcode::Recv::new(Fd(socket.raw()), ptr, len).build()
+        })
+    }
+
+    fn starved_block(&self) -> Buf {
+        self.inner.pool.record()
+    }
+
+    /// A receive scattered over the segments of a large block.
+    fn scatter(&mut self) -> OpId {
+        let mut header = self.header.take().unwrap_or_default();
+        header.prepare(self.inner.pool.large(), self.inner.pool.config().payload);
+        let keep = Keep::RecvMsg(Rc::clone(&self.socket), header);
+        self.inner.driver.borrow_mut().submit_once(keep, |keep| {
+            let Keep::RecvMsg(socket, header) = keep else {
+                unreachable!("just built")
+            };
+            opcode::RecvMsg::new(Fd(socket.raw()), header.message()).build()
+        })
+    }
+
+    fn finish_single(
+        &mut self,
+        result: i32,
+        keep: Keep,
+        out: &mut VecDeque<Buf>,
+        carry: &mut Option<Buf>,
+    ) -> io::Result<usize> {
+        self.starved = false;
+        if result < 0 {
+            if let Keep::Recv(_, buf) = keep {
+                *carry = (!buf.is_empty()).then_some(buf);
+            }
+            return Err(io::Error::from_raw_os_error(-result));
+        }
+        let received = result as usize;
+        self.eof = received == 0;
+        match keep {
+            Keep::Recv(_, mut buf) => {
+                // SAFETY: the kernel reports that it wrote `result` bytes at the tail.
+                unsafe { buf.assume_tail(result as u32) };
+                if received > 0 {
+                    out.push_back(buf);
+                } else if !buf.is_empty() {
+                    *carry = Some(buf);
+                }
+            }
+            Keep::RecvMsg(_, mut header) => {
+                header.take_segments(received, out);
+                self.header = Some(header);
+            }
+            _ => {}
+        }
+        self.note_bulk(received);
+        Ok(received)
+    }
+
+    fn note_bulk(&mut self, received: usize) {
+        if received >= SHORT_BYTES {
+            self.short = 0;
+            return;
+        }
+        self.short += 1;
+        if self.short >= SHORT_RECEIVES {
+            self.short = 0;
+            self.bulk = false;
+        }
+    }
+
+    /// Drains queued completions. `None`: the multishot has ended without news, start again.
+    fn poll_multi(
+        &mut self,
+        op: OpId,
+        cx: &Context<'_>,
+        out: &mut VecDeque<Buf>,
+    ) -> Poll<Option<io::Result<usize>>> {
+        let mut received = 0;
+        let mut driver = self.inner.driver.borrow_mut();
+        loop {
+            match driver.ops.poll_many(op, cx) {
+                Poll::Pending if received == 0 => return Poll::Pending,
+                Poll::Pending => break,
+                Poll::Ready(None) => {
+                    self.mode = Mode::Idle;
+                    if received == 0 {
+                        return Poll::Ready(None);
+                    }
+                    break;
+                }
+                Poll::Ready(Some(done)) if done.result > 0 => {
+                    let Some(bid) = done.buffer else { continue };
+                    out.push_back(self.inner.pool.take_ring(bid, done.result as u32));
+                    received += done.result as usize;
+                }
+                Poll::Ready(Some(done)) => {
+                    if let Some(bid) = done.buffer {
+                        self.inner.pool.discard_ring(bid);
+                    }
+                    match -done.result {
+                        0 => self.eof = true,
+                        libc::ENOBUFS => self.starved = true,
+                        libc::ECANCELED => {}
+                        code if received == 0 => {
+                            return Poll::Ready(Some(Err(io::Error::from_raw_os_error(code))));
+                        }
+                        code => self.error = Some(code),
+                    }
+                    if self.eof {
+                        break;
+                    }
+                }
+            }
+        }
+        if received >= BULK_BYTES && !self.bulk {
+            self.bulk = true;
+            self.short = 0;
+            if let Mode::Multi {
+                op,
+                stopping: stopping @ false,
+            } = &mut self.mode
+            {
+                *stopping = true;
+                driver.cancel(*op);
+            }
+        }
+        Poll::Ready(Some(Ok(received)))
+    }
+}
+
+impl Drop for ReadHalf {
+    fn drop(&mut self) {
+        if let Mode::Multi { op, .. } | Mode::Single { op } = self.mode {
+            self.inner.driver.borrow_mut().abandon(op);
+        }
+    }
+}
+
+/// Message header, vectors and segments of a scattered receive. Boxed: the kernel reads it.
+#[derive(Debug, Default)]
+pub(crate) struct MessageHeader {
+    message: Option<libc::msghdr>,
+    vectors: Vec<libc::iovec>,
+    segments: Vec<Buf>,
+}
+
+impl MessageHeader {
+    fn prepare(&mut self, block: Buf, payload: u32) {
+        self.segments.clear();
+        self.vectors.clear();
+        block.into_segments(|buf| self.segments.push(buf));
+        for buf in &mut self.segments {
+            let (ptr, _) = buf.tail_ptr();
+            self.vectors.push(libc::iovec {
+                iov_base: ptr.cast(),
+                iov_len: payload as usize,
+            });
+        }
+    }
+
+    fn message(&mut self) -> *mut libc::msghdr {
+        // SAFETY: msghdr is plain old data; all zeroes means no name, vectors and control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.vectors.as_mut_ptr();
+        message.msg_iovlen = self.vectors.len();
+        self.message.insert(message)
+    }
+
+    /// Hands out the segments that hold data, and drops the others.
+    fn take_segments(&mut self, mut received: usize, out: &mut VecDeque<Buf>) {
+        for (mut buf, vector) in self.segments.drain(..).zip(&self.vectors) {
+            let n = received.min(vector.iov_len);
+            if n == 0 {
+                break;
+            }
+            // SAFETY: the kernel filled the vectors in order, this one with `n` bytes.
+            unsafe { buf.assume_tail(n as u32) };
+            received -= n;
+            out.push_back(buf);
+        }
+    }
+}

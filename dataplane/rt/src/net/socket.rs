@@ -1,0 +1,171 @@
+//! One connected TCP descriptor, its options and addresses.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::read::ReadHalf;
+use super::sockaddr::{RawAddr, set_option};
+use super::write::WriteHalf;
+use crate::exec::current;
+
+/// An owned descriptor; closed when the last half and the last operation let go of it.
+#[derive(Debug)]
+pub(crate) struct Socket(OwnedFd);
+
+impl Socket {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    pub(crate) fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// TCP keepalive settings (`tcp(7)`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Idle time before the first probe (`TCP_KEEPIDLE`), whole seconds.
+    pub time: Duration,
+    /// Time between probes (`TCP_KEEPINTVL`), whole seconds.
+    pub interval: Duration,
+    /// Unanswered probes before the connection is dropped (`TCP_KEEPCNT`).
+    pub retries: u32,
+}
+
+impl Keepalive {
+    pub(crate) fn apply(&self, fd: RawFd) -> io::Result<()> {
+        let seconds = |duration: Duration| duration.as_secs().clamp(1, 32_767) as i32;
+        set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+        set_option(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_KEEPIDLE,
+            seconds(self.time),
+        )?;
+        set_option(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_KEEPINTVL,
+            seconds(self.interval),
+        )?;
+        set_option(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_KEEPCNT,
+            self.retries.clamp(1, 127) as i32,
+        )
+    }
+}
+
+/// A connected TCP socket, not yet split into its halves.
+#[derive(Debug)]
+pub struct TcpStream(Rc<Socket>);
+
+impl TcpStream {
+    pub(crate) fn from_fd(fd: OwnedFd) -> Self {
+        Self(Rc::new(Socket::new(fd)))
+    }
+
+    pub(crate) fn from_socket(socket: Rc<Socket>) -> Self {
+        Self(socket)
+    }
+
+    /// Takes over a connected, *blocking-mode* standard socket.
+    #[must_use]
+    pub fn from_std(stream: std::net::TcpStream) -> Self {
+        Self::from_fd(stream.into())
+    }
+
+    /// Splits into halves that live in different tasks or futures of this worker.
+    ///
+    /// # Panics
+    /// Outside [`crate::Runtime::run`].
+    #[must_use]
+    pub fn split(self) -> (ReadHalf, WriteHalf) {
+        let inner = current();
+        let read = ReadHalf::new(Rc::clone(&self.0), Rc::clone(&inner));
+        (read, WriteHalf::new(self.0, inner))
+    }
+
+    /// Address of the other end.
+    ///
+    /// # Errors
+    /// `ENOTCONN` once the connection is reset.
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
+        let fd = self.0.raw();
+        // SAFETY: `fill` passes storage and length that are valid for writes.
+        RawAddr::fill(|addr, len| unsafe { libc::getpeername(fd, addr, len) })
+    }
+
+    /// Address of this end. On a transparent listener's connection: the original destination.
+    ///
+    /// # Errors
+    /// That of `getsockname(2)`.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        let fd = self.0.raw();
+        // SAFETY: `fill` passes storage and length that are valid for writes.
+        RawAddr::fill(|addr, len| unsafe { libc::getsockname(fd, addr, len) })
+    }
+
+    /// Destination before a netfilter `REDIRECT` (`SO_ORIGINAL_DST`, then its IPv6 twin).
+    ///
+    /// # Errors
+    /// `ENOENT` or `ENOPROTOOPT` when conntrack knows no other destination.
+    pub fn original_dst(&self) -> io::Result<SocketAddr> {
+        const SO_ORIGINAL_DST: i32 = 80; // linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h
+        let fd = self.0.raw();
+        let ask = |level: i32| {
+            // SAFETY: `fill` passes storage and length that are valid for writes.
+            RawAddr::fill(|addr, len| unsafe {
+                libc::getsockopt(fd, level, SO_ORIGINAL_DST, addr.cast(), len)
+            })
+        };
+        ask(libc::SOL_IP).or_else(|_| ask(libc::SOL_IPV6))
+    }
+
+    /// Disables Nagle's algorithm.
+    ///
+    /// # Errors
+    /// That of `setsockopt(2)`.
+    pub fn set_nodelay(&self) -> io::Result<()> {
+        set_option(self.0.raw(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)
+    }
+
+    /// Turns keepalive probes on.
+    ///
+    /// # Errors
+    /// That of `setsockopt(2)`.
+    pub fn set_keepalive(&self, keepalive: &Keepalive) -> io::Result<()> {
+        keepalive.apply(self.0.raw())
+    }
+
+    /// Makes the final close send RST instead of FIN (`SO_LINGER` with zero time).
+    ///
+    /// # Errors
+    /// That of `setsockopt(2)`.
+    pub fn reset_on_close(&self) -> io::Result<()> {
+        reset_on_close(&self.0)
+    }
+}
+
+/// Makes the close of `socket` send RST.
+pub(crate) fn reset_on_close(socket: &Socket) -> io::Result<()> {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    let len = size_of::<libc::linger>() as libc::socklen_t;
+    let value = (&raw const linger).cast();
+    // SAFETY: `linger` lives across the call and its own size is passed.
+    let rc =
+        unsafe { libc::setsockopt(socket.raw(), libc::SOL_SOCKET, libc::SO_LINGER, value, len) };
+    if rc != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
