@@ -1,6 +1,35 @@
 //! The mesh as data, and the decisions taken on it.
+//!
+//! A [`Snapshot`] is built from workloads, services and policies and never changes. It answers
+//! three questions: where an outbound connection goes ([`Snapshot::route`]), what a tunnel that
+//! arrived asks for ([`Snapshot::resolve_inbound`]), and whether a connection may reach a
+//! workload ([`Snapshot::authorize`]).
+//!
+//! Nothing here performs I/O, reads a clock, starts a thread or keeps state: equal inputs give
+//! equal answers. Decisions cost a few hash lookups and reference counts; none allocates unless
+//! it fails. Text from peers (authorities, identities) is parsed strictly and never panics.
 #![forbid(unsafe_code)]
 
+pub mod address;
+pub mod authorize;
+mod balance;
+mod build;
+mod error;
 pub mod identity;
+pub mod inbound;
+pub mod policy;
+pub mod route;
+pub mod service;
+pub mod snapshot;
+mod validate;
+pub mod workload;
 
+pub use authorize::{Decision, DenyReason, DryRun, Verdict};
+pub use error::ModelError;
 pub use identity::{Identity, IdentityError};
+pub use inbound::InboundError;
+pub use policy::{ConnectionFacts, Policy};
+pub use route::{Authority, Route, RouteError};
+pub use service::{Service, ServiceConfig};
+pub use snapshot::{NodeContext, Snapshot};
+pub use workload::{HealthStatus, Locality, Protocol, Workload, WorkloadConfig};

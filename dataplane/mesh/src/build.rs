@@ -1,0 +1,524 @@
+//! From configured items to a [`Snapshot`]: checks, indexes, resolved references.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::address::{Destination, GatewayAddress, NamespacedHostname};
+use crate::balance::Balancer;
+use crate::error::ModelError;
+use crate::identity::Identity;
+use crate::policy::{Action, Policy, PolicyScope};
+use crate::service::{Endpoint, HealthPolicy, Service, ServiceConfig};
+use crate::snapshot::{Network, PolicySet, Snapshot, WaypointTarget};
+use crate::validate;
+use crate::workload::{HealthStatus, NetworkMode, Workload, WorkloadConfig};
+
+impl Snapshot {
+    /// Puts a mesh together.
+    ///
+    /// References to items that do not exist are warnings, not errors: a control plane may
+    /// deliver them later. Routing through an unknown waypoint fails; an unknown policy or
+    /// service is left out.
+    ///
+    /// # Errors
+    /// An item is invalid, or two claim the same key or address. The first problem is reported.
+    pub fn build(
+        workloads: Vec<WorkloadConfig>,
+        services: Vec<ServiceConfig>,
+        policies: Vec<Policy>,
+    ) -> Result<Self, ModelError> {
+        let mut parts = Parts::default();
+        parts.index_policies(policies)?;
+        let identities = parts.index_workloads(workloads)?;
+        parts.index_services(services)?;
+        let endpoints = parts.collect_endpoints(&identities);
+        let waypoints = parts.workload_waypoints();
+        let service_waypoints = parts.service_waypoints();
+        let services = parts.build_services(endpoints, service_waypoints);
+        let workloads = parts.build_workloads(identities, waypoints);
+        Ok(Self {
+            workloads,
+            services,
+            policies: parts.policies.into(),
+            by_uid: parts.by_uid,
+            by_hostname: parts.by_hostname,
+            networks: parts.networks,
+            warnings: parts.warnings,
+        })
+    }
+}
+
+/// What has been put together so far.
+#[derive(Default)]
+struct Parts {
+    workloads: Vec<WorkloadConfig>,
+    services: Vec<ServiceConfig>,
+    policies: Vec<Arc<Policy>>,
+    by_uid: HashMap<Arc<str>, u32>,
+    by_hostname: HashMap<Arc<str>, Vec<u32>>,
+    by_policy_key: HashMap<String, u32>,
+    global_policies: Vec<u32>,
+    namespace_policies: HashMap<Arc<str>, Vec<u32>>,
+    networks: HashMap<Arc<str>, Network>,
+    warnings: Vec<String>,
+}
+
+fn positions(kind: &'static str, count: usize) -> Result<std::ops::Range<u32>, ModelError> {
+    u32::try_from(count)
+        .map(|n| 0..n)
+        .map_err(|_| ModelError::TooMany { kind, count })
+}
+
+impl Parts {
+    fn index_policies(&mut self, policies: Vec<Policy>) -> Result<(), ModelError> {
+        for (index, policy) in positions("policies", policies.len())?.zip(policies) {
+            validate::policy(&policy)?;
+            if self.by_policy_key.insert(policy.key(), index).is_some() {
+                let (kind, unique) = ("policy", "namespace and name");
+                return Err(ModelError::Duplicate {
+                    kind,
+                    key: policy.key().into(),
+                    unique,
+                });
+            }
+            match policy.scope {
+                PolicyScope::Global => self.global_policies.push(index),
+                PolicyScope::Namespace => {
+                    let namespace = policy.namespace.clone();
+                    self.namespace_policies
+                        .entry(namespace)
+                        .or_default()
+                        .push(index);
+                }
+                PolicyScope::WorkloadSelector => {}
+            }
+            self.policies.push(Arc::new(policy));
+        }
+        Ok(())
+    }
+
+    fn index_workloads(
+        &mut self,
+        workloads: Vec<WorkloadConfig>,
+    ) -> Result<Vec<Identity>, ModelError> {
+        let mut identities = Vec::with_capacity(workloads.len());
+        for (index, config) in positions("workloads", workloads.len())?.zip(workloads) {
+            let config = validate::normalise(config);
+            validate::workload(&config)?;
+            let identity = Identity::new(
+                &config.trust_domain,
+                &config.namespace,
+                &config.service_account,
+            );
+            let identity = identity.map_err(|source| {
+                let item = format!("workload `{}`", config.uid).into();
+                ModelError::Identity { item, source }
+            })?;
+            if self.by_uid.insert(config.uid.clone(), index).is_some() {
+                let (kind, unique) = ("workload", "uid");
+                return Err(ModelError::Duplicate {
+                    kind,
+                    key: (&*config.uid).into(),
+                    unique,
+                });
+            }
+            self.workloads.push(config);
+            self.index_addresses(index)?;
+            identities.push(identity);
+        }
+        Ok(identities)
+    }
+
+    fn index_addresses(&mut self, index: u32) -> Result<(), ModelError> {
+        let workload = &self.workloads[index as usize];
+        let network = self.networks.entry(workload.network.clone()).or_default();
+        if workload.network_mode == NetworkMode::HostNetwork {
+            return Ok(());
+        }
+        for ip in &workload.workload_ips {
+            let Some(holder) = network.workloads.insert(*ip, index) else {
+                continue;
+            };
+            let other = &self.workloads[holder as usize];
+            match precedence(other).cmp(&precedence(workload)) {
+                std::cmp::Ordering::Less => {}
+                std::cmp::Ordering::Greater => {
+                    network.workloads.insert(*ip, holder);
+                }
+                std::cmp::Ordering::Equal => {
+                    return Err(ModelError::AddressTaken {
+                        address: format!("{}/{ip}", workload.network).into(),
+                        first: (&*other.uid).into(),
+                        second: (&*workload.uid).into(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn index_services(&mut self, services: Vec<ServiceConfig>) -> Result<(), ModelError> {
+        for (index, service) in positions("services", services.len())?.zip(services) {
+            validate::service(&service)?;
+            let same_name = self
+                .by_hostname
+                .entry(service.hostname.clone())
+                .or_default();
+            let mut others = same_name
+                .iter()
+                .map(|other| &self.services[*other as usize]);
+            if others.any(|other| other.namespace == service.namespace) {
+                let key = format!("{}/{}", service.namespace, service.hostname).into();
+                let (kind, unique) = ("service", "namespace and hostname");
+                return Err(ModelError::Duplicate { kind, key, unique });
+            }
+            same_name.push(index);
+            for vip in &service.vips {
+                let network = self.networks.entry(vip.network.clone()).or_default();
+                let same_vip = network.vips.entry(vip.ip).or_default();
+                for other in same_vip.iter().map(|other| &self.services[*other as usize]) {
+                    if other.namespace == service.namespace {
+                        self.warnings.push(format!(
+                            "services `{}` and `{}` of namespace `{}` both have vips `{vip}`: the \
+                             first is used",
+                            other.hostname, service.hostname, service.namespace
+                        ));
+                    }
+                }
+                same_vip.push(index);
+            }
+            for range in &service.cidr_vips {
+                let network = self.networks.entry(range.network.clone()).or_default();
+                network.add_range(range.cidr.0, index);
+            }
+            self.services.push(service);
+        }
+        Ok(())
+    }
+
+    /// Endpoints of every service, by position of the workload.
+    fn collect_endpoints(&mut self, identities: &[Identity]) -> Vec<BTreeMap<u32, Endpoint>> {
+        let mut all = vec![BTreeMap::new(); self.services.len()];
+        for (service, endpoints) in self.services.iter().zip(&mut all) {
+            for (uid, listed) in &service.endpoints {
+                let Some(index) = self.by_uid.get(uid).copied() else {
+                    self.warnings.push(format!(
+                        "service `{}/{}`: endpoints `{uid}` is not a workload",
+                        service.namespace, service.hostname
+                    ));
+                    continue;
+                };
+                let endpoint = self.endpoint(service, index, &listed.port, listed.status);
+                endpoints.insert(index, endpoint.with_identities(service, identities));
+            }
+        }
+        for (index, workload) in (0_u32..).zip(&self.workloads) {
+            for (key, ports) in &workload.services {
+                let Some(service) = self.service_index(key) else {
+                    self.warnings.push(format!(
+                        "workload `{}`: services `{key}` is not a service",
+                        workload.uid
+                    ));
+                    continue;
+                };
+                let config = &self.services[service as usize];
+                let endpoint = self.endpoint(config, index, ports, workload.status);
+                all[service as usize].insert(index, endpoint.with_identities(config, identities));
+            }
+        }
+        all
+    }
+
+    fn endpoint(
+        &self,
+        service: &ServiceConfig,
+        index: u32,
+        ports: &BTreeMap<u16, u16>,
+        status: HealthStatus,
+    ) -> Endpoint {
+        let workload = &self.workloads[index as usize];
+        let policy = service.load_balancer.as_ref().map(|lb| lb.health_policy);
+        let accepts = |ip: &&IpAddr| {
+            service
+                .ip_families
+                .is_none_or(|families| families.accepts(**ip))
+        };
+        let mut offered = workload.workload_ips.iter().filter(accepts);
+        let ipv4 = offered.clone().find(|ip| ip.is_ipv4()).copied();
+        let ipv6 = offered.find(|ip| ip.is_ipv6()).copied();
+        Endpoint {
+            workload: index,
+            workload_uid: workload.uid.clone(),
+            ports: ports.clone(),
+            status,
+            eligible: status == HealthStatus::Healthy || policy == Some(HealthPolicy::AllowAll),
+            ipv4,
+            ipv6,
+            expected: Arc::default(),
+        }
+    }
+
+    fn service_index(&self, key: &NamespacedHostname) -> Option<u32> {
+        let same_name = self.by_hostname.get(&key.hostname)?;
+        let found = |index: &&u32| self.services[**index as usize].namespace == key.namespace;
+        same_name.iter().find(found).copied()
+    }
+
+    fn resolve(&mut self, gateway: &GatewayAddress, of: &str) -> WaypointTarget {
+        let port = gateway.hbone_mtls_port;
+        let found = match &gateway.destination {
+            Destination::Address(address) => self.networks.get(&address.network).and_then(|n| {
+                let service = n
+                    .vips
+                    .get(&address.ip)
+                    .and_then(|list| self.first_canonical(list));
+                service
+                    .map(|index| WaypointTarget::Service { index, port })
+                    .or_else(|| {
+                        let index = *n.workloads.get(&address.ip)?;
+                        Some(WaypointTarget::Workload {
+                            index,
+                            ip: Some(address.ip),
+                            port,
+                        })
+                    })
+            }),
+            Destination::Hostname(name) => self
+                .service_index(name)
+                .map(|index| WaypointTarget::Service { index, port })
+                .or_else(|| {
+                    let index = self.workload_by_hostname(name)?;
+                    Some(WaypointTarget::Workload {
+                        index,
+                        ip: None,
+                        port,
+                    })
+                }),
+        };
+        found.unwrap_or_else(|| {
+            let destination: Arc<str> = gateway.destination.to_string().into();
+            self.warnings.push(format!(
+                "{of}: waypoint `{destination}` is neither a service nor a workload; connections \
+                 to it will fail"
+            ));
+            WaypointTarget::Unknown { destination }
+        })
+    }
+
+    fn first_canonical(&self, list: &[u32]) -> Option<u32> {
+        let canonical = |index: &&u32| self.services[**index as usize].canonical;
+        list.iter()
+            .find(canonical)
+            .or_else(|| list.first())
+            .copied()
+    }
+
+    /// Linear, but only for waypoints that are named and no service.
+    fn workload_by_hostname(&self, name: &NamespacedHostname) -> Option<u32> {
+        let mut workloads = (0_u32..).zip(&self.workloads);
+        let found = workloads.find(|(_, workload)| {
+            workload.hostname == name.hostname && workload.namespace == name.namespace
+        });
+        found.map(|(index, _)| index)
+    }
+
+    fn workload_waypoints(&mut self) -> Vec<Option<WaypointTarget>> {
+        let mut all = Vec::with_capacity(self.workloads.len());
+        for position in 0..self.workloads.len() {
+            let workload = &self.workloads[position];
+            let Some(gateway) = workload.waypoint.clone() else {
+                all.push(None);
+                continue;
+            };
+            let of = format!("workload `{}`", workload.uid);
+            all.push(Some(self.resolve(&gateway, &of)));
+        }
+        all
+    }
+
+    /// Waypoints of every service with the running sums of their weights.
+    fn service_waypoints(&mut self) -> Vec<Box<[(u64, WaypointTarget)]>> {
+        let mut all = Vec::with_capacity(self.services.len());
+        for position in 0..self.services.len() {
+            let service = &self.services[position];
+            let of = format!("service `{}/{}`", service.namespace, service.hostname);
+            let mut sum = 0;
+            let configured = configured_waypoints(service);
+            let resolve = |(weight, gateway): (u32, GatewayAddress)| {
+                sum += u64::from(weight);
+                (sum, self.resolve(&gateway, &of))
+            };
+            all.push(configured.into_iter().map(resolve).collect());
+        }
+        all
+    }
+
+    fn build_services(
+        &mut self,
+        endpoints: Vec<BTreeMap<u32, Endpoint>>,
+        waypoints: Vec<Box<[(u64, WaypointTarget)]>>,
+    ) -> Box<[Arc<Service>]> {
+        let configs = std::mem::take(&mut self.services);
+        let parts = configs.into_iter().zip(endpoints).zip(waypoints);
+        let build = |((config, endpoints), waypoints): ((ServiceConfig, BTreeMap<_, _>), _)| {
+            let endpoints: Box<[Endpoint]> = endpoints.into_values().collect();
+            Arc::new(Service {
+                balancer: Balancer::new(&config, &endpoints, &self.workloads),
+                extra_sans: extra_sans(&config),
+                config,
+                endpoints,
+                waypoints,
+            })
+        };
+        parts.map(build).collect()
+    }
+
+    fn build_workloads(
+        &mut self,
+        identities: Vec<Identity>,
+        waypoints: Vec<Option<WaypointTarget>>,
+    ) -> Box<[Arc<Workload>]> {
+        let configs = std::mem::take(&mut self.workloads);
+        let mut sets = HashMap::new();
+        let parts = (0_u32..).zip(configs).zip(identities).zip(waypoints);
+        let build = |(((index, config), identity), waypoint)| {
+            let policies = self.policy_set(&config, &mut sets);
+            let expected = Arc::from([Identity::clone(&identity)]);
+            Arc::new(Workload {
+                policies,
+                config,
+                identity,
+                expected,
+                index,
+                waypoint,
+            })
+        };
+        parts.map(build).collect()
+    }
+
+    /// The policies of a workload: those of global scope, those of its namespace, and those it
+    /// names.
+    fn policy_set(
+        &mut self,
+        workload: &WorkloadConfig,
+        sets: &mut HashMap<Vec<u32>, Arc<PolicySet>>,
+    ) -> Arc<PolicySet> {
+        let mut indexes = self.global_policies.clone();
+        indexes.extend(
+            self.namespace_policies
+                .get(&workload.namespace)
+                .into_iter()
+                .flatten(),
+        );
+        for key in &workload.authorization_policies {
+            match self.by_policy_key.get(&**key) {
+                Some(index) => indexes.push(*index),
+                None => self.warnings.push(format!(
+                    "workload `{}`: authorizationPolicies `{key}` is not a policy; left out",
+                    workload.uid
+                )),
+            }
+        }
+        indexes.sort_unstable();
+        indexes.dedup();
+        let policies = &self.policies;
+        let build = |indexes: &Vec<u32>| {
+            let policies = indexes
+                .iter()
+                .map(|index| policies[*index as usize].clone());
+            Arc::new(PolicySet::new(policies))
+        };
+        sets.entry(indexes).or_insert_with_key(build).clone()
+    }
+}
+
+impl PolicySet {
+    fn new(policies: impl Iterator<Item = Arc<Policy>>) -> Self {
+        let mut set = Self::default();
+        for policy in policies {
+            match (policy.dry_run, policy.action) {
+                (true, _) => set.dry_run.push(policy),
+                (false, Action::Deny) => set.deny.push(policy),
+                (false, Action::Allow) => set.allow.push(policy),
+            }
+        }
+        set.dry_run
+            .sort_by_key(|policy| policy.action == Action::Allow);
+        set
+    }
+}
+
+impl Network {
+    fn add_range(&mut self, range: ipnet::IpNet, service: u32) {
+        let prefix = range.prefix_len();
+        let position = self.ranges.iter().position(|(other, _)| *other <= prefix);
+        let position = position.unwrap_or(self.ranges.len());
+        if self
+            .ranges
+            .get(position)
+            .is_none_or(|(other, _)| *other != prefix)
+        {
+            self.ranges.insert(position, (prefix, HashMap::new()));
+        }
+        self.ranges[position]
+            .1
+            .entry(range)
+            .or_default()
+            .push(service);
+    }
+}
+
+impl Endpoint {
+    fn with_identities(mut self, service: &ServiceConfig, identities: &[Identity]) -> Self {
+        let own = &identities[self.workload as usize];
+        let listed = service
+            .subject_alt_names
+            .iter()
+            .filter_map(|san| san.parse().ok());
+        let mut expected: Vec<Identity> = listed.filter(|identity| identity != own).collect();
+        expected.push(own.clone());
+        self.expected = expected.into();
+        self
+    }
+}
+
+fn configured_waypoints(service: &ServiceConfig) -> Vec<(u32, GatewayAddress)> {
+    let weighted = service
+        .weighted_waypoints
+        .iter()
+        .filter(|weighted| weighted.weight > 0);
+    let mut configured: Vec<_> = weighted
+        .map(|weighted| {
+            let destination = weighted.destination.clone();
+            let hbone_mtls_port = weighted.hbone_mtls_port;
+            (
+                weighted.weight,
+                GatewayAddress {
+                    destination,
+                    hbone_mtls_port,
+                },
+            )
+        })
+        .collect();
+    if configured.is_empty() {
+        configured.extend(service.waypoint.clone().map(|waypoint| (1, waypoint)));
+    }
+    configured
+}
+
+fn extra_sans(service: &ServiceConfig) -> Arc<[Arc<str>]> {
+    let names = service.subject_alt_names.iter();
+    names
+        .filter(|san| san.parse::<Identity>().is_err())
+        .cloned()
+        .collect()
+}
+
+/// Of two workloads with one address: a pod is preferred, then one that speaks HBONE.
+fn precedence(workload: &WorkloadConfig) -> (bool, bool) {
+    (
+        workload.uid.contains("//Pod/"),
+        workload.protocol == crate::workload::Protocol::Hbone,
+    )
+}
