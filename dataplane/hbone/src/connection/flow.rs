@@ -1,0 +1,172 @@
+//! Flow control windows (RFC 9113 section 5.2), for a stream or for the connection.
+
+use crate::frame::MAX_31;
+
+/// What the peer allows us to send. Negative after a reduced SETTINGS_INITIAL_WINDOW_SIZE.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SendWindow(i32);
+
+/// A window would exceed 2^31-1.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct WindowOverflow;
+
+impl SendWindow {
+    pub(super) const ZERO: Self = Self(0);
+
+    pub(super) fn new(size: u32) -> Self {
+        Self(i32::try_from(size).unwrap_or(i32::MAX))
+    }
+
+    #[inline]
+    pub(super) fn available(self) -> u32 {
+        u32::try_from(self.0).unwrap_or(0)
+    }
+
+    /// The caller has checked `len` against `available`.
+    #[inline]
+    pub(super) fn debit(&mut self, len: u32) {
+        debug_assert!(len <= self.available());
+        self.0 -= len as i32;
+    }
+
+    /// Adds `delta`; tells whether the window became positive by it.
+    pub(super) fn adjust(&mut self, delta: i64) -> Result<bool, WindowOverflow> {
+        let before = self.0;
+        self.0 = i32::try_from(i64::from(before) + delta).map_err(|_| WindowOverflow)?;
+        Ok(before <= 0 && self.0 > 0)
+    }
+}
+
+/// What we allow the peer to send. At all times
+/// `remaining + in flight in the current frame + unreleased + credit == size`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RecvWindow {
+    size: u32,
+    /// What the peer may still send. Negative only while a reduced setting takes effect.
+    remaining: i32,
+    /// Delivered to the caller and not yet released.
+    unreleased: u32,
+    /// Released, and not yet announced to the peer.
+    credit: u32,
+}
+
+impl RecvWindow {
+    pub(super) const ZERO: Self = Self {
+        size: 0,
+        remaining: 0,
+        unreleased: 0,
+        credit: 0,
+    };
+
+    pub(super) fn new(size: u32) -> Self {
+        let size = size.min(MAX_31);
+        Self {
+            size,
+            remaining: size as i32,
+            unreleased: 0,
+            credit: 0,
+        }
+    }
+
+    /// Takes a DATA frame's length off the window; false if the peer exceeded it.
+    #[inline]
+    pub(super) fn debit(&mut self, len: u32) -> bool {
+        let fits = i64::from(len) <= i64::from(self.remaining);
+        if fits {
+            self.remaining -= len as i32;
+        }
+        fits
+    }
+
+    #[inline]
+    pub(super) fn deliver(&mut self, len: u32) {
+        self.unreleased += len;
+    }
+
+    /// Credit for delivered bytes. More than was delivered is cut off, so that a caller's mistake
+    /// cannot raise the window above its size.
+    #[inline]
+    pub(super) fn release(&mut self, len: usize) {
+        debug_assert!(
+            len <= self.unreleased as usize,
+            "more released than delivered"
+        );
+        let len = u32::try_from(len).unwrap_or(u32::MAX).min(self.unreleased);
+        self.unreleased -= len;
+        self.credit += len;
+    }
+
+    /// Credit for bytes that were never delivered: padding and discarded payload.
+    #[inline]
+    pub(super) fn refund(&mut self, len: u32) {
+        self.credit += len;
+    }
+
+    /// The increment to announce, once it is half the window.
+    #[inline]
+    pub(super) fn take_update(&mut self) -> Option<u32> {
+        if self.credit == 0 || self.credit < self.size / 2 {
+            return None;
+        }
+        self.remaining += self.credit as i32;
+        Some(std::mem::take(&mut self.credit))
+    }
+
+    /// The peer has applied a smaller initial window.
+    pub(super) fn shrink(&mut self, by: u32) {
+        self.size -= by;
+        self.remaining -= by as i32;
+    }
+
+    /// `remaining + unreleased + credit`: the size, unless a DATA frame is in flight.
+    #[cfg(test)]
+    pub(super) fn total(&self) -> i64 {
+        i64::from(self.remaining) + i64::from(self.unreleased) + i64::from(self.credit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn send_window_moves_and_refuses_to_overflow() {
+        let mut window = SendWindow::new(10);
+        window.debit(10);
+        assert_eq!(window.available(), 0);
+        assert_eq!(window.adjust(-5), Ok(false));
+        assert_eq!(window.available(), 0);
+        assert_eq!(window.adjust(5), Ok(false));
+        assert_eq!(window.adjust(1), Ok(true));
+        assert_eq!(window.adjust(i64::from(MAX_31)), Err(WindowOverflow));
+        assert_eq!(window.adjust(i64::from(MAX_31) - 1), Ok(false));
+    }
+
+    #[test]
+    fn credit_is_announced_at_half_the_window_and_conserved() {
+        let mut window = RecvWindow::new(100);
+        assert!(window.debit(100));
+        assert!(!window.debit(1));
+        window.deliver(90);
+        window.refund(10);
+        assert_eq!(window.take_update(), None);
+        window.release(39);
+        assert_eq!(window.take_update(), None);
+        window.release(1);
+        assert_eq!(window.take_update(), Some(50));
+        assert_eq!(window.take_update(), None);
+        assert_eq!(window.total(), 100);
+        assert!(window.debit(50));
+        assert!(!window.debit(1));
+    }
+
+    #[test]
+    fn a_window_of_one_byte_is_announced() {
+        let mut window = RecvWindow::new(1);
+        assert_eq!(window.take_update(), None);
+        assert!(window.debit(1));
+        window.deliver(1);
+        window.release(1);
+        assert_eq!(window.take_update(), Some(1));
+    }
+}

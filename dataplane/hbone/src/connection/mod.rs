@@ -1,0 +1,335 @@
+//! One HTTP/2 connection: the public face and the state shared by receiving and sending.
+//!
+//! Invariants:
+//! * every flow-controlled byte received is in exactly one of: unreleased, credit, announced;
+//! * `streams` holds exactly the streams that are not closed; a stream that leaves it is remembered
+//!   in `ended` (by the peer) or `reset` (by us) for as long as those have room;
+//! * after a failure or `go_away` nothing is parsed and nothing further is queued.
+
+mod flow;
+mod heads;
+mod receive;
+mod send;
+mod streams;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use crate::config::{Config, Role};
+use crate::error::{ConnectionError, ErrorCode};
+use crate::event::{Event, StreamId};
+use crate::frame::{self, MAX_31, setting};
+use crate::hpack::Decoder;
+
+use flow::{RecvWindow, SendWindow};
+use heads::Block;
+use receive::Parser;
+use send::Output;
+use streams::{RecentIds, Stream, Streams};
+
+/// The state machine of one HTTP/2 connection that carries CONNECT tunnels. See the crate
+/// documentation for the contract with the caller.
+#[derive(Debug)]
+pub struct Connection {
+    role: Role,
+    config: Config,
+    output: Output,
+    parser: Parser,
+    /// Header block whose CONTINUATION frames are still to come.
+    block: Option<Block>,
+    decoder: Decoder,
+    streams: Streams,
+    send: SendWindow,
+    recv: RecvWindow,
+    peer: PeerSettings,
+    /// The peer's first SETTINGS have arrived.
+    peer_settings_received: bool,
+    /// The peer has acknowledged our SETTINGS.
+    settings_acknowledged: bool,
+    /// The next header block has to begin with a table size update.
+    table_update_due: bool,
+    /// Client: identifier of the next stream.
+    next_id: u32,
+    /// Server: highest stream the peer has used, processed or not.
+    peer_highest: u32,
+    /// Server: highest stream handed to the caller, announced in GOAWAY.
+    last_processed: u32,
+    /// Streams that the peer ended: frames on them are errors.
+    ended: RecentIds,
+    /// Streams that we reset: frames on them are still in flight and ignored.
+    reset: RecentIds,
+    budget: u32,
+    /// Streams may have become writable as a whole: tell them at the end of `receive`.
+    unblocked: bool,
+    /// Which stream hears first that the connection is writable, for fairness.
+    turn: usize,
+    shutdown: Shutdown,
+    /// The peer has sent GOAWAY with this last stream.
+    peer_go_away: Option<u32>,
+    failure: Option<ConnectionError>,
+}
+
+/// What the peer has announced; the defaults of RFC 9113 6.5.2 before.
+#[derive(Clone, Copy, Debug)]
+struct PeerSettings {
+    initial_window: u32,
+    max_frame_size: u32,
+    max_concurrent_streams: u32,
+    max_header_list_size: u32,
+}
+
+/// How far our own shutdown is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Shutdown {
+    /// Not begun.
+    None,
+    /// GOAWAY with 2^31-1 is sent and a PING: streams in flight are still accepted.
+    Announced,
+    /// GOAWAY with the last stream is sent: further streams are ignored.
+    Final,
+    /// Failed or closed at once: only the output remains to be flushed.
+    Dead,
+}
+
+impl Connection {
+    /// A connection whose output holds the preface (client), SETTINGS, and the WINDOW_UPDATE of the
+    /// connection. Values of `config` outside their range are clamped into it.
+    pub fn new(role: Role, config: &Config) -> Self {
+        let config = config.clamped();
+        let mut connection = Self {
+            role,
+            output: Output::default(),
+            parser: Parser::new(role),
+            block: None,
+            decoder: Decoder::new(config.header_table_size),
+            streams: Streams::new(),
+            send: SendWindow::new(DEFAULT_WINDOW),
+            recv: RecvWindow::new(config.connection_window),
+            peer: PeerSettings {
+                initial_window: DEFAULT_WINDOW,
+                max_frame_size: DEFAULT_FRAME_SIZE,
+                max_concurrent_streams: u32::MAX,
+                max_header_list_size: u32::MAX,
+            },
+            peer_settings_received: false,
+            settings_acknowledged: false,
+            table_update_due: false,
+            next_id: 1,
+            peer_highest: 0,
+            last_processed: 0,
+            ended: RecentIds::new(),
+            reset: RecentIds::new(),
+            budget: config.flood_budget,
+            unblocked: false,
+            turn: 0,
+            shutdown: Shutdown::None,
+            peer_go_away: None,
+            failure: None,
+            config,
+        };
+        connection.queue_preface();
+        connection
+    }
+
+    /// Feeds decrypted bytes, any number, cut anywhere. Everything is consumed. Events are appended
+    /// in order; the ranges of [`Event::Data`] index into `input`.
+    ///
+    /// # Errors
+    /// The peer broke the connection: the output ends with a GOAWAY, no stream exists any more.
+    /// Events appended before the failure are valid. Further calls return the same error. After
+    /// [`Connection::go_away`], input is ignored without error.
+    pub fn receive(
+        &mut self,
+        input: &[u8],
+        events: &mut VecDeque<Event>,
+    ) -> Result<(), ConnectionError> {
+        if self.shutdown == Shutdown::Dead {
+            return self.failure.map_or(Ok(()), Err);
+        }
+        self.refill(CALL_REFILL);
+        if let Err(error) = self.parse(input, events) {
+            self.failure = Some(error);
+            self.die(error.code(), error.code().name().as_bytes());
+            return Err(error);
+        }
+        if std::mem::take(&mut self.unblocked) {
+            self.report_writable(events);
+        }
+        Ok(())
+    }
+
+    /// Control frames to send, oldest first. Empty if there is nothing to send.
+    pub fn output(&self) -> &[u8] {
+        self.output.pending()
+    }
+
+    /// The first `n` bytes of the output were sent (or copied to where they will be sent from).
+    pub fn consume_output(&mut self, n: usize) {
+        self.output.consume(n);
+    }
+
+    /// The peer's SETTINGS_MAX_FRAME_SIZE, in bytes: most payload of one DATA frame.
+    #[inline]
+    pub fn max_data_len(&self) -> usize {
+        self.peer.max_frame_size as usize
+    }
+
+    /// How many payload bytes may be sent on the stream now: the lower of both windows. 0 if the
+    /// stream is closed, ended by us or (server) not yet answered; otherwise 0 means: wait for
+    /// [`Event::Writable`].
+    #[inline]
+    pub fn send_capacity(&self, id: StreamId) -> usize {
+        match self.streams.get(id.0) {
+            Some(stream) if self.may_send(stream) => {
+                stream.send.available().min(self.send.available()) as usize
+            }
+            _ => 0,
+        }
+    }
+
+    /// The caller has drained `n` payload bytes delivered for the stream: credits both windows.
+    /// The WINDOW_UPDATE is queued at half a window. Also for streams that are closed by now.
+    #[inline]
+    pub fn release(&mut self, id: StreamId, n: usize) {
+        if self.shutdown == Shutdown::Dead {
+            return;
+        }
+        if let Some(stream) = self.streams.get_mut(id.0) {
+            stream.recv.release(n);
+            if !stream.remote_ended
+                && let Some(increment) = stream.recv.take_update()
+            {
+                self.output.window_update(id.0, increment);
+            }
+        }
+        self.recv.release(n);
+        self.announce_connection_credit();
+    }
+
+    /// Streams that are not closed in both directions.
+    pub fn active_streams(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// Client: whether `open` would be accepted now, as far as the connection decides it.
+    pub fn can_open(&self) -> bool {
+        self.check_open().is_ok()
+    }
+
+    /// Nothing more will happen: the connection has failed, or `go_away` was called, or either side
+    /// has finished a graceful shutdown and no stream is left. Flush the output and close.
+    pub fn is_closed(&self) -> bool {
+        let going = self.shutdown == Shutdown::Final || self.peer_go_away.is_some();
+        self.shutdown == Shutdown::Dead || going && self.streams.len() == 0
+    }
+
+    fn may_send(&self, stream: &Stream) -> bool {
+        !stream.local_ended && (self.role == Role::Client || stream.answered)
+    }
+
+    fn announce_connection_credit(&mut self) {
+        if let Some(increment) = self.recv.take_update() {
+            self.output.window_update(0, increment);
+        }
+    }
+
+    /// Takes `cost` off the flood budget.
+    fn charge(&mut self, cost: u32, what: &'static str) -> Result<(), ConnectionError> {
+        self.budget = self
+            .budget
+            .checked_sub(cost)
+            .ok_or(ConnectionError::Flood { what })?;
+        Ok(())
+    }
+
+    #[inline]
+    fn refill(&mut self, units: u32) {
+        self.budget = self
+            .budget
+            .saturating_add(units)
+            .min(self.config.flood_budget);
+    }
+
+    /// Counts a reply that the peer has to read before the output can shrink.
+    fn count_reply(&mut self) -> Result<(), ConnectionError> {
+        if self.output.count_reply() > self.config.queued_replies_max {
+            return Err(ConnectionError::Flood {
+                what: "replies it does not read",
+            });
+        }
+        Ok(())
+    }
+
+    /// Removes a stream that ended in both directions.
+    fn finish_if_ended(&mut self, id: u32) {
+        if self
+            .streams
+            .get(id)
+            .is_some_and(|s| s.local_ended && s.remote_ended)
+        {
+            self.streams.remove(id);
+            self.ended.add(id);
+        }
+    }
+
+    fn report_writable(&mut self, events: &mut VecDeque<Event>) {
+        if self.send.available() == 0 {
+            return;
+        }
+        self.turn = self.turn.wrapping_add(1);
+        for stream in self.streams.iter_from(self.turn) {
+            if self.may_send(stream) && stream.send.available() > 0 {
+                events.push_back(Event::Writable {
+                    id: StreamId(stream.id),
+                });
+            }
+        }
+    }
+
+    fn queue_preface(&mut self) {
+        let config = &self.config;
+        let mut settings = vec![
+            (setting::INITIAL_WINDOW_SIZE, config.stream_window),
+            (setting::MAX_FRAME_SIZE, config.max_frame_size),
+            (setting::MAX_HEADER_LIST_SIZE, config.max_header_list_size),
+        ];
+        if config.header_table_size != DEFAULT_TABLE_SIZE {
+            settings.push((setting::HEADER_TABLE_SIZE, config.header_table_size));
+        }
+        let raise = config.connection_window - DEFAULT_WINDOW;
+        let concurrent = config.max_concurrent_streams;
+        let out = self.output.buffer();
+        match self.role {
+            Role::Client => {
+                out.extend_from_slice(frame::PREFACE);
+                settings.push((setting::ENABLE_PUSH, 0));
+            }
+            Role::Server => settings.push((setting::MAX_CONCURRENT_STREAMS, concurrent)),
+        }
+        frame::write_settings(out, &settings);
+        if raise > 0 {
+            frame::write_window_update(out, 0, raise);
+        }
+    }
+
+    /// Says GOAWAY and forgets everything.
+    fn die(&mut self, code: ErrorCode, debug: &[u8]) {
+        frame::write_go_away(self.output.buffer(), self.last_processed, code.0, debug);
+        self.shutdown = Shutdown::Dead;
+        self.streams = Streams::new();
+        self.block = None;
+        self.parser = Parser::new(self.role);
+    }
+}
+
+/// Window of streams and connection before SETTINGS and WINDOW_UPDATE (RFC 9113 6.9.2).
+const DEFAULT_WINDOW: u32 = 65_535;
+/// SETTINGS_MAX_FRAME_SIZE before SETTINGS.
+const DEFAULT_FRAME_SIZE: u32 = 16_384;
+/// SETTINGS_HEADER_TABLE_SIZE before SETTINGS.
+const DEFAULT_TABLE_SIZE: u32 = 4096;
+/// Budget given back by each call of `receive`: what arrives alone is not a flood.
+const CALL_REFILL: u32 = 8;
+/// Highest identifier a client may use.
+const ID_MAX: u32 = MAX_31;
