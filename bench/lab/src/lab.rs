@@ -76,17 +76,17 @@ impl Lab {
         preflight(options)?;
         let state = initial_state(options)?;
         let lock = Lock::acquire(&options.name)?;
-        if let Err(error) = make_room(&options.name) {
+        if let Err(error) = make_room(&options.name, &lock) {
             if !directory(&options.name).exists() {
                 lock.remove();
             }
             return Err(error);
         }
         let mut lab = Self { state };
-        match lab.build(options) {
+        match lab.build(options, &lock) {
             Ok(()) => Ok(lab),
             Err(error) => {
-                if let Err(second) = teardown::remove(&options.name) {
+                if let Err(second) = teardown::remove(&options.name, &lock) {
                     eprintln!("lab: removing what was made failed too: {second}");
                 } else {
                     lock.remove();
@@ -119,7 +119,7 @@ impl Lab {
         check_name(name)?;
         require_root()?;
         let lock = Lock::acquire(name)?;
-        let existed = teardown::remove(name)?;
+        let existed = teardown::remove(name, &lock)?;
         lock.remove();
         Ok(existed)
     }
@@ -263,11 +263,11 @@ impl Lab {
     }
 
     /// Everything between an empty machine and a working lab.
-    fn build(&mut self, options: &LabOptions) -> Result<()> {
+    fn build(&mut self, options: &LabOptions, lock: &Lock) -> Result<()> {
         let directory = directory(self.name());
         fs::create_dir_all(&directory).map_err(Error::io("creating", &directory))?;
         self.state.save()?;
-        network::build(self.name())?;
+        network::build(self.name(), lock)?;
         if options.redirect != Redirect::None {
             self.write_files(options)?;
             self.start_agents()?;
@@ -372,7 +372,7 @@ fn preflight(options: &LabOptions) -> Result<()> {
 }
 
 /// Deals with what is there already under this name.
-fn make_room(name: &str) -> Result<()> {
+fn make_room(name: &str, lock: &Lock) -> Result<()> {
     let state = State::load(name).unwrap_or(None);
     let foreign = network::existing(name);
     if let Some(state) = &state
@@ -387,7 +387,7 @@ fn make_room(name: &str) -> Result<()> {
     }
     if directory(name).exists() {
         eprintln!("lab: removing what an earlier `up` of `{name}` that did not finish left behind");
-        teardown::remove(name)?;
+        teardown::remove(name, lock)?;
     } else if let Some(netns) = foreign {
         return Err(Error::Foreign {
             name: name.to_owned(),

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use crate::error::{Error, Result};
 
@@ -14,7 +15,7 @@ pub(crate) const ROOT: &str = "/run/zt-lab";
 #[derive(Debug)]
 pub(crate) struct Lock {
     path: PathBuf,
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -38,9 +39,18 @@ impl Lock {
             // Whoever held the lock before may have removed the file.
             let held = file.metadata().map_err(Error::io("reading", &path))?.ino();
             if fs::metadata(&path).is_ok_and(|current| current.ino() == held) {
-                return Ok(Self { path, _file: file });
+                return Ok(Self { path, file });
             }
         }
+    }
+
+    /// Makes a child process hold the lock too, as its standard output: when this process is killed
+    /// the next one waits until the child is through with what it was told to do.
+    pub(crate) fn held_by_child(&self) -> Result<Stdio> {
+        self.file
+            .try_clone()
+            .map(Stdio::from)
+            .map_err(Error::io("duplicating", &self.path))
     }
 
     /// Releases the lock and removes its file, and the lab directory if this was the last lab.

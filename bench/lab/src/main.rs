@@ -89,13 +89,42 @@ enum Switch {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match run(cli) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("lab: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Help and version as clap prints them; a mistake in one line, as all errors.
+fn usage(error: &clap::Error) -> ExitCode {
+    let bare = error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if bare || !error.use_stderr() {
+        // Nobody to tell if the stream is gone.
+        let _ = error.print();
+        return if bare {
+            ExitCode::from(2)
+        } else {
+            ExitCode::SUCCESS
+        };
+    }
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim);
+    let end = |line: &&str| !line.starts_with("Usage:") && !line.starts_with("For more");
+    let told: Vec<_> = lines
+        .take_while(end)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let told = told.join(" ");
+    let told = told.strip_prefix("error: ").unwrap_or(&told);
+    eprintln!("lab: {told} (see `lab --help`)");
+    ExitCode::from(2)
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {

@@ -8,19 +8,19 @@ use nix::mount::{MntFlags, umount2};
 
 use crate::agent;
 use crate::error::{Error, Result};
-use crate::lock::ROOT;
+use crate::lock::{Lock, ROOT};
 use crate::network;
 use crate::process::{self, Process};
 use crate::state::{State, directory};
 use crate::topology::Node;
 
 /// Removes everything the lab `name` has or had: redirection, processes, mounts, namespaces with
-/// their links, and files. Returns whether there was anything. The caller holds the lab's lock.
+/// their links, and files. Returns whether there was anything.
 ///
 /// Order matters: ztunnels first, so that nothing relays while redirection goes; the agents'
 /// clean-up before their namespaces; mounts (and with them pinned maps and links) after the last
 /// process that could pin again.
-pub(crate) fn remove(name: &str) -> Result<bool> {
+pub(crate) fn remove(name: &str, lock: &Lock) -> Result<bool> {
     let directory = directory(name);
     // An unreadable state file only costs the agent's own clean-up; nothing depends on that.
     let state = State::load(name).unwrap_or(None);
@@ -37,7 +37,7 @@ pub(crate) fn remove(name: &str) -> Result<bool> {
     for mount in mounts_below(&directory)? {
         unmount(&mount)?;
     }
-    network::remove(name)?;
+    network::remove(name, lock)?;
     match fs::remove_dir_all(&directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io("removing", directory)(error))

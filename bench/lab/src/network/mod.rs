@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::error::{Error, Result};
+use crate::lock::Lock;
 use crate::topology::{Host, Node, Role, UNDERLAY_INTERFACE};
 
 /// MTU of every link, in bytes.
@@ -35,13 +36,13 @@ pub fn netns_path(lab: &str, host: Host) -> PathBuf {
 /// # Errors
 /// [`Error::Command`] with the line `ip` refused, or a sysctl or namespace failure. What was made
 /// until then stays; the caller removes it.
-pub(crate) fn build(lab: &str) -> Result<()> {
+pub(crate) fn build(lab: &str, lock: &Lock) -> Result<()> {
     let names = Host::ALL.map(|host| netns_name(lab, host));
     let mut batch = String::new();
     for name in &names {
         line(&mut batch, format_args!("netns add {name}"));
     }
-    ip("creating network namespaces", None, &batch)?;
+    ip(lock, "creating network namespaces", None, &batch)?;
     for host in Host::ALL {
         let path = netns_path(lab, host);
         namespace::in_namespace(&path, || sysctl::apply(host.role()))??;
@@ -49,6 +50,7 @@ pub(crate) fn build(lab: &str) -> Result<()> {
     for node in Node::ALL {
         let netns = netns_name(lab, node.host());
         ip(
+            lock,
             &format!("wiring {netns}"),
             Some(&netns),
             &node_batch(lab, node),
@@ -59,11 +61,17 @@ pub(crate) fn build(lab: &str) -> Result<()> {
         .filter(|host| host.role() != Role::Node)
     {
         let netns = netns_name(lab, host);
-        ip(&format!("wiring {netns}"), Some(&netns), &pod_batch(host))?;
+        ip(
+            lock,
+            &format!("wiring {netns}"),
+            Some(&netns),
+            &pod_batch(host),
+        )?;
     }
     for node in Node::ALL {
         let netns = netns_name(lab, node.host());
         ip(
+            lock,
             &format!("routing on {netns}"),
             Some(&netns),
             &route_batch(node),
@@ -77,7 +85,7 @@ pub(crate) fn build(lab: &str) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Command`] if a namespace could not be removed.
-pub(crate) fn remove(lab: &str) -> Result<bool> {
+pub(crate) fn remove(lab: &str, lock: &Lock) -> Result<bool> {
     let mut batch = String::new();
     for host in Host::ALL {
         // A plain file without a namespace behind it is removed by the same command.
@@ -91,7 +99,7 @@ pub(crate) fn remove(lab: &str) -> Result<bool> {
     if batch.is_empty() {
         return Ok(false);
     }
-    ip("removing network namespaces", None, &batch)?;
+    ip(lock, "removing network namespaces", None, &batch)?;
     Ok(true)
 }
 
@@ -180,8 +188,9 @@ fn line(batch: &mut String, arguments: std::fmt::Arguments<'_>) {
     let _ = writeln!(batch, "{arguments}");
 }
 
-/// Runs `ip -batch` with `batch`, in `netns` if given.
-fn ip(what: &str, netns: Option<&str>, batch: &str) -> Result<()> {
+/// Runs `ip -batch` with `batch`, in `netns` if given. It holds the lab's lock while it runs (these
+/// commands write nothing to standard output).
+fn ip(lock: &Lock, what: &str, netns: Option<&str>, batch: &str) -> Result<()> {
     let mut command = Command::new("ip");
     if let Some(netns) = netns {
         command.args(["-n", netns]);
@@ -193,7 +202,7 @@ fn ip(what: &str, netns: Option<&str>, batch: &str) -> Result<()> {
     let mut child = command
         .args(["-batch", "-"])
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(lock.held_by_child()?)
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|source| failed(format!("starting ip: {source}")))?;
