@@ -1,0 +1,388 @@
+//! The clients against real servers on the loopback interface.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use loadgen::pacing::{Arrivals, Pacing};
+use loadgen::report::Report;
+use loadgen::serve::{self, Mode, Server};
+use loadgen::stream::Direction;
+use loadgen::worker::Client;
+use loadgen::{Error, connect, idle, rr, stream};
+
+fn server(mode: Mode) -> Server {
+    Server::start(&serve::Options {
+        listen: ([127, 0, 0, 1], 0).into(),
+        mode,
+        threads: Some(2),
+        cpus: Vec::new(),
+        print_peers: false,
+    })
+    .unwrap()
+}
+
+fn client(to: SocketAddr, connections: usize) -> Client {
+    let mut client = Client::new(to);
+    client.connections = connections;
+    client.warmup = Duration::from_millis(100);
+    client.duration = Duration::from_millis(600);
+    client.grace = Duration::from_secs(2);
+    client
+}
+
+fn rr(client: Client, size: usize) -> rr::Options {
+    rr::Options {
+        client,
+        size,
+        pacing: Pacing::Closed,
+        verify: true,
+    }
+}
+
+fn metric(report: &Report, name: &str) -> f64 {
+    report
+        .metric(name)
+        .unwrap_or_else(|| panic!("no metric {name} in {}", report.json()))
+}
+
+/// A server on a thread of its own that gives every connection to `handle`.
+fn hand_made(handle: impl Fn(usize, TcpStream) + Clone + Send + 'static) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for (i, stream) in listener.incoming().enumerate() {
+            let handle = handle.clone();
+            thread::spawn(move || handle(i, stream.unwrap()));
+        }
+    });
+    address
+}
+
+/// Echoes messages of `size` bytes, after `before` has had its way with them.
+fn echo_messages(mut stream: TcpStream, size: usize, mut before: impl FnMut(usize, &mut [u8])) {
+    let mut message = vec![0; size];
+    for n in 0.. {
+        if stream.read_exact(&mut message).is_err() {
+            return;
+        }
+        before(n, &mut message);
+        if stream.write_all(&message).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn rr_counts_what_the_server_counts() {
+    let server = server(Mode::Echo);
+    let report = rr::run(&rr(client(server.address(), 32), 100)).unwrap();
+    let totals = server.stop().unwrap();
+    assert_eq!(totals.connections, 32);
+    assert_eq!(totals.received_bytes, totals.sent_bytes);
+    assert_eq!(totals.received_bytes % 100, 0);
+    // Warm-up requests reach the server and are not in the report.
+    assert!(
+        totals.received_bytes / 100 > report.ok(),
+        "{totals:?} {}",
+        report.ok()
+    );
+    assert!(
+        report.errors_by_kind().is_empty(),
+        "{:?}",
+        report.errors_by_kind()
+    );
+    let rate = report.ok() as f64 / 0.6;
+    assert!((metric(&report, "requests_per_s") / rate - 1.0).abs() < 0.05);
+    assert_eq!(metric(&report, "count"), report.ok() as f64);
+}
+
+#[test]
+fn rr_latencies_are_ordered_and_agree_with_the_closed_loops_rate() {
+    let server = server(Mode::Echo);
+    let report = rr::run(&rr(client(server.address(), 1), 64)).unwrap();
+    let values: Vec<f64> = ["min_us", "p50_us", "p90_us", "p99_us", "p999_us", "max_us"]
+        .iter()
+        .map(|name| metric(&report, name))
+        .collect();
+    assert!(values.is_sorted(), "{values:?}");
+    // One connection, one request at a time: rate x mean latency is at most, and nearly, 1 s.
+    let busy = metric(&report, "requests_per_s") * metric(&report, "mean_us") / 1e6;
+    assert!((0.6..=1.05).contains(&busy), "busy for {busy}");
+}
+
+#[test]
+fn requests_larger_than_all_socket_buffers_come_back_whole() {
+    let server = server(Mode::Echo);
+    let report = rr::run(&rr(client(server.address(), 2), 24 << 20)).unwrap();
+    assert!(report.ok() > 0);
+    assert!(
+        report.errors_by_kind().is_empty(),
+        "{:?}",
+        report.errors_by_kind()
+    );
+}
+
+#[test]
+fn a_stall_of_the_server_is_in_the_maximum() {
+    let address = hand_made(|_, stream| {
+        let begun = Instant::now();
+        let mut stalled = false;
+        echo_messages(stream, 64, |_, _| {
+            if !stalled && begun.elapsed() > Duration::from_millis(300) {
+                stalled = true;
+                thread::sleep(Duration::from_millis(200));
+            }
+        });
+    });
+    let report = rr::run(&rr(client(address, 1), 64)).unwrap();
+    assert!(
+        metric(&report, "max_us") >= 199_000.0,
+        "{}",
+        metric(&report, "max_us")
+    );
+    // Closed loop: the stall is a single sample and does not reach the median.
+    assert!(metric(&report, "p50_us") < 50_000.0);
+}
+
+#[test]
+fn an_open_loop_counts_the_requests_a_stall_delayed() {
+    let address = hand_made(|_, stream| {
+        let begun = Instant::now();
+        let mut stalled = false;
+        echo_messages(stream, 64, |_, _| {
+            if !stalled && begun.elapsed() > Duration::from_millis(300) {
+                stalled = true;
+                thread::sleep(Duration::from_millis(200));
+            }
+        });
+    });
+    let mut options = rr(client(address, 1), 64);
+    options.pacing = Pacing::Open {
+        rate: 1000.0,
+        arrivals: Arrivals::Constant,
+    };
+    let report = rr::run(&options).unwrap();
+    // 200 of 600 requests were due while the server slept: a third waited 0 to 200 ms.
+    assert!(
+        metric(&report, "p90_us") > 100_000.0,
+        "{}",
+        metric(&report, "p90_us")
+    );
+    assert!(metric(&report, "service_p90_us") < 100_000.0);
+    assert!(metric(&report, "late") > 100.0);
+    assert_eq!(metric(&report, "scheduled"), 600.0);
+    assert_eq!(report.ok(), 600);
+    assert_eq!(report.skipped(), 0);
+}
+
+#[test]
+fn a_rate_nobody_can_serve_is_saturated_and_says_how_many_were_skipped() {
+    let address = hand_made(|_, stream| {
+        echo_messages(stream, 64, |_, _| thread::sleep(Duration::from_millis(10)));
+    });
+    let mut options = rr(client(address, 2), 64);
+    options.pacing = Pacing::Open {
+        rate: 2000.0,
+        arrivals: Arrivals::Poisson,
+    };
+    let report = rr::run(&options).unwrap();
+    assert!(report.saturated());
+    let scheduled = metric(&report, "scheduled");
+    assert!((1000.0..1400.0).contains(&scheduled), "{scheduled}");
+    assert!(
+        report.skipped() as f64 > scheduled * 0.8,
+        "{} of {scheduled}",
+        report.skipped()
+    );
+}
+
+#[test]
+fn a_server_that_closes_early_is_counted_and_dialled_again() {
+    let address = hand_made(|_, stream| {
+        let mut stream = stream;
+        let mut message = [0; 64];
+        for _ in 0..10 {
+            if stream.read_exact(&mut message).is_err() || stream.write_all(&message).is_err() {
+                return;
+            }
+        }
+        // Half a response, then the end.
+        let _ = stream.read_exact(&mut message);
+        let _ = stream.write_all(&message[..32]);
+    });
+    let report = rr::run(&rr(client(address, 2), 64)).unwrap();
+    assert!(report.ok() > 0);
+    assert!(metric(&report, "reconnects") >= 2.0);
+    let early = report
+        .errors_by_kind()
+        .get("closed_early")
+        .copied()
+        .unwrap_or(0);
+    assert!(early >= 2, "{:?}", report.errors_by_kind());
+}
+
+#[test]
+fn a_wrong_byte_is_found() {
+    let address = hand_made(|_, stream| {
+        echo_messages(stream, 64, |n, message| {
+            if n == 20 {
+                message[40] ^= 1;
+            }
+        });
+    });
+    let report = rr::run(&rr(client(address, 1), 64)).unwrap();
+    assert!(report.errors_by_kind()["content_mismatch"] >= 1);
+}
+
+#[test]
+fn bytes_nobody_asked_for_are_found() {
+    let address = hand_made(|_, mut stream| {
+        let mut message = [0; 64];
+        while stream.read_exact(&mut message).is_ok() {
+            if stream
+                .write_all(&[message.as_slice(), b"!"].concat())
+                .is_err()
+            {
+                return;
+            }
+        }
+    });
+    let report = rr::run(&rr(client(address, 1), 64)).unwrap();
+    assert!(
+        report.errors_by_kind()["excess_bytes"] >= 1,
+        "{:?}",
+        report.errors_by_kind()
+    );
+}
+
+#[test]
+fn a_server_that_never_answers_does_not_hold_the_run() {
+    let address = hand_made(|_, stream| {
+        thread::sleep(Duration::from_secs(60));
+        drop(stream);
+    });
+    let mut client = client(address, 4);
+    client.grace = Duration::from_millis(200);
+    client.request_timeout = Duration::from_millis(300);
+    let begun = Instant::now();
+    let report = rr::run(&rr(client, 64)).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(3));
+    assert_eq!(report.ok(), 0);
+    assert!(
+        report.errors_by_kind()["timeout"] >= 4,
+        "{:?}",
+        report.errors_by_kind()
+    );
+}
+
+#[test]
+fn stream_bytes_agree_with_the_servers() {
+    for (direction, mode) in [
+        (Direction::Up, Mode::Sink),
+        (Direction::Down, Mode::Source),
+        (Direction::Both, Mode::Source),
+        (Direction::Both, Mode::Echo),
+    ] {
+        let server = server(mode);
+        let options = stream::Options {
+            client: client(server.address(), 3),
+            direction,
+            verify: true,
+        };
+        let report = stream::run(&options).unwrap();
+        let totals = server.stop().unwrap();
+        assert!(
+            report.errors_by_kind().is_empty(),
+            "{:?}",
+            report.errors_by_kind()
+        );
+        assert_eq!(report.ok(), 3);
+        let of = |name| metric(&report, name) as u64;
+        assert_eq!(
+            of("bytes_sent_total"),
+            totals.received_bytes,
+            "{direction:?} {mode:?}"
+        );
+        assert_eq!(
+            of("bytes_received_total"),
+            totals.sent_bytes,
+            "{direction:?} {mode:?}"
+        );
+        assert_eq!(of("bytes_up_per_s") > 0, direction != Direction::Down);
+        assert_eq!(of("bytes_down_per_s") > 0, direction != Direction::Up);
+    }
+}
+
+#[test]
+fn connect_makes_a_connection_for_every_request() {
+    let server = server(Mode::Echo);
+    let options = connect::Options {
+        client: client(server.address(), 4),
+        size: 64,
+        verify: true,
+    };
+    let report = connect::run(&options).unwrap();
+    // What the kernel still queues must be accepted before the totals are read.
+    thread::sleep(Duration::from_millis(200));
+    let totals = server.stop().unwrap();
+    assert!(
+        report.errors_by_kind().is_empty(),
+        "{:?}",
+        report.errors_by_kind()
+    );
+    assert!(report.ok() > 10);
+    assert!(totals.connections > report.ok());
+    assert_eq!(totals.connections * 64, totals.received_bytes);
+    assert!(metric(&report, "connect_p50_us") <= metric(&report, "p50_us"));
+}
+
+#[test]
+fn idle_tells_held_connections_from_dropped_ones() {
+    let address = hand_made(|i, stream| {
+        if i % 2 == 0 {
+            thread::sleep(Duration::from_secs(60));
+        }
+        drop(stream);
+    });
+    let report = idle::run(&idle::Options {
+        client: client(address, 10),
+    })
+    .unwrap();
+    assert_eq!(report.ok(), 5);
+    assert_eq!(report.errors_by_kind()["closed_early"], 5);
+}
+
+#[test]
+fn nobody_listening_ends_the_run_at_once() {
+    let free = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let mut client = client(free, 3);
+    client.duration = Duration::from_secs(30);
+    let begun = Instant::now();
+    let report = rr::run(&rr(client, 64)).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    assert_eq!(report.ok(), 0);
+    assert_eq!(report.errors_by_kind()["connect_refused"], 3);
+}
+
+#[test]
+fn an_occupied_address_is_refused() {
+    let first = server(Mode::Echo);
+    let again = serve::Options {
+        listen: first.address(),
+        mode: Mode::Echo,
+        threads: None,
+        cpus: Vec::new(),
+        print_peers: false,
+    };
+    let error = Server::start(&again).unwrap_err();
+    assert!(matches!(error, Error::Listen { .. }));
+    assert!(
+        error.to_string().contains("another process listens there"),
+        "{error}"
+    );
+}
