@@ -77,9 +77,9 @@ fn a_stalled_output_drops_and_counts_and_never_blocks() {
     let (mut queued, mut dropped) = (0_u64, 0_u64);
     for _ in 0..100_000 {
         if queue.push(&line) {
-            queued += 1
+            queued += 1;
         } else {
-            dropped += 1
+            dropped += 1;
         }
     }
     assert_eq!(

@@ -1,5 +1,6 @@
 //! Metrics and access log of connections, through the public interface.
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test that fails panics")]
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};

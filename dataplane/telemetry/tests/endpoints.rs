@@ -1,5 +1,6 @@
 //! The HTTP endpoints over real sockets.
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test that fails panics")]
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
