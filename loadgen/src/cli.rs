@@ -109,6 +109,10 @@ pub(crate) struct Common {
     /// A line per second on stderr even if it is not a terminal.
     #[arg(long)]
     progress: bool,
+    /// Print `measuring` and `measured` on stdout as the measured time begins and ends, for
+    /// programs that sample other processes; replaces the progress line.
+    #[arg(long, conflicts_with = "progress")]
+    markers: bool,
 }
 
 impl Common {
@@ -122,6 +126,7 @@ impl Common {
         client.request_timeout = self.timeout;
         client.grace = self.grace;
         client.progress = self.progress.then_some(true);
+        client.markers = self.markers;
         client.stop = stop;
         client
     }

@@ -92,8 +92,15 @@ impl Report {
             ("service_histogram", &self.service),
         ] {
             if let Some(latency) = latency {
-                document[name] = json!({"unit": "ns", "encoding": "hdr-v2-deflate-base64", "data": latency.encode()});
+                document[name] = json!({
+                    "unit": "ns",
+                    "encoding": "hdr-v2-deflate-base64",
+                    "data": latency.encode(),
+                });
             }
+        }
+        if let Some(latency) = &self.latency {
+            document["spectrum_us"] = json!(latency.spectrum());
         }
         document
     }
@@ -169,10 +176,8 @@ impl fmt::Display for Report {
             writeln!(f, "  {:>12} skipped (due, never sent)", self.skipped)?;
         }
         if self.saturated {
-            writeln!(
-                f,
-                "  SATURATED: the set rate was not reached; latencies grow with the run's length"
-            )?;
+            f.write_str("  SATURATED: the set rate was not reached")?;
+            writeln!(f, "; latencies grow with the length of the run")?;
         }
         if self.interrupted {
             writeln!(f, "  interrupted: results up to then")?;

@@ -88,6 +88,22 @@ impl Latency {
         self.count() as f64 * (1.0 - quantile) >= 99.999
     }
 
+    /// The percentile spectrum: quantile and value in µs, at quantiles that are even on a
+    /// logarithmic axis of the share above, as far as ten samples lie above them.
+    #[must_use]
+    pub fn spectrum(&self) -> Vec<(f64, f64)> {
+        let mut points = Vec::new();
+        // Ten steps per power of ten, from all of the samples above to one in a million.
+        for step in 0..=60 {
+            let above = 10f64.powf(-f64::from(step) / 10.0);
+            if self.count() as f64 * above < 10.0 {
+                break;
+            }
+            points.push((1.0 - above, self.quantile_us(1.0 - above)));
+        }
+        points
+    }
+
     /// The histogram in HdrHistogram's V2 encoding with deflate, as base64.
     #[must_use]
     pub fn encode(&self) -> String {
@@ -256,6 +272,20 @@ mod tests {
             "{}",
             latency.max_us()
         );
+    }
+
+    #[test]
+    fn the_spectrum_ends_where_samples_are_few() {
+        let mut latency = Latency::new();
+        for us in 1..=10_000 {
+            latency.record(us * 1000);
+        }
+        let spectrum = latency.spectrum();
+        let (quantile, value) = spectrum[spectrum.len() - 1];
+        assert!((quantile - 0.999).abs() < 1e-9, "{quantile}");
+        assert!((9980.0..10_010.0).contains(&value), "{value}");
+        assert!(spectrum.is_sorted());
+        assert!(Latency::new().spectrum().is_empty());
     }
 
     #[test]

@@ -51,6 +51,9 @@ pub struct Client {
     pub grace: Duration,
     /// A line per second on stderr; `None`: if it is a terminal.
     pub progress: Option<bool>,
+    /// Print `measuring` and `measured` on stdout when the window begins and ends, for a program
+    /// that samples counters of other processes then.
+    pub markers: bool,
     /// Set from outside (Ctrl-C) to end the run early; results count up to then.
     pub stop: Arc<AtomicBool>,
 }
@@ -71,6 +74,7 @@ impl Client {
             request_timeout: Duration::from_secs(10),
             grace: Duration::from_secs(2),
             progress: Some(false),
+            markers: false,
             stop: Arc::default(),
         }
     }
@@ -375,7 +379,11 @@ where
             }));
         }
         drop(done);
-        show_progress(client, shared, unit, &finished);
+        if client.markers {
+            mark(client, shared, &finished);
+        } else {
+            show_progress(client, shared, unit, &finished);
+        }
         handles
             .into_iter()
             .enumerate()
@@ -413,6 +421,37 @@ fn process_cpu_s() -> f64 {
         let us = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
         us as f64 / 1e6
     })
+}
+
+/// Prints when the measured window begins and ends; returns after that or when the workers ended.
+fn mark(client: &Client, shared: &Shared, finished: &mpsc::Receiver<()>) {
+    let wait = |until: &dyn Fn() -> Option<u64>| {
+        loop {
+            let now = shared.clock.now();
+            let rest = match until() {
+                Some(at) if now >= at => return true,
+                Some(at) => Duration::from_nanos(at - now),
+                None => Duration::from_millis(2),
+            };
+            if finished.recv_timeout(rest) != Err(mpsc::RecvTimeoutError::Timeout) {
+                return false;
+            }
+        }
+    };
+    let after = |time: Duration| {
+        let start = shared.start.load(Ordering::SeqCst);
+        (start > 0).then(|| start + time.as_nanos() as u64)
+    };
+    for (time, name) in [
+        (client.warmup, "measuring"),
+        (client.warmup + client.duration, "measured"),
+    ] {
+        if !wait(&|| after(time)) {
+            return;
+        }
+        // A reader that went away does not want to know.
+        let _ = writeln!(io::stdout(), "{name}");
+    }
 }
 
 /// Prints a line per second until every worker has dropped its end of the channel.

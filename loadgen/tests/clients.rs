@@ -1,4 +1,5 @@
 //! The clients against real servers on the loopback interface.
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

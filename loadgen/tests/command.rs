@@ -1,4 +1,5 @@
 //! The binary: output, exit status, signals.
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Output, Stdio};
@@ -143,6 +144,36 @@ fn interrupting_still_writes_the_results() {
     let measured = document["measured_s"].as_f64().unwrap();
     assert!((0.3..3.0).contains(&measured), "{measured}");
     assert!(document["outcomes"]["ok"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn markers_tell_the_measured_window() {
+    let serving = Serving::start();
+    let mut child = loadgen(&[
+        "rr",
+        "--to",
+        &serving.address,
+        "--duration",
+        "0.5",
+        "--warmup",
+        "0.2",
+        "--markers",
+    ])
+    .spawn()
+    .unwrap();
+    let begun = Instant::now();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = || {
+        (
+            lines.next().unwrap().unwrap(),
+            begun.elapsed().as_secs_f64(),
+        )
+    };
+    let ((first, from), (second, until)) = (next(), next());
+    assert_eq!((first.as_str(), second.as_str()), ("measuring", "measured"));
+    assert!((0.4..0.7).contains(&(until - from)), "{from} to {until}");
+    assert!(next().0.starts_with("rr, closed loop"));
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]
