@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::address::{Destination, GatewayAddress, NamespacedHostname};
 use crate::balance::Balancer;
-use crate::error::ModelError;
+use crate::error::{ItemKind, ItemRef, ModelError};
 use crate::identity::Identity;
 use crate::policy::{Action, Policy, PolicyScope};
 use crate::service::{Endpoint, HealthPolicy, Service, ServiceConfig};
@@ -64,7 +64,7 @@ struct Parts {
     warnings: Vec<String>,
 }
 
-fn positions(kind: &'static str, count: usize) -> Result<std::ops::Range<u32>, ModelError> {
+fn positions(kind: ItemKind, count: usize) -> Result<std::ops::Range<u32>, ModelError> {
     u32::try_from(count)
         .map(|n| 0..n)
         .map_err(|_| ModelError::TooMany { kind, count })
@@ -72,14 +72,12 @@ fn positions(kind: &'static str, count: usize) -> Result<std::ops::Range<u32>, M
 
 impl Parts {
     fn index_policies(&mut self, policies: Vec<Policy>) -> Result<(), ModelError> {
-        for (index, policy) in positions("policies", policies.len())?.zip(policies) {
-            validate::policy(&policy)?;
+        for (index, policy) in positions(ItemKind::Policy, policies.len())?.zip(policies) {
+            let item = validate::policy(index, &policy)?;
             if self.by_policy_key.insert(policy.key(), index).is_some() {
-                let (kind, unique) = ("policy", "namespace and name");
                 return Err(ModelError::Duplicate {
-                    kind,
-                    key: policy.key().into(),
-                    unique,
+                    item,
+                    unique: "namespace and name",
                 });
             }
             match policy.scope {
@@ -103,34 +101,32 @@ impl Parts {
         workloads: Vec<WorkloadConfig>,
     ) -> Result<Vec<Identity>, ModelError> {
         let mut identities = Vec::with_capacity(workloads.len());
-        for (index, config) in positions("workloads", workloads.len())?.zip(workloads) {
+        for (index, config) in positions(ItemKind::Workload, workloads.len())?.zip(workloads) {
             let config = validate::normalise(config);
-            validate::workload(&config)?;
+            let item = validate::workload(index, &config)?;
             let identity = Identity::new(
                 &config.trust_domain,
                 &config.namespace,
                 &config.service_account,
             );
-            let identity = identity.map_err(|source| {
-                let item = format!("workload `{}`", config.uid).into();
-                ModelError::Identity { item, source }
+            let identity = identity.map_err(|source| ModelError::Identity {
+                item: item.clone(),
+                source,
             })?;
             if self.by_uid.insert(config.uid.clone(), index).is_some() {
-                let (kind, unique) = ("workload", "uid");
                 return Err(ModelError::Duplicate {
-                    kind,
-                    key: (&*config.uid).into(),
-                    unique,
+                    item,
+                    unique: "uid",
                 });
             }
             self.workloads.push(config);
-            self.index_addresses(index)?;
+            self.index_addresses(index, item)?;
             identities.push(identity);
         }
         Ok(identities)
     }
 
-    fn index_addresses(&mut self, index: u32) -> Result<(), ModelError> {
+    fn index_addresses(&mut self, index: u32, item: ItemRef) -> Result<(), ModelError> {
         let workload = &self.workloads[index as usize];
         let network = self.networks.entry(workload.network.clone()).or_default();
         if workload.network_mode == NetworkMode::HostNetwork {
@@ -148,9 +144,9 @@ impl Parts {
                 }
                 std::cmp::Ordering::Equal => {
                     return Err(ModelError::AddressTaken {
+                        item,
                         address: format!("{}/{ip}", workload.network).into(),
-                        first: (&*other.uid).into(),
-                        second: (&*workload.uid).into(),
+                        holder: (&*other.uid).into(),
                     });
                 }
             }
@@ -159,8 +155,8 @@ impl Parts {
     }
 
     fn index_services(&mut self, services: Vec<ServiceConfig>) -> Result<(), ModelError> {
-        for (index, service) in positions("services", services.len())?.zip(services) {
-            validate::service(&service)?;
+        for (index, service) in positions(ItemKind::Service, services.len())?.zip(services) {
+            let item = validate::service(index, &service)?;
             let same_name = self
                 .by_hostname
                 .entry(service.hostname.clone())
@@ -169,9 +165,8 @@ impl Parts {
                 .iter()
                 .map(|other| &self.services[*other as usize]);
             if others.any(|other| other.namespace == service.namespace) {
-                let key = format!("{}/{}", service.namespace, service.hostname).into();
-                let (kind, unique) = ("service", "namespace and hostname");
-                return Err(ModelError::Duplicate { kind, key, unique });
+                let unique = "namespace and hostname";
+                return Err(ModelError::Duplicate { item, unique });
             }
             same_name.push(index);
             for vip in &service.vips {

@@ -1,5 +1,7 @@
 //! Why a configuration is not a mesh.
 
+use std::fmt;
+
 use crate::identity::IdentityError;
 
 /// What is wrong with a configuration; one line that names the item, the field, the value and
@@ -9,8 +11,8 @@ pub enum ModelError {
     /// A field has a value it cannot have.
     #[error("{item}: {field} {value} {problem}")]
     Field {
-        /// Kind and key of the item.
-        item: Box<str>,
+        /// The item.
+        item: ItemRef,
         /// Name of the field, as in the configuration.
         field: &'static str,
         /// What the field holds.
@@ -21,33 +23,31 @@ pub enum ModelError {
     /// A workload has no valid identity.
     #[error("{item}: {source}")]
     Identity {
-        /// Kind and key of the item.
-        item: Box<str>,
-        /// What is wrong with its parts.
+        /// The workload.
+        item: ItemRef,
+        /// What is wrong with the parts of its identity.
         source: IdentityError,
     },
     /// Two items have the same key.
-    #[error("{kind} `{key}` is configured twice: {unique} must be unique")]
+    #[error("{item} is configured twice: {unique} must be unique")]
     Duplicate {
-        /// Workload, service or policy.
-        kind: &'static str,
-        /// The key both have.
-        key: Box<str>,
+        /// The second of the two.
+        item: ItemRef,
         /// What makes up the key.
         unique: &'static str,
     },
     /// Two workloads claim one address.
     #[error(
-        "workloads `{first}` and `{second}` both have workloadIps `{address}`: an address must \
+        "{item}: workloadIps `{address}` already belongs to workload `{holder}`: an address must \
          belong to one workload of its network (networkMode HostNetwork if they share a node's)"
     )]
     AddressTaken {
+        /// The workload that also claims it.
+        item: ItemRef,
         /// Network and address.
         address: Box<str>,
         /// Uid of the workload that has it.
-        first: Box<str>,
-        /// Uid of the workload that also claims it.
-        second: Box<str>,
+        holder: Box<str>,
     },
     /// More items than fit the indexes.
     #[error(
@@ -55,9 +55,60 @@ pub enum ModelError {
         u32::MAX
     )]
     TooMany {
-        /// Workloads, services or policies.
-        kind: &'static str,
+        /// What there are too many of.
+        kind: ItemKind,
         /// How many there are.
         count: usize,
     },
+}
+
+impl ModelError {
+    /// The item that is wrong, if it is a single one.
+    pub fn item(&self) -> Option<&ItemRef> {
+        match self {
+            Self::Field { item, .. }
+            | Self::Identity { item, .. }
+            | Self::Duplicate { item, .. }
+            | Self::AddressTaken { item, .. } => Some(item),
+            Self::TooMany { .. } => None,
+        }
+    }
+}
+
+/// Kind of a configured item.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ItemKind {
+    /// A workload.
+    Workload,
+    /// A service.
+    Service,
+    /// A policy.
+    Policy,
+}
+
+/// An item of a configuration: where it stands and what it is called.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ItemRef {
+    /// Workload, service or policy.
+    pub kind: ItemKind,
+    /// Position in the list that was configured, from 0.
+    pub index: u32,
+    /// Uid of a workload, `namespace/hostname` of a service, `namespace/name` of a policy.
+    pub key: Box<str>,
+}
+
+impl fmt::Display for ItemKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Workload => "workload",
+            Self::Service => "service",
+            Self::Policy => "policy",
+        })
+    }
+}
+
+impl fmt::Display for ItemRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} `{}`", self.kind, self.key)
+    }
 }

@@ -25,7 +25,7 @@ mod validate;
 pub mod workload;
 
 pub use authorize::{Decision, DenyReason, DryRun, Verdict};
-pub use error::ModelError;
+pub use error::{ItemKind, ItemRef, ModelError};
 pub use identity::{Identity, IdentityError};
 pub use inbound::InboundError;
 pub use policy::{ConnectionFacts, Policy};

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::address::{GatewayAddress, is_hostname, shown};
-use crate::error::ModelError;
+use crate::error::{ItemKind, ItemRef, ModelError};
 use crate::policy::{Match, Policy};
 use crate::service::ServiceConfig;
 use crate::workload::{Protocol, WorkloadConfig};
@@ -14,10 +14,15 @@ const PORT_RANGE: &str = "must be 1-65535; 0 is no port";
 const NOT_EMPTY: &str = "must not be empty: the field is probably missing or misspelt";
 const UNICAST: &str = "must be the address of one host, not unspecified, multicast or broadcast";
 
-/// An item under check, named for messages.
-struct Item(Box<str>);
+impl ItemRef {
+    pub(crate) fn new(kind: ItemKind, index: u32, key: &str) -> Self {
+        Self {
+            kind,
+            index,
+            key: shown(key),
+        }
+    }
 
-impl Item {
     fn wrong<T>(
         &self,
         field: &'static str,
@@ -26,7 +31,7 @@ impl Item {
     ) -> Result<T, ModelError> {
         let value = format!("`{}`", shown(&value.to_string())).into();
         Err(ModelError::Field {
-            item: self.0.clone(),
+            item: self.clone(),
             field,
             value,
             problem,
@@ -84,13 +89,13 @@ impl Item {
     }
 }
 
-pub(crate) fn workload(config: &WorkloadConfig) -> Result<(), ModelError> {
+pub(crate) fn workload(index: u32, config: &WorkloadConfig) -> Result<ItemRef, ModelError> {
     let named = if config.uid.is_empty() {
         &config.name
     } else {
         &config.uid
     };
-    let item = Item(format!("workload `{}`", shown(named)).into());
+    let item = ItemRef::new(ItemKind::Workload, index, named);
     item.not_empty("uid", &config.uid)?;
     item.not_empty("name", &config.name)?;
     item.not_empty("namespace", &config.namespace)?;
@@ -126,12 +131,12 @@ pub(crate) fn workload(config: &WorkloadConfig) -> Result<(), ModelError> {
     for ports in config.services.values() {
         item.ports("services", ports, false)?;
     }
-    Ok(())
+    Ok(item)
 }
 
-pub(crate) fn service(config: &ServiceConfig) -> Result<(), ModelError> {
+pub(crate) fn service(index: u32, config: &ServiceConfig) -> Result<ItemRef, ModelError> {
     let key = format!("{}/{}", config.namespace, config.hostname);
-    let item = Item(format!("service `{}`", shown(&key)).into());
+    let item = ItemRef::new(ItemKind::Service, index, &key);
     item.not_empty("name", &config.name)?;
     item.not_empty("namespace", &config.namespace)?;
     if !is_hostname(&config.hostname) {
@@ -172,11 +177,11 @@ pub(crate) fn service(config: &ServiceConfig) -> Result<(), ModelError> {
         }
         item.ports("endpoints", &endpoint.port, false)?;
     }
-    Ok(())
+    Ok(item)
 }
 
-pub(crate) fn policy(policy: &Policy) -> Result<(), ModelError> {
-    let item = Item(format!("policy `{}`", shown(&policy.key())).into());
+pub(crate) fn policy(index: u32, policy: &Policy) -> Result<ItemRef, ModelError> {
+    let item = ItemRef::new(ItemKind::Policy, index, &policy.key());
     item.not_empty("name", &policy.name)?;
     let matches = || policy.rules.iter().flatten().flatten();
     let has_zero = |ports: fn(&Match) -> &Vec<u16>| matches().any(|m| ports(m).contains(&0));
@@ -186,7 +191,7 @@ pub(crate) fn policy(policy: &Policy) -> Result<(), ModelError> {
     if has_zero(|m| &m.not_destination_ports) {
         return item.wrong("notDestinationPorts", 0, PORT_RANGE);
     }
-    Ok(())
+    Ok(item)
 }
 
 /// Puts addresses and defaults of a workload into their one form.
