@@ -442,15 +442,12 @@ fn mark(client: &Client, shared: &Shared, finished: &mpsc::Receiver<()>) {
         let start = shared.start.load(Ordering::SeqCst);
         (start > 0).then(|| start + time.as_nanos() as u64)
     };
-    for (time, name) in [
-        (client.warmup, "measuring"),
-        (client.warmup + client.duration, "measured"),
-    ] {
-        if !wait(&|| after(time)) {
-            return;
-        }
-        // A reader that went away does not want to know.
-        let _ = writeln!(io::stdout(), "{name}");
+    // A reader that went away does not want to know.
+    if wait(&|| after(client.warmup)) {
+        let _ = writeln!(io::stdout(), "measuring");
+        // Workers that end a moment before this thread wakes end the window as well.
+        wait(&|| after(client.warmup + client.duration));
+        let _ = writeln!(io::stdout(), "measured");
     }
 }
 
