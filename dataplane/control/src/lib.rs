@@ -1,1 +1,24 @@
-//! control
+//! Where the model of the mesh comes from, off the data path.
+//!
+//! [`ConfigSource`] publishes one immutable [`mesh::Snapshot`] after another; workers read the
+//! newest without locks and are told when there is a new one. What feeds it is a module each:
+//!
+//! * [`local`]: a YAML file or inline text (`LOCAL_XDS_PATH`, `LOCAL_XDS`), and [`watch`],
+//!   which follows changes of the file. A file that is wrong never replaces one that was right.
+//! * The control plane's protocols (`xds` for configuration, `ca` for certificates, `zds` for
+//!   pods) belong beside it, each turning what it receives into a snapshot and publishing it.
+//!
+//! [`dump`] turns a snapshot into the JSON that `/config_dump` serves.
+//!
+//! Everything here runs on the control thread: nothing is fast, and nothing may take a lock
+//! that a worker waits for.
+#![forbid(unsafe_code)]
+
+pub mod dump;
+pub mod local;
+pub mod source;
+pub mod watch;
+
+pub use local::{LoadError, LocalConfig};
+pub use source::{ConfigSource, Status};
+pub use watch::Watcher;

@@ -1,0 +1,183 @@
+//! The newest configuration, and who wants to know of it.
+//!
+//! Publishing swaps a pointer; readers never wait. Callbacks run on the publishing thread, one
+//! publication at a time and in order, so a callback sees generations rise.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+use mesh::Snapshot;
+
+/// Called with every new snapshot. Must return quickly (post to a mailbox) and must not call
+/// back into the [`ConfigSource`].
+pub type OnChange = Box<dyn Fn(Arc<Snapshot>) + Send>;
+
+/// How the configuration is doing, for the admin endpoint.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Status {
+    /// Number of snapshots published so far, the first included.
+    pub generation: u64,
+    /// Why the newest configuration was refused, one line; none while the newest is in use.
+    pub last_error: Option<String>,
+    /// Configurations refused so far.
+    pub errors: u64,
+}
+
+/// Publishes snapshots. Clones share everything.
+#[derive(Clone)]
+pub struct ConfigSource {
+    current: Arc<ArcSwap<Snapshot>>,
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    status: Status,
+    callbacks: Vec<OnChange>,
+}
+
+impl ConfigSource {
+    /// Publishes `first` as generation 1.
+    pub fn new(first: Snapshot) -> Self {
+        let status = Status {
+            generation: 1,
+            ..Status::default()
+        };
+        Self {
+            current: Arc::new(ArcSwap::from_pointee(first)),
+            shared: Arc::new(Mutex::new(Shared {
+                status,
+                callbacks: Vec::new(),
+            })),
+        }
+    }
+
+    /// Replaces the snapshot, clears the last error and calls the callbacks. Returns the new
+    /// generation.
+    pub fn publish(&self, snapshot: Snapshot) -> u64 {
+        let snapshot = Arc::new(snapshot);
+        let mut shared = self.lock();
+        shared.status.generation += 1;
+        shared.status.last_error = None;
+        self.current.store(snapshot.clone());
+        for callback in &shared.callbacks {
+            callback(snapshot.clone());
+        }
+        shared.status.generation
+    }
+
+    /// Records that a newer configuration was refused; the snapshot stays.
+    pub fn refuse(&self, error: &dyn fmt::Display) {
+        let mut shared = self.lock();
+        shared.status.errors += 1;
+        shared.status.last_error = Some(error.to_string());
+    }
+
+    /// The newest snapshot.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// The place the newest snapshot is found in, for readers that keep an
+    /// [`arc_swap::Cache`] of it.
+    pub fn handle(&self) -> Arc<ArcSwap<Snapshot>> {
+        self.current.clone()
+    }
+
+    /// Registers a callback for every later publication and returns the snapshot that was the
+    /// newest at that moment: between the two, none is missed.
+    pub fn on_change(&self, callback: OnChange) -> Arc<Snapshot> {
+        let mut shared = self.lock();
+        shared.callbacks.push(callback);
+        self.current.load_full()
+    }
+
+    /// Generation and last error.
+    pub fn status(&self) -> Status {
+        self.lock().status.clone()
+    }
+
+    /// A callback that panicked leaves nothing half-changed, so a poisoned lock is usable.
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for ConfigSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConfigSource")
+            .field("status", &self.status())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn publications_arrive_in_order() {
+        let source = ConfigSource::new(Snapshot::empty());
+        let seen: Arc<Mutex<Vec<Arc<Snapshot>>>> = Arc::default();
+        let sink = seen.clone();
+        let at_start = source.on_change(Box::new(move |s| sink.lock().unwrap().push(s)));
+        assert!(Arc::ptr_eq(&at_start, &source.snapshot()));
+        assert_eq!(source.publish(Snapshot::empty()), 2);
+        assert_eq!(source.publish(Snapshot::empty()), 3);
+        let seen = seen.lock().unwrap();
+        assert_eq!(seen.len(), 2);
+        assert!(!Arc::ptr_eq(&seen[0], &seen[1]));
+        assert!(Arc::ptr_eq(&seen[1], &source.snapshot()));
+        assert!(Arc::ptr_eq(&seen[1], &source.handle().load()));
+    }
+
+    #[test]
+    fn a_refusal_keeps_the_snapshot_and_is_forgotten_by_the_next_one() {
+        let source = ConfigSource::new(Snapshot::empty());
+        let before = source.snapshot();
+        source.refuse(&"line 3 is wrong");
+        assert!(Arc::ptr_eq(&before, &source.snapshot()));
+        let last_error = Some("line 3 is wrong".to_owned());
+        assert_eq!(
+            source.status(),
+            Status {
+                generation: 1,
+                last_error,
+                errors: 1
+            }
+        );
+        source.publish(Snapshot::empty());
+        assert_eq!(
+            source.status(),
+            Status {
+                generation: 2,
+                last_error: None,
+                errors: 1
+            }
+        );
+    }
+
+    #[test]
+    fn threads_never_see_generations_fall() {
+        let source = ConfigSource::new(Snapshot::empty());
+        let last = Arc::new(Mutex::new(Vec::new()));
+        let sink = last.clone();
+        source.on_change(Box::new(move |s| {
+            sink.lock().unwrap().push(Arc::as_ptr(&s) as usize);
+        }));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        source.publish(Snapshot::empty());
+                    }
+                });
+            }
+        });
+        assert_eq!(source.status().generation, 401);
+        let last = last.lock().unwrap();
+        assert_eq!(last.len(), 400);
+        assert_eq!(last[399], Arc::as_ptr(&source.snapshot()) as usize);
+    }
+}
