@@ -173,6 +173,19 @@ impl WorkloadCertificate {
         )
     }
 
+    /// The same certificate, judging peers by other `roots`: when the mesh's roots change.
+    ///
+    /// # Errors
+    /// There are no roots, or one is no certificate.
+    pub fn with_roots(
+        mut self,
+        roots: Vec<CertificateDer<'static>>,
+    ) -> Result<Self, CertificateError> {
+        first_info("root certificate", &roots, "memory")?;
+        self.roots = roots;
+        Ok(self)
+    }
+
     fn assemble(
         (chain, chain_origin): (Vec<CertificateDer<'static>>, &str),
         (key, key_origin): (Key, &str),

@@ -9,6 +9,7 @@
 use std::fmt;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use rustls::client::UnbufferedClientConnection;
@@ -26,6 +27,9 @@ use crate::verify::PeerVerifier;
 /// Bytes a peer may send during a handshake: more than any sane certificate chain.
 pub const MAX_HANDSHAKE: usize = 128 * 1024;
 
+/// Types of records: change_cipher_spec to application_data.
+const CONTENT_TYPES: RangeInclusive<u8> = 20..=23;
+
 /// Why there is no session. Messages are one line and name the peer as far as it is known.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
@@ -41,7 +45,10 @@ pub enum HandshakeError {
     /// More handshake bytes than allowed.
     #[error("the peer sent more than {MAX_HANDSHAKE} bytes without completing the handshake")]
     TooLarge,
-    /// What was sent is not a TLS record.
+    /// What was sent is not a TLS record, by its first byte.
+    #[error("the peer does not speak TLS: record starts with byte {0:#04x}, expected 0x14 to 0x17")]
+    NotTls(u8),
+    /// What was sent is not a TLS record, by its length.
     #[error(transparent)]
     Record(#[from] RecordTooLong),
     /// The TLS library found the peer at fault, or refuses to go on.
@@ -174,6 +181,13 @@ impl Handshake {
         let mut taken = 0;
         loop {
             let record = &self.pending[self.record_start..];
+            // Without this, plain text would look like the start of a long record.
+            if let Some(first) = record
+                .first()
+                .filter(|first| !CONTENT_TYPES.contains(first))
+            {
+                return Err(HandshakeError::NotTls(*first));
+            }
             let need = record_len(record)?.unwrap_or(RECORD_HEADER);
             let missing = need - record.len();
             if missing == 0 {

@@ -14,9 +14,10 @@
 //! * [`record`]: framing and protection of records, where other record layers belong.
 //!
 //! Invariants: only TLS 1.3 with AES-GCM; a [`Session`] exists only after rustls has verified the
-//! peer's chain and possession of its key, and the per-connection verifier has accepted its identity; nothing
-//! is sent to a server, not even our certificate, before its identity is accepted. Input is
-//! hostile: every length is bounded, and nothing a peer sends makes this crate panic.
+//! peer's chain and possession of its key, and the per-connection verifier has accepted its
+//! identity; nothing is sent to a server, not even our certificate, before its identity is
+//! accepted. Input is hostile: every length is bounded, and nothing a peer sends makes this crate
+//! panic.
 //!
 //! Limits: no resumption, no early data, no TLS 1.2, no revocation lists yet.
 #![forbid(unsafe_code)]
@@ -41,3 +42,11 @@ pub use settings::{ClientSettings, ServerSettings, SettingsError};
 pub use store::{
     CertificateStatus, CertificateStore, IssueError, Issuer, LocalIssuer, StoreError, WorkloadTls,
 };
+
+// The integration tests' helpers serve the unit tests as well.
+#[cfg(test)]
+extern crate self as tls;
+
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;

@@ -1,7 +1,6 @@
 //! TLS 1.3 records: framing (RFC 8446, 5.1 and 5.2) and their protection.
 //!
-//! [`TrafficKey`](protection::TrafficKey) is the only record layer so far: AES-GCM in place, in
-//! user space. A layer that leaves records to rustls' buffered connections (the reference to
+//! `protection` is the only record layer so far: AES-GCM in place, in user space. A layer that leaves records to rustls' buffered connections (the reference to
 //! compare with) or to the kernel (kTLS) belongs beside `protection`, chosen where
 //! [`Session`](crate::Session) builds its two directions; framing and alerts stay shared.
 

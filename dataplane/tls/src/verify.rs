@@ -125,6 +125,9 @@ fn chain_fault(error: &Error) -> String {
         Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
             "; it was issued by a CA outside this mesh's roots, or roots are being rotated"
         }
+        Error::InvalidCertificate(CertificateError::BadSignature) => {
+            "; it was issued by another CA of the same name as one of this mesh's roots"
+        }
         Error::InvalidCertificate(
             CertificateError::Expired
             | CertificateError::ExpiredContext { .. }

@@ -67,9 +67,28 @@ impl TrafficKey {
         self.sequence
     }
 
+    /// Pretends that `sequence` records have been protected.
+    #[cfg(test)]
+    pub(crate) const fn set_sequence(&mut self, sequence: u64) {
+        self.sequence = sequence;
+    }
+
     /// Makes `record` (header room, plaintext, trailer room) a complete protected record.
     #[inline]
     pub(crate) fn seal(
+        &mut self,
+        content_type: u8,
+        record: &mut [u8],
+    ) -> Result<(), ProtectionError> {
+        if record.len() > RECORD_HEADER + MAX_PLAINTEXT + RECORD_TRAILER {
+            return Err(ProtectionError::BadLength(record.len()));
+        }
+        self.seal_any_length(content_type, record)
+    }
+
+    /// As [`seal`](Self::seal), without its limit: tests build what peers must refuse.
+    #[inline]
+    pub(crate) fn seal_any_length(
         &mut self,
         content_type: u8,
         record: &mut [u8],
@@ -78,7 +97,6 @@ impl TrafficKey {
         let bad_length = ProtectionError::BadLength(total);
         let plaintext = total
             .checked_sub(RECORD_HEADER + RECORD_TRAILER)
-            .filter(|length| *length <= MAX_PLAINTEXT)
             .ok_or(bad_length)?;
         let protected = u16::try_from(total - RECORD_HEADER).map_err(|_| bad_length)?;
         let (header, body) = record
