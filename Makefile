@@ -1,0 +1,56 @@
+# The commands of the project. CONTRIBUTING.md says when to use which.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+CARGO_DENY_VERSION := 0.20.2
+CARGO_DENY := $(TARGET)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
+# Time for the advisory database to arrive before it is taken to be out of reach.
+ADVISORIES_TIMEOUT_S := 60
+
+.PHONY: help setup build compare test bench lint fmt clippy deny clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing (Debian 12, root); Rust is not touched
+	@scripts/setup.sh
+
+build: setup ## build every program in release mode
+	cargo build --release --workspace --bins
+
+compare: build ## compare the redirection paths in the two-node lab; QUICK=1 in under 3 minutes
+	$(TARGET)/release/lab compare $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+test: ## run every test, network ones included
+	@scripts/setup.sh --best-effort
+	@scripts/test.sh
+
+bench: setup ## run every micro-benchmark
+	cargo bench --workspace
+
+lint: setup fmt clippy deny ## formatting, clippy and BPF warnings as errors, dependencies
+
+fmt:
+	cargo fmt --all --check
+
+# Builds the BPF programs too, whose warnings are errors in bpf/redirect/build.rs.
+clippy:
+	cargo clippy --workspace --all-targets -- -D warnings
+
+deny: $(CARGO_DENY)
+	$(CARGO_DENY) --locked check bans licenses sources
+	@if timeout $(ADVISORIES_TIMEOUT_S) $(CARGO_DENY) --locked fetch db >/dev/null 2>&1; then \
+	    $(CARGO_DENY) --locked check --disable-fetch advisories; \
+	else \
+	    echo "lint: advisories skipped: their database cannot be fetched from here"; \
+	fi
+
+$(CARGO_DENY):
+	cargo install --quiet --locked --root $(TARGET)/tools/cargo-deny-$(CARGO_DENY_VERSION) \
+	    cargo-deny@$(CARGO_DENY_VERSION)
+
+clean: ## remove what was built
+	cargo clean

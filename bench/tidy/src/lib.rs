@@ -1,0 +1,29 @@
+//! The house rules that neither rustfmt nor clippy check, as a library whose test fails where the
+//! tree breaks them:
+//!
+//! - lines of at most [`COLUMNS_MAX`] columns, functions of at most [`FUNCTION_LINES_MAX`] lines,
+//!   files of at most [`FILE_LINES_MAX`] lines that are not tests;
+//! - no `unwrap()` outside tests;
+//! - `unsafe` only in the crates that may have it ([`UNSAFE_CRATES`]), forbidden in all others;
+//! - no notes to oneself left behind.
+//!
+//! Functions that are too long today are listed in `long-functions.txt` with their length, beyond
+//! which they must not grow; the entry of one that is short by now, or gone, is a finding as well.
+//!
+//! Sources are not parsed, only read far enough to tell code from comments and strings
+//! ([`mask`]). That is right for what rustfmt lays out; macros that build functions are not seen.
+#![forbid(unsafe_code)]
+
+mod functions;
+mod mask;
+mod ratchet;
+mod rules;
+mod tree;
+
+pub use functions::{Function, functions};
+pub use mask::mask;
+pub use ratchet::Ratchet;
+pub use rules::{
+    COLUMNS_MAX, FILE_LINES_MAX, FUNCTION_LINES_MAX, Finding, Source, UNSAFE_CRATES, check,
+};
+pub use tree::sources;
