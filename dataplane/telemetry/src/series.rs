@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mesh::Workload;
+use mesh::{Identity, Workload};
 
 use crate::connection::{ConnectionInfo, Reporter, ResponseFlags};
 use crate::exposition::append_label;
@@ -135,79 +135,77 @@ impl WorkerCounter {
 
 /// The 27 labels in Istio's order.
 fn labels(info: &ConnectionInfo, flags: ResponseFlags) -> String {
-    let mut out = String::with_capacity(1024);
-    let mut label = |name: &str, value: Option<&str>| {
-        append_label(
-            &mut out,
-            name,
-            value.filter(|v| !v.is_empty()).unwrap_or(UNKNOWN),
-        );
-    };
-    let source = info.source.as_deref();
-    let destination = info.destination.as_deref();
-    let service = info.service.as_deref();
-    // A principal is proved, not looked up; only the server's may be the one it should have.
-    let server = info.destination_identity.as_ref();
-    let server = server.or_else(|| destination.map(Workload::identity_ref));
+    let mut text = LabelText(String::with_capacity(1024));
+    text.add("reporter", Some(info.reporter.label()));
+    source_labels(&mut text, info);
+    destination_labels(&mut text, info);
+    text.add("request_protocol", Some("tcp"));
+    text.add("response_flags", Some(flags.label()));
+    text.add("connection_security_policy", Some(info.security.label()));
+    let source = info.source.as_deref().map(|w| &w.locality);
+    let destination = info.destination.as_deref().map(|w| &w.locality);
+    text.add("source_region", source.map(|l| &*l.region));
+    text.add("source_zone", source.map(|l| &*l.zone));
+    text.add("destination_region", destination.map(|l| &*l.region));
+    text.add("destination_zone", destination.map(|l| &*l.zone));
+    text.0
+}
 
-    label("reporter", Some(info.reporter.label()));
-    label("source_workload", source.map(|w| &*w.workload_name));
-    label(
-        "source_canonical_service",
-        source.map(|w| &*w.canonical_name),
-    );
-    label(
-        "source_canonical_revision",
-        source.map(|w| &*w.canonical_revision),
-    );
-    label("source_workload_namespace", source.map(|w| &*w.namespace));
-    label(
+fn source_labels(text: &mut LabelText, info: &ConnectionInfo) {
+    let source = info.source.as_deref();
+    let name = source.map(|w| &*w.canonical_name);
+    let revision = source.map(|w| &*w.canonical_revision);
+    text.add("source_workload", source.map(|w| &*w.workload_name));
+    text.add("source_canonical_service", name);
+    text.add("source_canonical_revision", revision);
+    text.add("source_workload_namespace", source.map(|w| &*w.namespace));
+    // Only what was proved: the identity that the address stands for is not taken for it.
+    text.add(
         "source_principal",
-        info.source_identity.as_ref().map(|i| i.uri()),
+        info.source_identity.as_ref().map(Identity::uri),
     );
-    label("source_app", source.map(|w| &*w.canonical_name));
-    label("source_version", source.map(|w| &*w.canonical_revision));
-    label("source_cluster", source.map(|w| &*w.cluster_id));
-    label("destination_service", service.map(|s| &*s.hostname));
-    label(
+    text.add("source_app", name);
+    text.add("source_version", revision);
+    text.add("source_cluster", source.map(|w| &*w.cluster_id));
+}
+
+fn destination_labels(text: &mut LabelText, info: &ConnectionInfo) {
+    let service = info.service.as_deref();
+    text.add("destination_service", service.map(|s| &*s.hostname));
+    text.add(
         "destination_service_namespace",
         service.map(|s| &*s.namespace),
     );
-    label("destination_service_name", service.map(|s| &*s.name));
-    label(
+    text.add("destination_service_name", service.map(|s| &*s.name));
+    let destination = info.destination.as_deref();
+    let name = destination.map(|w| &*w.canonical_name);
+    let revision = destination.map(|w| &*w.canonical_revision);
+    let identity = info.destination_identity.as_ref();
+    let identity = identity.or_else(|| destination.map(Workload::identity_ref));
+    text.add(
         "destination_workload",
         destination.map(|w| &*w.workload_name),
     );
-    label(
-        "destination_canonical_service",
-        destination.map(|w| &*w.canonical_name),
-    );
-    label(
-        "destination_canonical_revision",
-        destination.map(|w| &*w.canonical_revision),
-    );
-    label(
+    text.add("destination_canonical_service", name);
+    text.add("destination_canonical_revision", revision);
+    text.add(
         "destination_workload_namespace",
         destination.map(|w| &*w.namespace),
     );
-    label("destination_principal", server.map(|i| i.uri()));
-    label("destination_app", destination.map(|w| &*w.canonical_name));
-    label(
-        "destination_version",
-        destination.map(|w| &*w.canonical_revision),
-    );
-    label("destination_cluster", destination.map(|w| &*w.cluster_id));
-    label("request_protocol", Some("tcp"));
-    label("response_flags", Some(flags.label()));
-    label("connection_security_policy", Some(info.security.label()));
-    label("source_region", source.map(|w| &*w.locality.region));
-    label("source_zone", source.map(|w| &*w.locality.zone));
-    label(
-        "destination_region",
-        destination.map(|w| &*w.locality.region),
-    );
-    label("destination_zone", destination.map(|w| &*w.locality.zone));
-    out
+    text.add("destination_principal", identity.map(Identity::uri));
+    text.add("destination_app", name);
+    text.add("destination_version", revision);
+    text.add("destination_cluster", destination.map(|w| &*w.cluster_id));
+}
+
+/// Labels as text; what is not known or empty says so.
+struct LabelText(String);
+
+impl LabelText {
+    fn add(&mut self, name: &str, value: Option<&str>) {
+        let value = value.filter(|value| !value.is_empty()).unwrap_or(UNKNOWN);
+        append_label(&mut self.0, name, value);
+    }
 }
 
 /// The same labels with nothing in them that can vary without bound.
