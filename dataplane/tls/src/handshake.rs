@@ -3,8 +3,11 @@
 //! rustls' unbuffered connection is given one record at a time. It would otherwise go on to
 //! decrypt what the client sent right behind its Finished, and those bytes belong to the session.
 //!
+//! Time is the caller's: it gives up on peers that take too long.
+//!
 //! Limits: a peer may send [`MAX_HANDSHAKE`] bytes before the handshake is complete. On failure
-//! the output holds the alert to send, if one is due, and the handshake is over.
+//! the output holds the alert to send, if one is due, and the handshake is over. A peer that offers
+//! no application protocol at all is accepted; one that offers only others is not.
 
 use std::fmt;
 use std::mem;

@@ -1,8 +1,9 @@
 //! TLS 1.3 records: framing (RFC 8446, 5.1 and 5.2) and their protection.
 //!
-//! `protection` is the only record layer so far: AES-GCM in place, in user space. A layer that leaves records to rustls' buffered connections (the reference to
-//! compare with) or to the kernel (kTLS) belongs beside `protection`, chosen where
-//! [`Session`](crate::Session) builds its two directions; framing and alerts stay shared.
+//! `protection` is the only record layer so far: AES-GCM in place, in user space. A layer that
+//! leaves records to rustls' buffered connections (the reference to compare with) or to the kernel
+//! (kTLS) belongs beside it, chosen where [`Session`](crate::Session) builds its two directions;
+//! framing, alerts and post-handshake messages stay shared.
 
 pub(crate) mod protection;
 

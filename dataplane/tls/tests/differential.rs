@@ -30,6 +30,8 @@ struct Reference {
     fragment: Option<usize>,
     tickets: usize,
     is_server: bool,
+    /// What it offers as the client.
+    protocols: Vec<Vec<u8>>,
 }
 
 impl Default for Reference {
@@ -39,6 +41,7 @@ impl Default for Reference {
             fragment: None,
             tickets: 2,
             is_server: true,
+            protocols: vec![b"h2".to_vec()],
         }
     }
 }
@@ -168,7 +171,7 @@ fn reference(
         } else {
             builder.with_no_client_auth()
         };
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols.clone_from(&setup.protocols);
         config.max_fragment_size = setup.fragment;
         let name = ServerName::try_from("ignored.example").unwrap();
         Connection::Client(ClientConnection::new(Arc::new(config), name).unwrap())
@@ -335,6 +338,7 @@ fn setups() -> impl Strategy<Value = Reference> {
             fragment,
             tickets,
             is_server,
+            ..Reference::default()
         },
     )
 }
@@ -459,6 +463,30 @@ fn clients_without_a_certificate_are_refused() {
     assert!(error.to_string().contains("no certificates"), "{error}");
     let error = feed(&mut theirs, &output).unwrap_err();
     let expected = rustls::Error::AlertReceived(AlertDescription::CertificateRequired);
+    assert_eq!(error, expected);
+}
+
+#[test]
+fn clients_that_offer_only_other_protocols_are_refused() {
+    let setup = Reference {
+        is_server: false,
+        protocols: Vec::new(),
+        ..Reference::default()
+    };
+    Pair::new(&setup, usize::MAX);
+
+    let (authority, issuer) = mesh_ca();
+    let setup = Reference {
+        protocols: vec![b"http/1.1".to_vec()],
+        ..setup
+    };
+    let mut theirs = reference(&setup, &issuer, true);
+    let mut output = Vec::new();
+    start(&setup, &authority)
+        .advance(&drain(&mut theirs), &mut output)
+        .unwrap_err();
+    let error = feed(&mut theirs, &output).unwrap_err();
+    let expected = rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol);
     assert_eq!(error, expected);
 }
 
