@@ -71,7 +71,8 @@ impl RecvWindow {
     /// Takes a DATA frame's length off the window; false if the peer exceeded it.
     #[inline]
     pub(super) fn debit(&mut self, len: u32) -> bool {
-        let fits = i64::from(len) <= i64::from(self.remaining);
+        // An empty frame fits even a negative window.
+        let fits = i64::from(len) <= i64::from(self.remaining.max(0));
         if fits {
             self.remaining -= len as i32;
         }
@@ -116,6 +117,16 @@ impl RecvWindow {
     pub(super) fn shrink(&mut self, by: u32) {
         self.size -= by;
         self.remaining -= by as i32;
+    }
+
+    #[cfg(test)]
+    pub(super) fn remaining(&self) -> i32 {
+        self.remaining
+    }
+
+    #[cfg(test)]
+    pub(super) fn unreleased(&self) -> u32 {
+        self.unreleased
     }
 
     /// `remaining + unreleased + credit`: the size, unless a DATA frame is in flight.

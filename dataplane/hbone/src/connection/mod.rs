@@ -6,6 +6,7 @@
 //!   in `ended` (by the peer) or `reset` (by us) for as long as those have room;
 //! * after a failure or `go_away` nothing is parsed and nothing further is queued.
 
+mod control;
 mod flow;
 mod heads;
 mod receive;

@@ -6,10 +6,9 @@ use std::collections::VecDeque;
 use crate::config::Role;
 use crate::error::{ConnectionError, ErrorCode};
 use crate::event::{Event, StreamId};
-use crate::frame::{self, FrameHeader, HEADER_LEN, MAX_31, PREFACE, flag, kind, setting};
+use crate::frame::{FrameHeader, HEADER_LEN, MAX_31, PREFACE, flag, kind};
 
-use super::send::SHUTDOWN_PING;
-use super::{Connection, DEFAULT_WINDOW, Shutdown};
+use super::Connection;
 
 type Events = VecDeque<Event>;
 type Outcome = Result<(), ConnectionError>;
@@ -323,10 +322,9 @@ impl Connection {
             if frame.pad_length_due {
                 return Err(size_error(header, "at least 1 with padding"));
             }
-            return self.end_data(frame, true, events);
+            return self.end_empty_data(frame, events);
         }
         self.parser.expect = Expect::Data(frame);
-        self.refill(1);
         Ok(())
     }
 
@@ -347,7 +345,7 @@ impl Connection {
         };
         self.refund(frame.stream, padding + 1);
         if remaining == 0 {
-            return self.end_data(frame, true, events);
+            return self.end_empty_data(frame, events);
         }
         self.parser.expect = Expect::Data(frame);
         Ok(())
@@ -382,6 +380,7 @@ impl Connection {
         if frame.remaining > 0 {
             self.parser.expect = Expect::Data(frame);
         } else {
+            self.refill(1);
             self.skip(frame.padding);
             if frame.end_stream {
                 self.remote_end(frame.stream, events);
@@ -390,15 +389,14 @@ impl Connection {
         end
     }
 
-    /// The payload of a DATA frame is complete; `empty` if there was none.
-    fn end_data(&mut self, frame: DataFrame, empty: bool, events: &mut Events) -> Outcome {
+    /// A DATA frame without payload is complete.
+    fn end_empty_data(&mut self, frame: DataFrame, events: &mut Events) -> Outcome {
         self.skip(frame.padding);
         if frame.end_stream {
             self.remote_end(frame.stream, events);
-        } else if empty {
-            self.charge(1, "empty DATA frames")?;
+            return Ok(());
         }
-        Ok(())
+        self.charge(1, "empty DATA frames")
     }
 
     pub(super) fn remote_end(&mut self, id: u32, events: &mut Events) {
@@ -444,203 +442,6 @@ impl Connection {
         };
         id.is_multiple_of(2) || id > highest
     }
-
-    fn on_settings(&mut self, header: FrameHeader, payload: &[u8], events: &mut Events) -> Outcome {
-        if self.peer_settings_received {
-            self.charge(SETTINGS_COST, "SETTINGS")?;
-        }
-        self.peer_settings_received = true;
-        let (entries, _) = payload.as_chunks::<6>();
-        for &[i0, i1, v0, v1, v2, v3] in entries {
-            let value = u32::from_be_bytes([v0, v1, v2, v3]);
-            self.apply_setting(header, u16::from_be_bytes([i0, i1]), value)?;
-        }
-        frame::write_settings_ack(self.output.buffer());
-        self.count_reply()?;
-        events.push_back(Event::Settings);
-        Ok(())
-    }
-
-    fn apply_setting(&mut self, header: FrameHeader, id: u16, value: u32) -> Outcome {
-        match id {
-            setting::HEADER_TABLE_SIZE => self.table_update_due = true,
-            setting::ENABLE_PUSH if value > 1 || value == 1 && self.role == Role::Client => {
-                return Err(protocol(
-                    header,
-                    "SETTINGS_ENABLE_PUSH has a forbidden value",
-                ));
-            }
-            setting::MAX_CONCURRENT_STREAMS => self.peer.max_concurrent_streams = value,
-            setting::INITIAL_WINDOW_SIZE => return self.apply_initial_window(value),
-            setting::MAX_FRAME_SIZE if !(16_384..1 << 24).contains(&value) => {
-                return Err(protocol(
-                    header,
-                    "SETTINGS_MAX_FRAME_SIZE not within 2^14..2^24",
-                ));
-            }
-            setting::MAX_FRAME_SIZE => self.peer.max_frame_size = value,
-            setting::MAX_HEADER_LIST_SIZE => self.peer.max_header_list_size = value,
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Moves the windows of all open streams by the difference (RFC 9113 6.9.2).
-    fn apply_initial_window(&mut self, value: u32) -> Outcome {
-        let overflow = |stream| ConnectionError::FlowControl {
-            stream,
-            reason: "SETTINGS_INITIAL_WINDOW_SIZE takes a window above 2^31-1",
-        };
-        if value > MAX_31 {
-            return Err(overflow(0));
-        }
-        let delta = i64::from(value) - i64::from(self.peer.initial_window);
-        self.peer.initial_window = value;
-        for stream in self.streams.iter_mut() {
-            let id = stream.id;
-            self.unblocked |= stream.send.adjust(delta).map_err(|_| overflow(id))?;
-        }
-        Ok(())
-    }
-
-    fn on_settings_ack(&mut self) -> Outcome {
-        if self.settings_acknowledged {
-            return self.charge(1, "SETTINGS acknowledgements");
-        }
-        self.settings_acknowledged = true;
-        self.decoder.acknowledged(self.config.header_table_size);
-        if let Some(less) = DEFAULT_WINDOW.checked_sub(self.config.stream_window) {
-            self.streams
-                .iter_mut()
-                .for_each(|stream| stream.recv.shrink(less));
-        }
-        Ok(())
-    }
-
-    fn on_window_update(
-        &mut self,
-        header: FrameHeader,
-        increment: u32,
-        events: &mut Events,
-    ) -> Outcome {
-        let overflow = "WINDOW_UPDATE takes the window above 2^31-1";
-        let id = header.stream;
-        if id == 0 {
-            if increment == 0 {
-                return Err(protocol(header, "the increment is 0"));
-            }
-            match self.send.adjust(i64::from(increment)) {
-                Ok(unblocked) => self.unblocked |= unblocked,
-                Err(_) => {
-                    return Err(ConnectionError::FlowControl {
-                        stream: 0,
-                        reason: overflow,
-                    });
-                }
-            }
-            return Ok(());
-        }
-        let Some(at) = self.streams.find(id) else {
-            // After the end of a stream these are in flight legitimately.
-            return match self.is_idle(id) {
-                true => Err(protocol(header, "the stream was never opened")),
-                false => Ok(()),
-            };
-        };
-        if increment == 0 {
-            return self.stream_error(id, ErrorCode::PROTOCOL_ERROR, events);
-        }
-        let role = self.role;
-        let stream = self.streams.at(at);
-        let Ok(unblocked) = stream.send.adjust(i64::from(increment)) else {
-            return self.stream_error(id, ErrorCode::FLOW_CONTROL_ERROR, events);
-        };
-        let may_send = !stream.local_ended && (role == Role::Client || stream.answered);
-        if unblocked && may_send && self.send.available() > 0 {
-            events.push_back(Event::Writable { id: StreamId(id) });
-        }
-        Ok(())
-    }
-
-    fn on_reset(&mut self, header: FrameHeader, code: ErrorCode, events: &mut Events) -> Outcome {
-        let id = header.stream;
-        match self.streams.remove(id) {
-            Some(stream) => {
-                if self.role == Role::Server && !stream.answered {
-                    self.charge(RESET_COST, "streams reset before the response")?;
-                }
-                self.ended.add(id);
-                events.push_back(Event::Reset {
-                    id: StreamId(id),
-                    code,
-                });
-                Ok(())
-            }
-            None if self.is_idle(id) => Err(protocol(header, "the stream was never opened")),
-            None => self.charge(1, "resets of closed streams"),
-        }
-    }
-
-    fn on_ping(&mut self, header: FrameHeader, payload: [u8; 8], events: &mut Events) -> Outcome {
-        self.charge(1, "PING frames")?;
-        if !header.has(flag::ACK) {
-            frame::write_ping(self.output.buffer(), true, payload);
-            return self.count_reply();
-        }
-        if self.shutdown == Shutdown::Announced && payload == SHUTDOWN_PING {
-            self.finish_shutdown();
-        } else {
-            events.push_back(Event::Pong(payload));
-        }
-        Ok(())
-    }
-
-    fn on_go_away(&mut self, last: u32, code: ErrorCode, events: &mut Events) -> Outcome {
-        self.charge(1, "GOAWAY frames")?;
-        // A later GOAWAY may only lower the last stream; one that raises it changes nothing.
-        let last = self.peer_go_away.map_or(last, |before| before.min(last));
-        self.peer_go_away = Some(last);
-        events.push_back(Event::GoAway {
-            last: StreamId(last),
-            code,
-        });
-        if self.role == Role::Client {
-            let refused: Vec<u32> = self
-                .streams
-                .iter()
-                .map(|stream| stream.id)
-                .filter(|&id| id > last)
-                .collect();
-            for id in refused {
-                self.streams.remove(id);
-                self.reset.add(id);
-                let code = ErrorCode::REFUSED_STREAM;
-                events.push_back(Event::Reset {
-                    id: StreamId(id),
-                    code,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// The peer broke a rule on one stream: resets it and tells the caller, if it knows the stream.
-    pub(super) fn stream_error(
-        &mut self,
-        id: u32,
-        code: ErrorCode,
-        events: &mut Events,
-    ) -> Outcome {
-        self.charge(RESET_COST, "stream errors")?;
-        if self.streams.get(id).is_some() {
-            events.push_back(Event::Reset {
-                id: StreamId(id),
-                code,
-            });
-        }
-        self.queue_reset(id, code);
-        self.count_reply()
-    }
 }
 
 pub(super) fn protocol(header: FrameHeader, reason: &'static str) -> ConnectionError {
@@ -678,5 +479,3 @@ fn clamp_len(len: usize) -> u32 {
 const SETTINGS_LEN_MAX: u32 = 6 * 256;
 /// Buffer kept for the next frame that arrives in pieces, in bytes.
 const PARTIAL_KEPT: usize = 4096;
-const SETTINGS_COST: u32 = 16;
-const RESET_COST: u32 = 2;
