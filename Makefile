@@ -41,9 +41,9 @@ clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
 
 deny: $(CARGO_DENY)
-	$(CARGO_DENY) --locked check bans licenses sources
+	$(CARGO_DENY) --locked check --hide-inclusion-graph bans licenses sources
 	@if timeout $(ADVISORIES_TIMEOUT_S) $(CARGO_DENY) --locked fetch db >/dev/null 2>&1; then \
-	    $(CARGO_DENY) --locked check --disable-fetch advisories; \
+	    $(CARGO_DENY) --locked check --hide-inclusion-graph --disable-fetch advisories; \
 	else \
 	    echo "lint: advisories skipped: their database cannot be fetched from here"; \
 	fi
