@@ -83,6 +83,10 @@ pub(crate) fn append_json_string(out: &mut String, value: &str) {
 
 /// Appends `value` without quotes, but with its control characters escaped.
 pub(crate) fn append_bare(out: &mut String, value: &str) {
+    if value.bytes().all(|b| matches!(b, b' '..=b'~')) {
+        out.push_str(value);
+        return;
+    }
     for c in value.chars() {
         if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
             out.extend(c.escape_default());
