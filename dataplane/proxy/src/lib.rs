@@ -1,1 +1,33 @@
-//! proxy
+//! The data path of the node proxy: what happens to a connection between accept and close.
+//!
+//! A connection lives its whole life on the worker that accepted it. Each worker has its own
+//! listeners ([`Listeners`]), HBONE tunnels, counters and copy of the configuration; nothing here
+//! takes a lock or hops to another core.
+//!
+//! * outbound (15001): captured from a local pod; tunnelled, sent plain, or passed through;
+//! * inbound HBONE (15008): tunnels from other nodes, authorized and connected to the local pod;
+//! * inbound plaintext (15006): from outside the mesh, authorized without identity.
+//!
+//! In `node` mode ([`RedirectMode::Node`]) the proxy serves all pods of a node from its own network
+//! namespace: a pod is known by its source address (which redirection guarantees), the original
+//! destination is the accepted socket's own address, and connections go out with the pod's address.
+//!
+//! Failure behaviour: every refusal is logged with who, what and why, and counted; the client sees a
+//! reset, never an empty success. Whatever is not allowed for certain is refused.
+
+#![forbid(unsafe_code)]
+
+mod baggage;
+mod config;
+mod context;
+mod error;
+mod inbound;
+mod outbound;
+mod plaintext;
+mod pool;
+mod relay;
+mod tunnel;
+mod worker;
+
+pub use config::{ProxyConfig, RedirectMode};
+pub use worker::{Command, Listeners, WorkerSetup, serve};

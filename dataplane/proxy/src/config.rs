@@ -1,0 +1,44 @@
+//! What a worker needs to know that does not change while it runs.
+
+use std::time::Duration;
+
+use mesh::NodeContext;
+use rt::net::Keepalive;
+
+/// How traffic reaches the proxy (`REDIRECT_MODE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RedirectMode {
+    /// Sockets live in each pod's network namespace; netfilter redirects inside the pod.
+    InPod,
+    /// Sockets live in the proxy's own namespace; packets of all pods of the node come here.
+    Node,
+}
+
+/// Settings of the data path.
+#[derive(Debug, Clone)]
+pub struct ProxyConfig {
+    /// The node and its ports.
+    pub node: NodeContext,
+    /// How traffic gets here.
+    pub mode: RedirectMode,
+    /// Connect to local pods from the client's address (`ENABLE_ORIG_SRC`).
+    pub original_source: bool,
+    /// `SO_MARK` of outgoing sockets (`PACKET_MARK`).
+    pub mark: Option<u32>,
+    /// Keepalive probes on accepted and connected sockets (`KEEPALIVE_*`).
+    pub keepalive: Option<Keepalive>,
+    /// Bound on establishing a connection.
+    pub connect_timeout: Duration,
+    /// Bound on a TLS handshake, either role.
+    pub handshake_timeout: Duration,
+    /// How long a captured connection waits for its pod's workload to become known.
+    pub workload_timeout: Duration,
+    /// HTTP/2 settings of tunnels this proxy opens.
+    pub client: hbone::Config,
+    /// HTTP/2 settings of tunnels it accepts.
+    pub server: hbone::Config,
+    /// Unused tunnels are closed after this time (`POOL_UNUSED_RELEASE_TIMEOUT`).
+    pub pool_unused: Duration,
+    /// Send `baggage` with the answer to a CONNECT (`ENABLE_RESPONSE_BAGGAGE`).
+    pub response_baggage: bool,
+}

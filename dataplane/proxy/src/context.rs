@@ -1,0 +1,198 @@
+//! What all connections of one worker share.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use mesh::{Snapshot, Workload};
+use rt::net::{ConnectOptions, TcpStream};
+use rt::sync::Broadcast;
+use telemetry::WorkerTelemetry;
+use tls::CertificateStore;
+
+use crate::config::{ProxyConfig, RedirectMode};
+use crate::error::ProxyError;
+use crate::pool::Pool;
+use crate::tunnel::Tunnel;
+
+/// One worker's state.
+pub(crate) struct Context {
+    pub(crate) config: Arc<ProxyConfig>,
+    pub(crate) certificates: Arc<CertificateStore>,
+    pub(crate) telemetry: WorkerTelemetry,
+    pub(crate) pool: Pool,
+    snapshot: RefCell<Arc<Snapshot>>,
+    /// The snapshot was replaced.
+    updated: Broadcast,
+    /// Accepted tunnels, for draining.
+    accepted: RefCell<Vec<Weak<Tunnel>>>,
+    pub(crate) draining: Cell<bool>,
+    pub(crate) drain: Broadcast,
+    connections: Cell<usize>,
+    pub(crate) ended: Broadcast,
+    random: Cell<u64>,
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context")
+            .field("connections", &self.connections)
+            .field("draining", &self.draining)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Counts a connection as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Alive(Rc<Context>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.connections.set(self.0.connections.get() - 1);
+        self.0.ended.notify();
+    }
+}
+
+impl Context {
+    pub(crate) fn new(
+        config: Arc<ProxyConfig>,
+        certificates: Arc<CertificateStore>,
+        telemetry: WorkerTelemetry,
+        snapshot: Arc<Snapshot>,
+        seed: u64,
+    ) -> Self {
+        Self {
+            config,
+            certificates,
+            telemetry,
+            pool: Pool::default(),
+            snapshot: RefCell::new(snapshot),
+            updated: Broadcast::default(),
+            accepted: RefCell::default(),
+            draining: Cell::new(false),
+            drain: Broadcast::default(),
+            connections: Cell::new(0),
+            ended: Broadcast::default(),
+            random: Cell::new(seed | 1),
+        }
+    }
+
+    pub(crate) fn alive(self: &Rc<Self>) -> Alive {
+        self.connections.set(self.connections.get() + 1);
+        Alive(Rc::clone(self))
+    }
+
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.get()
+    }
+
+    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.snapshot.borrow())
+    }
+
+    pub(crate) fn replace_snapshot(&self, snapshot: Arc<Snapshot>) {
+        *self.snapshot.borrow_mut() = snapshot;
+        self.telemetry.model_changed();
+        self.updated.notify();
+    }
+
+    /// A pseudo-random number (xorshift64*): load balancing and trace ids, nothing secret.
+    pub(crate) fn random(&self) -> u64 {
+        let mut x = self.random.get();
+        x ^= x >> 12;
+        x ^= x << 25;
+        x ^= x >> 27;
+        self.random.set(x);
+        x.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// The workload of this node that has `ip`.
+    pub(crate) fn local_workload(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+        let snapshot = self.snapshot.borrow();
+        let node = &self.config.node;
+        let workload = snapshot.workload_by_ip(&node.network, ip)?;
+        node.is_local(workload).then(|| Arc::clone(workload))
+    }
+
+    /// The workload with `ip` anywhere in the mesh.
+    pub(crate) fn workload(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+        self.snapshot
+            .borrow()
+            .workload_by_ip(&self.config.node.network, ip)
+            .cloned()
+    }
+
+    /// As [`Context::local_workload`], waiting a while for a pod that has just started.
+    pub(crate) async fn wait_for_workload(&self, ip: IpAddr) -> Result<Arc<Workload>, ProxyError> {
+        let found = rt::time::timeout(
+            self.config.workload_timeout,
+            std::future::poll_fn(|cx| match self.local_workload(ip) {
+                Some(workload) => std::task::Poll::Ready(workload),
+                None => {
+                    self.updated.register(cx);
+                    std::task::Poll::Pending
+                }
+            }),
+        );
+        let node = (*self.config.node.node).into();
+        found
+            .await
+            .map_err(|_| ProxyError::UnknownSource { ip, node })
+    }
+
+    /// Where a captured connection was going.
+    pub(crate) fn original_dst(&self, stream: &TcpStream) -> std::io::Result<SocketAddr> {
+        match self.config.mode {
+            RedirectMode::Node => stream.local_addr(),
+            RedirectMode::InPod => stream.original_dst().or_else(|_| stream.local_addr()),
+        }
+    }
+
+    /// Connects to `addr`, from `source` if one is given, within the time allowed.
+    pub(crate) async fn connect(
+        &self,
+        addr: SocketAddr,
+        source: Option<IpAddr>,
+    ) -> Result<TcpStream, ProxyError> {
+        // A connection to oneself must not have its own address as foreign source.
+        let source = source.filter(|source| *source != addr.ip());
+        let options = ConnectOptions {
+            source,
+            mark: self.config.mark,
+            keepalive: self.config.keepalive,
+        };
+        let connect = rt::net::connect(addr, &options);
+        match rt::time::timeout(self.config.connect_timeout, connect).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => Err(ProxyError::Connect { addr, error }),
+            Err(_) => Err(ProxyError::ConnectTimeout { addr }),
+        }
+    }
+
+    /// Source address for connections on behalf of `client`.
+    pub(crate) fn source_for(&self, client: IpAddr) -> Option<IpAddr> {
+        self.config.original_source.then_some(client)
+    }
+
+    pub(crate) fn track(&self, tunnel: &Rc<Tunnel>) {
+        let mut accepted = self.accepted.borrow_mut();
+        if accepted.len() == accepted.capacity() {
+            accepted.retain(|tunnel| tunnel.strong_count() > 0);
+        }
+        accepted.push(Rc::downgrade(tunnel));
+    }
+
+    /// Stops accepting, and tells all peers that nothing new is taken.
+    pub(crate) fn begin_drain(&self) {
+        self.draining.set(true);
+        self.drain.notify();
+        for tunnel in self.accepted.borrow_mut().drain(..) {
+            if let Some(tunnel) = tunnel.upgrade() {
+                tunnel.shutdown_graceful();
+            }
+        }
+        self.pool.shutdown();
+    }
+}

@@ -1,0 +1,150 @@
+//! Why a connection did not come to be, or ended early. Messages are upstream's where it has one.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use mesh::{DenyReason, InboundError, RouteError};
+use telemetry::ResponseFlags;
+
+use crate::tunnel::{SetupError, StreamFailure};
+
+/// An error of one proxied connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProxyError {
+    /// The accepted socket cannot tell its addresses: the client is gone already.
+    #[error("io error: {0}")]
+    Io(#[from] io::Error),
+    /// The client's address belongs to no workload of this node.
+    #[error(
+        "failed to fetch information about local workload: no workload on node {node} has \
+         address {ip}; it is not in the configuration (yet), or its node is another"
+    )]
+    UnknownSource {
+        /// The client.
+        ip: IpAddr,
+        /// This node.
+        node: Box<str>,
+    },
+    /// The destination is not a workload of this node.
+    #[error("workload not found: no workload on node {node} has address {ip}")]
+    UnknownDestination {
+        /// Where the connection was to go.
+        ip: IpAddr,
+        /// This node.
+        node: Box<str>,
+    },
+    /// No way to the destination.
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    /// The request inside a tunnel is refused.
+    #[error(transparent)]
+    Inbound(#[from] InboundError),
+    /// Not a CONNECT request.
+    #[error("method {0} is not CONNECT")]
+    Method(Box<str>),
+    /// The destination is this proxy itself.
+    #[error("attempted recursive call to ourselves: {0} is one of ztunnel's own ports")]
+    Recursive(SocketAddr),
+    /// A policy refuses it.
+    #[error("connection closed due to policy rejection: {0}")]
+    Denied(DenyReason),
+    /// The next hop refuses.
+    #[error("connection failed: {addr}: {error}")]
+    Connect {
+        /// The next hop.
+        addr: SocketAddr,
+        /// What `connect(2)` said.
+        error: io::Error,
+    },
+    /// The next hop does not answer.
+    #[error("connection timed out: {addr}: deadline has elapsed")]
+    ConnectTimeout {
+        /// The next hop.
+        addr: SocketAddr,
+    },
+    /// The next hop's HBONE port does not answer.
+    #[error(
+        "connection timed out, maybe a NetworkPolicy is blocking HBONE port {}: {addr}: \
+         deadline has elapsed", .addr.port()
+    )]
+    HboneTimeout {
+        /// The next hop.
+        addr: SocketAddr,
+    },
+    /// The tunnel to the next hop cannot be set up.
+    #[error("{addr}: {error}")]
+    Setup {
+        /// The next hop.
+        addr: SocketAddr,
+        /// What failed.
+        error: SetupError,
+    },
+    /// The handshake takes too long.
+    #[error("tls error: {addr}: the handshake did not finish in time")]
+    HandshakeTimeout {
+        /// The other end.
+        addr: SocketAddr,
+    },
+    /// No certificate.
+    #[error("identity error: {0}")]
+    Identity(#[from] tls::StoreError),
+    /// The next hop refused the CONNECT request.
+    #[error("http status: {}", status_text(*.0))]
+    Status(u16),
+    /// The tunnel or the stream in it failed.
+    #[error(transparent)]
+    Stream(#[from] StreamFailure),
+    /// The tunnel takes no stream although it is new.
+    #[error("http2 error: {0}")]
+    Open(#[from] hbone::OpenError),
+}
+
+impl ProxyError {
+    /// The metric label that goes with the error.
+    pub(crate) fn flags(&self) -> ResponseFlags {
+        match self {
+            Self::Denied(_) | Self::Status(401) => ResponseFlags::Deny,
+            Self::HboneTimeout { .. } => ResponseFlags::NetworkPolicy,
+            Self::Setup { .. } | Self::HandshakeTimeout { .. } => ResponseFlags::TlsFailure,
+            Self::Identity(_) => ResponseFlags::IdentityError,
+            Self::Open(_) => ResponseFlags::H2HandshakeFailure,
+            Self::Io(_) | Self::Stream(_) => ResponseFlags::None,
+            _ => ResponseFlags::Connect,
+        }
+    }
+
+    /// HTTP status that tells a tunnel's client (spec of HBONE: 400, 401 and 503 only).
+    pub(crate) fn status(&self) -> u16 {
+        match self {
+            Self::Inbound(error) => error.status(),
+            Self::Method(_) => 400,
+            Self::Denied(_) => 401,
+            _ => 503,
+        }
+    }
+}
+
+fn status_text(status: u16) -> String {
+    let reason = match status {
+        400 => " Bad Request",
+        401 => " Unauthorized",
+        403 => " Forbidden",
+        404 => " Not Found",
+        502 => " Bad Gateway",
+        503 => " Service Unavailable",
+        504 => " Gateway Timeout",
+        _ => "",
+    };
+    format!("{status}{reason}")
+}
+
+/// Whether an error of the application's own connection just means that it went away.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::UnexpectedEof
+    )
+}

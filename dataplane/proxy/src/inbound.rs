@@ -1,0 +1,197 @@
+//! Tunnels from other proxies and waypoints (port 15008).
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use hbone::{RequestHead, Role};
+use mesh::{ConnectionFacts, Identity, Verdict, Workload};
+use rt::net::TcpStream;
+use telemetry::{ConnectionInfo, HboneTarget, Reporter, Security};
+use tls::Handshake;
+
+use crate::baggage::baggage;
+use crate::context::Context;
+use crate::error::ProxyError;
+use crate::relay;
+use crate::tunnel::{self, Tunnel, TunnelOwner, TunnelStream};
+
+/// Accepts one tunnel. The tunnel's own tasks go on after this returns.
+pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
+    let _alive = context.alive();
+    let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
+    let Ok(dst) = context.original_dst(&client) else {
+        return;
+    };
+    match accept(&context, client, src, dst).await {
+        Ok(tunnel) if context.draining.get() => tunnel.shutdown_graceful(),
+        Ok(tunnel) => context.track(&tunnel),
+        Err(error) => context
+            .telemetry
+            .failed_early(Reporter::Destination, src, dst, &error),
+    }
+}
+
+async fn accept(
+    context: &Rc<Context>,
+    client: TcpStream,
+    src: SocketAddr,
+    dst: SocketAddr,
+) -> Result<Rc<Tunnel>, ProxyError> {
+    client.set_nodelay()?;
+    if let Some(keepalive) = &context.config.keepalive {
+        client.set_keepalive(keepalive)?;
+    }
+    let Some(workload) = context.local_workload(dst.ip()) else {
+        let _ = client.reset_on_close(); // the client may be gone already
+        let node = (*context.config.node.node).into();
+        return Err(ProxyError::UnknownDestination { ip: dst.ip(), node });
+    };
+    let tls = context.certificates.get(&workload.identity())?;
+    let failed = |error: tunnel::SetupError| ProxyError::Setup { addr: src, error };
+    let handshake = Handshake::server(&tls.server).map_err(|error| failed(error.into()))?;
+    let owner = Box::new(Inbound {
+        context: Rc::clone(context),
+        dst,
+        workload,
+    });
+    let setup = tunnel::run(
+        client,
+        src,
+        handshake,
+        Role::Server,
+        &context.config.server,
+        owner,
+    );
+    match rt::time::timeout(context.config.handshake_timeout, setup).await {
+        Ok(result) => result.map_err(failed),
+        Err(_) => Err(ProxyError::HandshakeTimeout { addr: src }),
+    }
+}
+
+/// What the streams of one accepted tunnel share.
+#[derive(Debug)]
+struct Inbound {
+    context: Rc<Context>,
+    /// Where the tunnel arrived: a pod's address and the HBONE port.
+    dst: SocketAddr,
+    workload: Arc<Workload>,
+}
+
+impl TunnelOwner for Inbound {
+    fn request(&self, tunnel: &Rc<Tunnel>, stream: TunnelStream, head: RequestHead) {
+        let peer = tunnel.peer();
+        rt::spawn(serve(Request {
+            context: Rc::clone(&self.context),
+            dst: self.dst,
+            workload: Arc::clone(&self.workload),
+            src: tunnel.peer_addr(),
+            identity: peer.identity().cloned(),
+            head,
+            stream,
+        }));
+    }
+}
+
+/// One CONNECT request.
+struct Request {
+    context: Rc<Context>,
+    dst: SocketAddr,
+    workload: Arc<Workload>,
+    src: SocketAddr,
+    identity: Option<Identity>,
+    head: RequestHead,
+    stream: TunnelStream,
+}
+
+async fn serve(request: Request) {
+    let _alive = request.context.alive();
+    let context = &request.context;
+    let target = match request.target() {
+        Ok(target) => target,
+        Err(error) => {
+            request.refuse(&error);
+            let dst = request.dst;
+            context
+                .telemetry
+                .failed_early(Reporter::Destination, request.src, dst, &error);
+            return;
+        }
+    };
+    let record = context.telemetry.opened(request.info(target));
+    match request.connect(target).await {
+        Ok(server) => {
+            let baggage = context
+                .config
+                .response_baggage
+                .then(|| baggage(&request.workload));
+            let answered = request.stream.respond(200, baggage.as_deref(), false);
+            if answered.is_err() {
+                // The client reset the stream while the connection was being set up.
+                record.close(None, telemetry::ResponseFlags::None);
+                return;
+            }
+            let result = relay::tunnel_to_server(&request.stream, server, &record).await;
+            relay::finish(record, result);
+        }
+        Err(error) => {
+            request.refuse(&error);
+            record.close(Some(&error), error.flags());
+        }
+    }
+}
+
+impl Request {
+    /// What the request asks for, if it may ask for it at all.
+    fn target(&self) -> Result<SocketAddr, ProxyError> {
+        if !self.head.is_connect() {
+            let method: String = self.head.method.chars().take(32).collect();
+            return Err(ProxyError::Method(method.into()));
+        }
+        let node = &self.context.config.node;
+        let snapshot = self.context.snapshot();
+        let workload =
+            snapshot
+                .current(&self.workload)
+                .ok_or_else(|| ProxyError::UnknownDestination {
+                    ip: self.dst.ip(),
+                    node: (*node.node).into(),
+                })?;
+        Ok(snapshot.resolve_inbound(node, workload, self.dst, &self.head.authority)?)
+    }
+
+    async fn connect(&self, target: SocketAddr) -> Result<TcpStream, ProxyError> {
+        let context = &self.context;
+        let facts = ConnectionFacts {
+            identity: self.identity.as_ref(),
+            src: self.src.ip(),
+            dst: target,
+        };
+        match context.snapshot().authorize(&self.workload, &facts) {
+            Verdict::Allow => {}
+            Verdict::Deny(reason) => return Err(ProxyError::Denied(reason)),
+        }
+        context
+            .connect(target, context.source_for(self.src.ip()))
+            .await
+    }
+
+    fn refuse(&self, error: &ProxyError) {
+        // Fails only when the client has already reset the stream.
+        let _ = self.stream.respond(error.status(), None, true);
+    }
+
+    fn info(&self, target: SocketAddr) -> ConnectionInfo {
+        let mut info = ConnectionInfo::new(Reporter::Destination, self.src, self.dst);
+        // Behind a gateway of another network the peer's address says nothing about the source.
+        if self.head.x_forwarded_network.is_none() {
+            info.source = self.context.workload(self.src.ip());
+        }
+        info.destination = Some(Arc::clone(&self.workload));
+        info.source_identity = self.identity.clone();
+        info.destination_identity = Some(self.workload.identity());
+        info.security = Security::MutualTls;
+        info.hbone_dst = Some(HboneTarget::Address(target));
+        info
+    }
+}

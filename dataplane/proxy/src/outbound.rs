@@ -1,0 +1,275 @@
+//! Connections captured from local pods (port 15001).
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use hbone::ConnectRequest;
+use mesh::{Authority, ConnectionFacts, Route, Verdict, Workload};
+use rt::net::TcpStream;
+use telemetry::{ConnectionInfo, HboneTarget, Reporter, ResponseFlags, Security};
+
+use crate::baggage::{baggage, forwarded, traceparent};
+use crate::config::RedirectMode;
+use crate::context::Context;
+use crate::error::ProxyError;
+use crate::pool::Key;
+use crate::relay;
+
+/// Serves one captured connection to its end.
+pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
+    let _alive = context.alive();
+    let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
+    let Ok(dst) = context.original_dst(&client) else {
+        return;
+    };
+    if let Err(error) = serve(&context, client, src, dst).await {
+        context
+            .telemetry
+            .failed_early(Reporter::Source, src, dst, &error);
+    }
+}
+
+/// Errors returned are those before the connection was counted as opened.
+async fn serve(
+    context: &Rc<Context>,
+    client: TcpStream,
+    src: SocketAddr,
+    dst: SocketAddr,
+) -> Result<(), ProxyError> {
+    let reset = |client: &TcpStream| {
+        let _ = client.reset_on_close(); // the client may be gone already
+    };
+    let prepared = async {
+        client.set_nodelay()?;
+        if let Some(keepalive) = &context.config.keepalive {
+            client.set_keepalive(keepalive)?;
+        }
+        let source = context.wait_for_workload(src.ip()).await?;
+        let route = route(context, &source, dst)?;
+        Ok::<_, ProxyError>((source, route))
+    };
+    let (source, route) = match prepared.await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            reset(&client);
+            return Err(error);
+        }
+    };
+    let connection = Connection {
+        context,
+        client,
+        src,
+        source,
+    };
+    match route {
+        Route::Passthrough { dst } => connection.plain(dst, None, None).await,
+        Route::Tcp {
+            dst,
+            workload,
+            service,
+        } => {
+            connection.plain(dst, Some(workload), service).await;
+        }
+        route @ Route::Hbone { .. } => match local_target(context, &route) {
+            Some((target, workload)) => connection.local(target, workload, route).await,
+            None => connection.hbone(route).await,
+        },
+    }
+    Ok(())
+}
+
+fn route(context: &Context, source: &Workload, dst: SocketAddr) -> Result<Route, ProxyError> {
+    let node = &context.config.node;
+    let route = context
+        .snapshot()
+        .route(node, source, dst, context.random())?;
+    match &route {
+        // Not a workload, and one of our ports: only this proxy listens there.
+        Route::Passthrough { dst } if node.is_own_port(dst.port()) => {
+            Err(ProxyError::Recursive(*dst))
+        }
+        _ => Ok(route),
+    }
+}
+
+/// In node mode a pod of this node is not reached by a tunnel (its HBONE port is captured for this
+/// very proxy) but directly, after the checks the far end would have made.
+fn local_target(context: &Context, route: &Route) -> Option<(SocketAddr, Arc<Workload>)> {
+    let Route::Hbone {
+        authority: Authority::Address(target),
+        workload: Some(workload),
+        to_waypoint: false,
+        ..
+    } = route
+    else {
+        return None;
+    };
+    let local = context.config.mode == RedirectMode::Node
+        && context.config.node.is_local(workload)
+        && workload.workload_ips.contains(&target.ip());
+    local.then(|| (*target, Arc::clone(workload)))
+}
+
+/// A captured connection whose way is known.
+struct Connection<'a> {
+    context: &'a Rc<Context>,
+    client: TcpStream,
+    src: SocketAddr,
+    source: Arc<Workload>,
+}
+
+impl Connection<'_> {
+    fn info(&self, reporter: Reporter, dst: SocketAddr) -> ConnectionInfo {
+        let mut info = ConnectionInfo::new(reporter, self.src, dst);
+        info.source = Some(Arc::clone(&self.source));
+        info
+    }
+
+    /// Plain TCP to a destination that is not in the mesh or does not speak HBONE.
+    async fn plain(
+        self,
+        dst: SocketAddr,
+        workload: Option<Arc<Workload>>,
+        service: Option<Arc<mesh::Service>>,
+    ) {
+        let mut info = self.info(Reporter::Source, dst);
+        info.destination = workload;
+        info.service = service;
+        let record = self.context.telemetry.opened(info);
+        // The pod's own address where the socket is not in its namespace.
+        let source = match self.context.config.mode {
+            RedirectMode::Node => self.context.source_for(self.src.ip()),
+            RedirectMode::InPod => None,
+        };
+        match self.context.connect(dst, source).await {
+            Ok(server) => {
+                let result = relay::client_to_server(self.client, server, &[&record]).await;
+                relay::finish(record, result);
+            }
+            Err(error) => {
+                let _ = self.client.reset_on_close();
+                record.close(Some(&error), error.flags());
+            }
+        }
+    }
+
+    /// Through a tunnel.
+    async fn hbone(self, route: Route) {
+        let Route::Hbone {
+            gateway,
+            authority,
+            workload,
+            service,
+            expected,
+            extra_sans,
+            ..
+        } = route
+        else {
+            return;
+        };
+        let mut info = self.info(Reporter::Source, gateway);
+        info.destination = workload;
+        info.service = service.clone();
+        info.source_identity = Some(self.source.identity());
+        info.destination_identity = expected.first().cloned();
+        info.security = Security::MutualTls;
+        info.hbone_dst = Some(match &authority {
+            Authority::Address(addr) => HboneTarget::Address(*addr),
+            other => HboneTarget::Host(other.to_string().into()),
+        });
+        let record = self.context.telemetry.opened(info);
+        let context = self.context;
+        let key = Key {
+            identity: self.source.identity(),
+            gateway,
+            expected,
+            names: extra_sans,
+            source: match context.config.mode {
+                RedirectMode::Node => Some(self.src.ip()),
+                RedirectMode::InPod => None,
+            },
+        };
+        let request = ConnectRequest {
+            authority: &authority.to_string(),
+            forwarded: Some(&forwarded(self.src, service.as_deref())),
+            baggage: Some(&baggage(&self.source)),
+            traceparent: Some(&traceparent(std::array::from_fn(|_| context.random()))),
+            x_forwarded_network: None,
+        };
+        let opened = async {
+            let stream = context.pool.open(context, &key, &request).await?;
+            let response = stream.response().await?;
+            if response.status == 200 {
+                Ok(stream)
+            } else {
+                Err(ProxyError::Status(response.status))
+            }
+        };
+        match opened.await {
+            Ok(stream) => {
+                let result = relay::client_to_tunnel(self.client, &stream, &record).await;
+                drop(stream);
+                relay::finish(record, result);
+            }
+            Err(error) => {
+                let _ = self.client.reset_on_close();
+                record.close(Some(&error), error.flags());
+            }
+        }
+    }
+
+    /// To a pod of this node: one hop, both proxies' duties.
+    async fn local(self, target: SocketAddr, workload: Arc<Workload>, route: Route) {
+        let service = match route {
+            Route::Hbone { service, .. } => service,
+            _ => None,
+        };
+        let mut info = self.info(Reporter::Source, target);
+        info.destination = Some(Arc::clone(&workload));
+        info.service = service;
+        info.source_identity = Some(self.source.identity());
+        info.destination_identity = Some(workload.identity());
+        let inbound = ConnectionInfo {
+            reporter: Reporter::Destination,
+            ..info.clone()
+        };
+        let outbound = self.context.telemetry.opened(info);
+        let inbound = self.context.telemetry.opened(inbound);
+        let connected = async {
+            let identity = self.source.identity();
+            let facts = ConnectionFacts {
+                identity: Some(&identity),
+                src: self.src.ip(),
+                dst: target,
+            };
+            if self.context.config.node.is_own_port(target.port()) {
+                return Err(ProxyError::Recursive(target));
+            }
+            match self.context.snapshot().authorize(&workload, &facts) {
+                Verdict::Allow => {}
+                Verdict::Deny(reason) => return Err(ProxyError::Denied(reason)),
+            }
+            self.context
+                .connect(target, self.context.source_for(self.src.ip()))
+                .await
+        };
+        match connected.await {
+            Ok(server) => {
+                let records = [&outbound, &inbound];
+                let result = relay::client_to_server(self.client, server, &records).await;
+                let shown = result
+                    .as_ref()
+                    .err()
+                    .map(|error| error as &dyn std::fmt::Display);
+                outbound.close(shown, ResponseFlags::None);
+                inbound.close(shown, ResponseFlags::None);
+            }
+            Err(error) => {
+                let _ = self.client.reset_on_close();
+                outbound.close(Some(&error), error.flags());
+                inbound.close(Some(&error), error.flags());
+            }
+        }
+    }
+}

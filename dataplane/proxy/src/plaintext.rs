@@ -1,0 +1,83 @@
+//! Connections to local pods from outside the mesh (port 15006): authorized without an identity.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mesh::{ConnectionFacts, Verdict};
+use rt::net::TcpStream;
+use telemetry::{ConnectionInfo, Reporter};
+
+use crate::context::Context;
+use crate::error::ProxyError;
+use crate::relay;
+
+/// Serves one captured connection to its end.
+pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
+    let _alive = context.alive();
+    let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
+    let Ok(dst) = context.original_dst(&client) else {
+        return;
+    };
+    if let Err((client, error)) = serve(&context, client, src, dst).await {
+        let _ = client.reset_on_close(); // the client may be gone already
+        context
+            .telemetry
+            .failed_early(Reporter::Destination, src, dst, &error);
+    }
+}
+
+/// Errors returned are those before the connection was counted as opened.
+async fn serve(
+    context: &Rc<Context>,
+    client: TcpStream,
+    src: SocketAddr,
+    dst: SocketAddr,
+) -> Result<(), (TcpStream, ProxyError)> {
+    let node = &context.config.node;
+    if node.is_own_port(dst.port()) {
+        return Err((client, ProxyError::Recursive(dst)));
+    }
+    let Some(workload) = context.local_workload(dst.ip()) else {
+        let error = ProxyError::UnknownDestination {
+            ip: dst.ip(),
+            node: (*node.node).into(),
+        };
+        return Err((client, error));
+    };
+    if let Err(error) = prepare(context, &client) {
+        return Err((client, error.into()));
+    }
+    let mut info = ConnectionInfo::new(Reporter::Destination, src, dst);
+    info.source = context.workload(src.ip());
+    info.destination = Some(Arc::clone(&workload));
+    let record = context.telemetry.opened(info);
+    let facts = ConnectionFacts {
+        identity: None,
+        src: src.ip(),
+        dst,
+    };
+    let connected = match context.snapshot().authorize(&workload, &facts) {
+        Verdict::Allow => context.connect(dst, context.source_for(src.ip())).await,
+        Verdict::Deny(reason) => Err(ProxyError::Denied(reason)),
+    };
+    match connected {
+        Ok(server) => {
+            let result = relay::client_to_server(client, server, &[&record]).await;
+            relay::finish(record, result);
+        }
+        Err(error) => {
+            let _ = client.reset_on_close();
+            record.close(Some(&error), error.flags());
+        }
+    }
+    Ok(())
+}
+
+fn prepare(context: &Context, client: &TcpStream) -> std::io::Result<()> {
+    client.set_nodelay()?;
+    match &context.config.keepalive {
+        Some(keepalive) => client.set_keepalive(keepalive),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,209 @@
+//! Tunnels to other proxies, kept and shared by the connections of one worker.
+//!
+//! The key is upstream's: who we are, where we dial, whom we accept there, and the source address.
+//! While a tunnel is being set up others with the same key wait for it instead of opening more; when
+//! a tunnel carries as many streams as it may, the next connection opens another. Streams that end
+//! make room again. Unused tunnels are closed by [`Pool::close_unused`].
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use hbone::{ConnectRequest, OpenError, Role};
+use mesh::Identity;
+use rt::sync::Broadcast;
+use tls::{ExpectedPeers, Handshake};
+
+use crate::context::Context;
+use crate::error::ProxyError;
+use crate::tunnel::{self, ClientSide, Tunnel, TunnelStream};
+
+/// What connections must have in common to share a tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    pub(crate) identity: Identity,
+    pub(crate) gateway: SocketAddr,
+    pub(crate) expected: Arc<[Identity]>,
+    pub(crate) names: Arc<[Arc<str>]>,
+    pub(crate) source: Option<IpAddr>,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    tunnels: Vec<Rc<Tunnel>>,
+    connecting: bool,
+    changed: Rc<Broadcast>,
+}
+
+/// One worker's tunnels by key.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    entries: RefCell<HashMap<Key, Entry>>,
+}
+
+enum Found {
+    Tunnel(Rc<Tunnel>),
+    /// It is this caller's turn to connect.
+    Connect,
+    /// Somebody else connects.
+    Wait,
+}
+
+/// Ends a caller's turn to connect, whatever happens to it.
+struct Turn<'a> {
+    pool: &'a Pool,
+    key: &'a Key,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let changed = {
+            let mut entries = self.pool.entries.borrow_mut();
+            let Some(entry) = entries.get_mut(self.key) else {
+                return;
+            };
+            entry.connecting = false;
+            let changed = Rc::clone(&entry.changed);
+            if entry.tunnels.is_empty() {
+                entries.remove(self.key);
+            }
+            changed
+        };
+        changed.notify();
+    }
+}
+
+impl Pool {
+    /// Opens a stream to `key.gateway`, over a tunnel that is there or a new one.
+    pub(crate) async fn open(
+        &self,
+        context: &Context,
+        key: &Key,
+        request: &ConnectRequest<'_>,
+    ) -> Result<TunnelStream, ProxyError> {
+        loop {
+            let tunnel = match self.find(key) {
+                Found::Tunnel(tunnel) => tunnel,
+                Found::Wait => {
+                    self.wait(key).await;
+                    continue;
+                }
+                Found::Connect => {
+                    let _turn = Turn { pool: self, key };
+                    let tunnel = establish(context, key).await?;
+                    let mut entries = self.entries.borrow_mut();
+                    entries
+                        .entry(key.clone())
+                        .or_default()
+                        .tunnels
+                        .push(Rc::clone(&tunnel));
+                    tunnel
+                }
+            };
+            match tunnel.open(request) {
+                Ok(stream) => return Ok(stream),
+                // It filled up or ended since it was found.
+                Err(OpenError::Exhausted { .. } | OpenError::GoingAway) => rt::yield_now().await,
+                Err(OpenError::IdsExhausted) => tunnel.shutdown_graceful(),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn find(&self, key: &Key) -> Found {
+        let mut entries = self.entries.borrow_mut();
+        let Some(entry) = entries.get_mut(key) else {
+            let entry = Entry {
+                connecting: true,
+                ..Entry::default()
+            };
+            entries.insert(key.clone(), entry);
+            return Found::Connect;
+        };
+        entry.tunnels.retain(|tunnel| tunnel.error().is_none());
+        if let Some(tunnel) = entry.tunnels.iter().find(|tunnel| tunnel.can_open()) {
+            return Found::Tunnel(Rc::clone(tunnel));
+        }
+        if entry.connecting {
+            return Found::Wait;
+        }
+        entry.connecting = true;
+        Found::Connect
+    }
+
+    async fn wait(&self, key: &Key) {
+        let mut registered = false;
+        poll_fn(|cx| {
+            if registered {
+                return Poll::Ready(());
+            }
+            registered = true;
+            let entries = self.entries.borrow();
+            let Some(entry) = entries.get(key) else {
+                return Poll::Ready(());
+            };
+            entry.changed.register(cx);
+            for tunnel in &entry.tunnels {
+                tunnel.register_change(cx);
+            }
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Closes tunnels that no stream has used for `unused`.
+    pub(crate) fn close_unused(&self, unused: Duration) {
+        self.entries.borrow_mut().retain(|_, entry| {
+            entry.tunnels.retain(|tunnel| {
+                let idle = tunnel
+                    .idle_since()
+                    .is_some_and(|since| since.elapsed() >= unused);
+                if idle {
+                    tunnel.shutdown_graceful();
+                }
+                !idle && tunnel.error().is_none()
+            });
+            entry.connecting || !entry.tunnels.is_empty()
+        });
+    }
+
+    /// Lets all tunnels end when their streams have.
+    pub(crate) fn shutdown(&self) {
+        for entry in self.entries.borrow().values() {
+            for tunnel in &entry.tunnels {
+                tunnel.shutdown_graceful();
+            }
+        }
+    }
+}
+
+async fn establish(context: &Context, key: &Key) -> Result<Rc<Tunnel>, ProxyError> {
+    let addr = key.gateway;
+    let workload = context.certificates.get(&key.identity)?;
+    let expected = ExpectedPeers::new(Arc::clone(&key.expected), Arc::clone(&key.names));
+    let failed = |error: tunnel::SetupError| ProxyError::Setup { addr, error };
+    let handshake =
+        Handshake::client(&workload.client, expected).map_err(|error| failed(error.into()))?;
+    let stream = match context.connect(addr, key.source).await {
+        Err(ProxyError::ConnectTimeout { addr }) => return Err(ProxyError::HboneTimeout { addr }),
+        other => other?,
+    };
+    let owner = Box::new(ClientSide);
+    let setup = tunnel::run(
+        stream,
+        addr,
+        handshake,
+        Role::Client,
+        &context.config.client,
+        owner,
+    );
+    match rt::time::timeout(context.config.handshake_timeout, setup).await {
+        Ok(result) => result.map_err(failed),
+        Err(_) => Err(ProxyError::HandshakeTimeout { addr }),
+    }
+}

@@ -1,0 +1,355 @@
+//! The tasks of a tunnel: handshake, reader, writer, keepalive.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::rc::{Rc, Weak};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use hbone::{ErrorCode, Event, Role, StreamId};
+use rt::buf::{Buf, Pool};
+use rt::net::{Placement, ReadHalf, TcpStream, WriteHalf};
+use tls::{Handshake, HandshakeError, Opened, Session};
+
+use super::{SEND_LOW, Tunnel, TunnelError, TunnelOwner};
+
+/// Time between pings, and from the last sign of life to giving up (upstream's values).
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the writer tries to send what is left when a tunnel ends.
+const LAST_FLUSH: Duration = Duration::from_secs(2);
+const PING_PAYLOAD: [u8; 8] = *b"hbonelab";
+
+/// Why there is no tunnel.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SetupError {
+    /// The transport failed during the handshake.
+    #[error("io error during the TLS handshake: {0}")]
+    Io(#[from] io::Error),
+    /// TLS failed or the peer is not who it should be.
+    #[error("tls error: {0}")]
+    Tls(#[from] HandshakeError),
+    /// The peer ended the transport during the handshake.
+    #[error("tls error: connection closed during the handshake")]
+    Closed,
+}
+
+/// Shakes hands over `stream` and starts the tunnel's tasks.
+pub(crate) async fn run(
+    stream: TcpStream,
+    peer_addr: SocketAddr,
+    handshake: Handshake,
+    role: Role,
+    config: &hbone::Config,
+    owner: Box<dyn TunnelOwner>,
+) -> Result<Rc<Tunnel>, SetupError> {
+    let (mut read, mut write) = stream.split();
+    read.set_placement(Placement::Flat);
+    let mut early = VecDeque::new();
+    let session = shake(&mut read, &mut write, handshake, &mut early).await?;
+    let pool = write.pool().clone();
+    let tunnel = Tunnel::new(role, config, session, write, peer_addr, owner);
+    rt::spawn(write_loop(Rc::clone(&tunnel)));
+    rt::spawn(keepalive(Rc::downgrade(&tunnel)));
+    rt::spawn(read_loop(Rc::clone(&tunnel), read, early, pool));
+    Ok(tunnel)
+}
+
+/// Drives the handshake. What arrived behind it is left in `early`.
+async fn shake(
+    read: &mut ReadHalf,
+    write: &mut WriteHalf,
+    mut handshake: Handshake,
+    early: &mut VecDeque<Buf>,
+) -> Result<Session, SetupError> {
+    let mut output = Vec::new();
+    let mut progress = handshake.advance(&[], &mut output);
+    loop {
+        if !output.is_empty() {
+            write.push_copy(&output);
+            output.clear();
+            write.flush().await?;
+        }
+        if let Some(session) = progress?.established {
+            return Ok(session);
+        }
+        if early.is_empty() && read.recv(early).await? == 0 {
+            return Err(SetupError::Closed);
+        }
+        let Some(mut buf) = early.pop_front() else {
+            return Err(SetupError::Closed);
+        };
+        progress = handshake.advance(&buf, &mut output);
+        if let Ok(done) = &progress {
+            buf.advance(done.consumed);
+            if !buf.is_empty() {
+                early.push_front(buf);
+            }
+        }
+    }
+}
+
+/// Sends what is queued, once per turn of the worker, until the tunnel ends.
+async fn write_loop(tunnel: Rc<Tunnel>) {
+    loop {
+        tunnel.flush.wait().await;
+        if flush(&tunnel).await.is_err() {
+            return;
+        }
+        if tunnel.closing.get() {
+            break;
+        }
+    }
+    let close = async {
+        {
+            let mut session = tunnel.session.borrow_mut();
+            tunnel.out.borrow_mut().close(&mut session);
+        }
+        if flush(&tunnel).await.is_ok() {
+            let _ = tunnel.out.borrow_mut().write().shutdown();
+        }
+    };
+    let _ = rt::time::timeout(LAST_FLUSH, close).await;
+    // The peer closes its side now; one that does not is not waited for.
+    rt::time::sleep(LAST_FLUSH).await;
+    if tunnel.error.borrow().is_none() {
+        tunnel.fail(TunnelError::Drained);
+    }
+}
+
+/// Seals and sends all that is queued now and meanwhile.
+async fn flush(tunnel: &Rc<Tunnel>) -> Result<(), ()> {
+    let result = poll_fn(|cx| {
+        let mut out = tunnel.out.borrow_mut();
+        if let Err(error) = out.seal(&mut tunnel.session.borrow_mut()) {
+            return Poll::Ready(Err(TunnelError::Tls(error.to_string().into())));
+        }
+        let polled = out.write().poll_flush(cx);
+        let low = out.pending_bytes() < SEND_LOW;
+        drop(out);
+        if low {
+            tunnel.drained.notify();
+        }
+        polled.map(|result| result.map_err(|error| TunnelError::Io(Rc::new(error))))
+    })
+    .await;
+    result.map_err(|error| tunnel.fail(error))
+}
+
+/// Asks for signs of life.
+async fn keepalive(tunnel: Weak<Tunnel>) {
+    loop {
+        rt::time::sleep(PING_INTERVAL).await;
+        let Some(tunnel) = tunnel.upgrade() else {
+            return;
+        };
+        if tunnel.closing.get() {
+            return;
+        }
+        let silent = tunnel.last_heard.get().elapsed();
+        if silent >= PING_TIMEOUT {
+            tunnel.abort(TunnelError::KeepaliveTimeout, ErrorCode::NO_ERROR);
+            return;
+        }
+        if silent >= PING_INTERVAL {
+            tunnel.codec.borrow_mut().ping(PING_PAYLOAD);
+            tunnel.pump();
+        }
+    }
+}
+
+/// Receives and dispatches until the tunnel ends.
+async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>, pool: Pool) {
+    let mut reader = Reader {
+        tunnel: &tunnel,
+        pool,
+        carry: None,
+        events: VecDeque::new(),
+    };
+    let mut bufs = early;
+    loop {
+        while let Some(buf) = bufs.pop_front() {
+            if let Err(error) = reader.bytes(buf) {
+                tunnel.fail(error);
+                return;
+            }
+        }
+        let received = poll_fn(|cx| {
+            while tunnel.stop.poll_wait(cx).is_ready() {
+                if tunnel.error.borrow().is_some() {
+                    return Poll::Ready(None);
+                }
+            }
+            read.poll_recv(cx, &mut bufs, &mut reader.carry).map(Some)
+        })
+        .await;
+        match received {
+            None => return,
+            Some(Ok(0)) => {
+                tunnel.fail(TunnelError::Closed);
+                return;
+            }
+            Some(Ok(_)) => tunnel.last_heard.set(Instant::now()),
+            Some(Err(error)) => {
+                tunnel.fail(TunnelError::Io(Rc::new(error)));
+                return;
+            }
+        }
+    }
+}
+
+struct Reader<'a> {
+    tunnel: &'a Rc<Tunnel>,
+    pool: Pool,
+    /// An incomplete record.
+    carry: Option<Buf>,
+    events: VecDeque<Event>,
+}
+
+impl Reader<'_> {
+    /// Opens every complete record in `buf`, and in what was carried over before it.
+    fn bytes(&mut self, mut buf: Buf) -> Result<(), TunnelError> {
+        while let Some(mut carry) = self.carry.take() {
+            // The receive did not continue the carried bytes: complete their record by copying.
+            let want = match Session::record_len(&carry) {
+                Ok(Some(len)) => len,
+                Ok(None) => Session::RECORD_HEADER,
+                Err(error) => return Err(self.tls_failed(&error.into())),
+            };
+            let missing = want.saturating_sub(carry.len());
+            if missing > 0 {
+                if carry.tail_room() < missing {
+                    carry = self.rehouse(&carry);
+                }
+                let n = missing.min(buf.len());
+                carry.extend_from_slice(&buf[..n]);
+                buf.advance(n);
+            }
+            match Session::record_len(&carry) {
+                Ok(Some(len)) if len <= carry.len() => self.record(carry)?,
+                Ok(_) => {
+                    self.carry = Some(carry);
+                    if buf.is_empty() {
+                        return Ok(());
+                    }
+                }
+                Err(error) => return Err(self.tls_failed(&error.into())),
+            }
+        }
+        loop {
+            match Session::record_len(&buf) {
+                Ok(Some(len)) if len < buf.len() => self.record(buf.split_to(len))?,
+                Ok(Some(len)) if len == buf.len() => return self.record(buf),
+                Ok(_) => break,
+                Err(error) => return Err(self.tls_failed(&error.into())),
+            }
+        }
+        self.carry = (!buf.is_empty()).then_some(buf);
+        Ok(())
+    }
+
+    /// Moves an incomplete record to a block with room for the rest of it.
+    fn rehouse(&self, carry: &[u8]) -> Buf {
+        let mut buf = self.pool.large();
+        buf.extend_from_slice(carry);
+        buf
+    }
+
+    fn record(&mut self, mut record: Buf) -> Result<(), TunnelError> {
+        let opened = self.tunnel.session.borrow_mut().open(&mut record);
+        match opened {
+            Ok(Opened::Data(range)) => self.plaintext(record, range),
+            Ok(Opened::Handled) => {
+                if self.tunnel.session.borrow().has_control_output() {
+                    self.send_control();
+                }
+                Ok(())
+            }
+            Ok(Opened::Closed) => Err(TunnelError::Closed),
+            Err(error) => Err(self.tls_failed(&error)),
+        }
+    }
+
+    fn tls_failed(&self, error: &tls::OpenError) -> TunnelError {
+        self.tunnel.session.borrow_mut().fail(error);
+        self.send_control();
+        TunnelError::Tls(error.to_string().into())
+    }
+
+    fn send_control(&self) {
+        let mut session = self.tunnel.session.borrow_mut();
+        self.tunnel.out.borrow_mut().control(&mut session);
+        self.tunnel.flush.set();
+    }
+
+    /// Feeds plaintext to the codec and its payload to the streams.
+    fn plaintext(&mut self, mut record: Buf, range: Range<usize>) -> Result<(), TunnelError> {
+        let result = {
+            let mut codec = self.tunnel.codec.borrow_mut();
+            codec.receive(&record[range.clone()], &mut self.events)
+        };
+        record.truncate(range.end);
+        record.advance(range.start);
+        let mut position = 0;
+        while let Some(event) = self.events.pop_front() {
+            if let Event::Data { id, range } = event {
+                record.advance(range.start - position);
+                let piece = record.split_to(range.len());
+                position = range.end;
+                self.payload(id, piece);
+            } else {
+                self.event(event);
+            }
+        }
+        self.tunnel.pump();
+        if let Err(error) = result {
+            return Err(TunnelError::Http2(error));
+        }
+        if self.tunnel.codec.borrow().is_closed() {
+            self.tunnel.finish();
+        }
+        Ok(())
+    }
+
+    fn payload(&self, id: StreamId, piece: Buf) {
+        let streams = self.tunnel.streams.borrow();
+        match streams.get(&id.get()) {
+            Some(stream) => stream.data(piece, &self.pool),
+            None => {
+                drop(streams);
+                self.tunnel.release(id, piece.len());
+            }
+        }
+    }
+
+    fn event(&self, event: Event) {
+        let tunnel = self.tunnel;
+        let with = |id: StreamId, act: &dyn Fn(&super::StreamShared)| {
+            let stream = tunnel.streams.borrow().get(&id.get()).cloned();
+            if let Some(stream) = stream {
+                act(&stream);
+            }
+        };
+        match event {
+            Event::Request { id, head } => {
+                let stream = tunnel.attach(id);
+                tunnel.owner.request(tunnel, stream, *head);
+            }
+            Event::Response {
+                id,
+                status,
+                baggage,
+            } => {
+                with(id, &|stream| stream.respond(status, baggage.clone()));
+            }
+            Event::End { id } => with(id, &|stream| stream.end()),
+            Event::Reset { id, code } => with(id, &|stream| stream.reset_by_peer(code)),
+            Event::Writable { id } => with(id, &|stream| stream.writable()),
+            Event::GoAway { .. } | Event::Settings => tunnel.changed.notify(),
+            Event::Pong(_) | Event::Data { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! One HBONE connection: TLS records, HTTP/2 frames and the streams in them.
+//!
+//! Three tasks of one worker share a [`Tunnel`]: the reader opens records where they were received
+//! and hands payload slices to streams; the writer seals what streams have queued and sends it; the
+//! keepalive asks for signs of life. Streams ([`TunnelStream`]) belong to the connections' tasks.
+//!
+//! What makes it cheap: small DATA frames of all streams that are ready in one turn of the worker
+//! share one TLS record and one send; large ones are sealed in the buffer they were received in.
+//! Received payload is never copied unless a slow application lets it queue up, when small pieces
+//! are packed together so that they do not pin whole receive blocks.
+//!
+//! Bounds: a stream queues at most its window; what waits to be sent is bounded by [`SEND_HIGH`]
+//! plus one chunk per stream; the codec bounds the rest.
+
+mod io;
+mod outgoing;
+mod stream;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::task::Context;
+use std::time::Instant;
+
+use hbone::{ConnectRequest, ErrorCode, RequestHead, StreamId};
+use rt::buf::Buf;
+use rt::sync::{Broadcast, Signal};
+use tls::Session;
+
+pub(crate) use io::{SetupError, run};
+use outgoing::Outgoing;
+use stream::StreamShared;
+pub(crate) use stream::{StreamFailure, TunnelStream};
+
+/// Bytes waiting to be sent above which streams stop adding more.
+pub(crate) const SEND_HIGH: usize = 512 * 1024;
+/// Bytes below which they go on.
+const SEND_LOW: usize = 256 * 1024;
+
+/// Why a tunnel ended. Shared by all its streams, hence cheap to clone.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum TunnelError {
+    /// The transport failed.
+    #[error("io error: {0}")]
+    Io(Rc<std::io::Error>),
+    /// The peer ended the transport.
+    #[error("tunnel closed by peer")]
+    Closed,
+    /// The peer broke HTTP/2.
+    #[error("http2 error: {0}")]
+    Http2(hbone::ConnectionError),
+    /// The peer broke TLS, or reported an error by alert.
+    #[error("tls error: {0}")]
+    Tls(Rc<str>),
+    /// No answer to pings.
+    #[error("tunnel lost: no answer to PING for 20 s")]
+    KeepaliveTimeout,
+    /// Shut down by this side.
+    #[error("connection closed due to connection drain")]
+    Drained,
+}
+
+/// What the tunnel tells its owner.
+pub(crate) trait TunnelOwner: fmt::Debug {
+    /// Server: a peer asks for a stream.
+    fn request(&self, tunnel: &Rc<Tunnel>, stream: TunnelStream, head: RequestHead);
+}
+
+/// A client tunnel's owner: the peer cannot open streams there.
+#[derive(Debug)]
+pub(crate) struct ClientSide;
+
+impl TunnelOwner for ClientSide {
+    fn request(&self, _: &Rc<Tunnel>, stream: TunnelStream, _: RequestHead) {
+        drop(stream); // never happens: the codec refuses requests to a client
+    }
+}
+
+#[derive(Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u32(u32::from(byte));
+        }
+    }
+
+    fn write_u32(&mut self, id: u32) {
+        // Fibonacci hashing: stream ids count up, the table wants them spread.
+        self.0 = (self.0 ^ u64::from(id)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+type Streams = HashMap<u32, Rc<StreamShared>, BuildHasherDefault<IdHasher>>;
+
+/// One established HBONE connection.
+pub(crate) struct Tunnel {
+    session: RefCell<Session>,
+    codec: RefCell<hbone::Connection>,
+    out: RefCell<Outgoing>,
+    streams: RefCell<Streams>,
+    /// Client: asked once the peer's capacity or the tunnel's end changes who may open.
+    changed: Broadcast,
+    /// The writer has something to do.
+    flush: Signal,
+    /// The reader shall look at `error`.
+    stop: Signal,
+    /// Less than [`SEND_LOW`] waits to be sent.
+    drained: Broadcast,
+    error: RefCell<Option<TunnelError>>,
+    /// Nothing more will be sent: the writer finishes and closes.
+    closing: Cell<bool>,
+    last_heard: Cell<Instant>,
+    idle_since: Cell<Instant>,
+    peer_addr: SocketAddr,
+    owner: Box<dyn TunnelOwner>,
+}
+
+impl fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tunnel")
+            .field("peer", &self.peer_addr)
+            .field("streams", &self.streams.borrow().len())
+            .field("error", &self.error)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Tunnel {
+    fn new(
+        role: hbone::Role,
+        config: &hbone::Config,
+        session: Session,
+        write: rt::net::WriteHalf,
+        peer_addr: SocketAddr,
+        owner: Box<dyn TunnelOwner>,
+    ) -> Rc<Self> {
+        let now = Instant::now();
+        let tunnel = Rc::new(Self {
+            session: RefCell::new(session),
+            codec: RefCell::new(hbone::Connection::new(role, config)),
+            out: RefCell::new(Outgoing::new(write)),
+            streams: RefCell::default(),
+            changed: Broadcast::default(),
+            flush: Signal::default(),
+            stop: Signal::default(),
+            drained: Broadcast::default(),
+            error: RefCell::default(),
+            closing: Cell::new(false),
+            last_heard: Cell::new(now),
+            idle_since: Cell::new(now),
+            peer_addr,
+            owner,
+        });
+        tunnel.pump();
+        tunnel
+    }
+
+    /// Who is at the other end, as proved by its certificate.
+    pub(crate) fn peer(&self) -> tls::Peer {
+        self.session.borrow().peer().clone()
+    }
+
+    /// Transport address of the other end.
+    pub(crate) fn peer_addr(&self) -> SocketAddr {
+        self.peer_addr
+    }
+
+    /// The reason why this tunnel takes no more streams, if it ended.
+    pub(crate) fn error(&self) -> Option<TunnelError> {
+        self.error.borrow().clone()
+    }
+
+    /// Whether a stream could be opened now.
+    pub(crate) fn can_open(&self) -> bool {
+        self.error.borrow().is_none() && !self.closing.get() && self.codec.borrow().can_open()
+    }
+
+    /// Since when no stream is open, if none is.
+    pub(crate) fn idle_since(&self) -> Option<Instant> {
+        self.streams
+            .borrow()
+            .is_empty()
+            .then(|| self.idle_since.get())
+    }
+
+    /// Wakes the task of `cx` when a stream has ended or the tunnel has.
+    pub(crate) fn register_change(&self, cx: &Context<'_>) {
+        self.changed.register(cx);
+    }
+
+    /// Client: opens a stream with a CONNECT request.
+    pub(crate) fn open(
+        self: &Rc<Self>,
+        request: &ConnectRequest<'_>,
+    ) -> Result<TunnelStream, hbone::OpenError> {
+        if self.closing.get() || self.error.borrow().is_some() {
+            return Err(hbone::OpenError::GoingAway);
+        }
+        let id = self.codec.borrow_mut().open(request)?;
+        self.pump();
+        Ok(self.attach(id))
+    }
+
+    fn attach(self: &Rc<Self>, id: StreamId) -> TunnelStream {
+        let shared = Rc::new(StreamShared::new(id));
+        self.streams
+            .borrow_mut()
+            .insert(id.get(), Rc::clone(&shared));
+        TunnelStream::new(Rc::clone(self), shared)
+    }
+
+    fn detach(&self, id: StreamId) {
+        let mut streams = self.streams.borrow_mut();
+        streams.remove(&id.get());
+        if streams.is_empty() {
+            self.idle_since.set(Instant::now());
+        }
+        drop(streams);
+        self.changed.notify();
+        if self.codec.borrow().is_closed() {
+            self.finish();
+        }
+    }
+
+    /// Announces the end; streams finish, then the tunnel closes.
+    pub(crate) fn shutdown_graceful(&self) {
+        self.codec.borrow_mut().shutdown_graceful();
+        self.pump();
+        if self.codec.borrow().is_closed() {
+            self.finish();
+        }
+    }
+
+    /// Ends the tunnel at once, with GOAWAY.
+    pub(crate) fn abort(&self, error: TunnelError, code: ErrorCode) {
+        self.codec.borrow_mut().go_away(code);
+        self.pump();
+        self.fail(error);
+    }
+
+    /// Records the end, tells every stream, and lets the writer send what is left.
+    fn fail(&self, error: TunnelError) {
+        if self.error.borrow().is_none() {
+            *self.error.borrow_mut() = Some(error);
+        }
+        for stream in self.streams.borrow().values() {
+            stream.wake();
+        }
+        self.changed.notify();
+        self.drained.notify();
+        self.finish();
+    }
+
+    fn finish(&self) {
+        self.closing.set(true);
+        self.flush.set();
+        self.stop.set();
+    }
+
+    /// Moves control frames from the codec into the record under construction.
+    fn pump(&self) {
+        let mut codec = self.codec.borrow_mut();
+        let n = codec.output().len();
+        if n == 0 {
+            return;
+        }
+        let sealed = {
+            let mut session = self.session.borrow_mut();
+            self.out.borrow_mut().append(&mut session, codec.output())
+        };
+        codec.consume_output(n);
+        drop(codec);
+        self.sealed(sealed);
+    }
+
+    /// After queueing: wakes the writer, or ends the tunnel when sealing is no longer possible.
+    fn sealed(&self, result: Result<(), tls::SealError>) {
+        match result {
+            Ok(()) => self.flush.set(),
+            Err(error) if self.error.borrow().is_none() => {
+                self.fail(TunnelError::Tls(error.to_string().into()));
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Whether streams should wait before they queue more.
+    fn is_congested(&self) -> bool {
+        self.out.borrow().pending_bytes() > SEND_HIGH
+    }
+
+    /// Queues one DATA frame whose payload is `buf`; the windows must allow it.
+    fn queue_data(&self, id: StreamId, buf: Buf) -> Result<(), hbone::StreamError> {
+        self.pump();
+        let header = self.codec.borrow_mut().data_header(id, buf.len(), false)?;
+        let sealed = {
+            let mut session = self.session.borrow_mut();
+            self.out.borrow_mut().data(&mut session, header, buf)
+        };
+        self.sealed(sealed);
+        Ok(())
+    }
+
+    /// Queues END_STREAM.
+    fn queue_end(&self, id: StreamId) -> Result<(), hbone::StreamError> {
+        self.pump();
+        let header = self.codec.borrow_mut().data_header(id, 0, true)?;
+        let sealed = {
+            let mut session = self.session.borrow_mut();
+            self.out.borrow_mut().append(&mut session, &header)
+        };
+        self.sealed(sealed);
+        Ok(())
+    }
+
+    /// Gives credit for payload that has reached its receiver.
+    fn release(&self, id: StreamId, n: usize) {
+        self.codec.borrow_mut().release(id, n);
+        self.pump();
+    }
+
+    fn reset(&self, id: StreamId, code: ErrorCode) {
+        self.codec.borrow_mut().reset(id, code);
+        self.pump();
+    }
+
+    /// Payload that arrived for a stream nobody reads any more still counts against the window.
+    fn discard(&self, id: StreamId, queue: &mut VecDeque<Buf>) {
+        let n = queue.drain(..).map(|buf| buf.len()).sum();
+        if n > 0 {
+            self.release(id, n);
+        }
+    }
+}
