@@ -47,8 +47,9 @@ fn none() {
 /// Starts an nginx on `host`:8080 that serves `small` (5 KB) and `large` (20 MB).
 fn nginx(lab: &TestLab, host: &str, directory: &Path) -> Guarded {
     let path = directory.display();
-    let mut content = vec![0; 20_000_000];
-    StdRng::seed_from_u64(1).fill_bytes(&mut content);
+    let mut block = vec![0; 999_983];
+    StdRng::seed_from_u64(1).fill_bytes(&mut block);
+    let content: Vec<u8> = block.iter().copied().cycle().take(20_000_000).collect();
     fs::write(directory.join("large"), &content).unwrap();
     fs::write(directory.join("small"), &content[..5000]).unwrap();
     let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]

@@ -15,45 +15,7 @@ use std::time::Duration;
 
 use lab::network::namespace;
 use lab::{Host, Lab, LabOptions, Redirect};
-use support::{Guarded, TestLab, accept, at, can_run, lab_program, one_line, turn, unique};
-
-/// What must be the same before and after a lab: of the machine's own set-up everything, of the
-/// rest what carries the lab's name (other labs may come and go meanwhile).
-#[derive(Debug, Eq, PartialEq)]
-struct Trace {
-    namespaces: Vec<String>,
-    mounts: Vec<String>,
-    routes: String,
-    rules: String,
-    directory: bool,
-    lock: bool,
-}
-
-impl Trace {
-    fn take(name: &str) -> Self {
-        let text = |program: &str, arguments: &[&str]| {
-            let output = Command::new(program).args(arguments).output().unwrap();
-            assert!(output.status.success());
-            String::from_utf8(output.stdout).unwrap()
-        };
-        let ours = |text: String| -> Vec<String> {
-            text.lines()
-                .filter(|line| line.contains(name))
-                .map(str::to_owned)
-                .collect()
-        };
-        Self {
-            namespaces: ours(text("ip", &["netns"])),
-            mounts: ours(fs::read_to_string("/proc/mounts").unwrap()),
-            routes: text("ip", &["-4", "route", "show", "table", "all"]),
-            rules: text("ip", &["rule"]),
-            directory: Path::new("/run/zt-lab").join(name).exists(),
-            lock: Path::new("/run/zt-lab")
-                .join(format!("{name}.lock"))
-                .exists(),
-        }
-    }
-}
+use support::{Guarded, TestLab, Trace, accept, at, can_run, lab_program, one_line, turn, unique};
 
 fn up_none(name: &str) -> Output {
     lab_program()

@@ -148,6 +148,44 @@ impl Drop for TestLab {
     }
 }
 
+/// What must be the same before and after a lab: of the machine's own set-up everything, of the
+/// rest what carries the lab's name (other labs may come and go meanwhile).
+#[derive(Debug, Eq, PartialEq)]
+pub(crate) struct Trace {
+    pub(crate) namespaces: Vec<String>,
+    pub(crate) mounts: Vec<String>,
+    pub(crate) routes: String,
+    pub(crate) rules: String,
+    pub(crate) directory: bool,
+    pub(crate) lock: bool,
+}
+
+impl Trace {
+    pub(crate) fn take(name: &str) -> Self {
+        let text = |program: &str, arguments: &[&str]| {
+            let output = Command::new(program).args(arguments).output().unwrap();
+            assert!(output.status.success());
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let ours = |text: String| -> Vec<String> {
+            text.lines()
+                .filter(|line| line.contains(name))
+                .map(str::to_owned)
+                .collect()
+        };
+        Self {
+            namespaces: ours(text("ip", &["netns"])),
+            mounts: ours(fs::read_to_string("/proc/mounts").unwrap()),
+            routes: text("ip", &["-4", "route", "show", "table", "all"]),
+            rules: text("ip", &["rule"]),
+            directory: Path::new("/run/zt-lab").join(name).exists(),
+            lock: Path::new("/run/zt-lab")
+                .join(format!("{name}.lock"))
+                .exists(),
+        }
+    }
+}
+
 /// One case of a test that shares its lab with others.
 pub(crate) type Case = (&'static str, fn(&mut TestLab));
 

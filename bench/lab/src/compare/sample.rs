@@ -1,0 +1,146 @@
+//! CPU time and memory as the kernel counts them.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use anyhow::{Context as _, Result};
+use nix::unistd::{SysconfVar, sysconf};
+
+/// Counters at one moment.
+#[derive(Clone, Debug)]
+pub(super) struct Sample {
+    /// ns on a CPU, by process and thread.
+    threads: BTreeMap<(u32, u32), u64>,
+    machine: MachineTime,
+}
+
+/// What passed between two samples.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spent {
+    /// CPU time of the processes, in s.
+    pub(super) processes_s: f64,
+    /// Busy CPU time of the whole machine, interrupts included, in s.
+    pub(super) machine_s: f64,
+    /// Busy share of the machine's CPU time.
+    pub(super) busy_share: f64,
+}
+
+impl Sample {
+    /// Reads the counters of `pids` and of the machine.
+    pub(super) fn take(pids: &[u32]) -> Result<Self> {
+        let mut threads = BTreeMap::new();
+        for &pid in pids {
+            let path = format!("/proc/{pid}/task");
+            let tasks = fs::read_dir(&path)
+                .with_context(|| format!("reading {path}: ztunnel {pid} has gone"))?;
+            for task in tasks {
+                let task = task.with_context(|| format!("reading {path}"))?;
+                // A thread may end in between; then it is missing from both sides.
+                let Ok(text) = fs::read_to_string(task.path().join("schedstat")) else { continue };
+                let tid = task.file_name().to_string_lossy().parse().unwrap_or(0);
+                threads.insert((pid, tid), first_number(&text));
+            }
+        }
+        Ok(Self { threads, machine: MachineTime::now()? })
+    }
+
+    /// What passed since `earlier`.
+    pub(super) fn since(&self, earlier: &Self) -> Spent {
+        let ns: u64 = self
+            .threads
+            .iter()
+            .map(|(thread, &ns)| ns.saturating_sub(earlier.threads.get(thread).copied().unwrap_or(0)))
+            .sum();
+        let busy = self.machine.busy.saturating_sub(earlier.machine.busy) as f64;
+        let all = self.machine.all.saturating_sub(earlier.machine.all) as f64;
+        Spent {
+            processes_s: ns as f64 / 1e9,
+            machine_s: busy / ticks_per_s(),
+            busy_share: if all > 0.0 { busy / all } else { 0.0 },
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct MachineTime {
+    busy: u64,
+    all: u64,
+}
+
+impl MachineTime {
+    fn now() -> Result<Self> {
+        let text = fs::read_to_string("/proc/stat").context("reading /proc/stat")?;
+        Self::parse(&text).context("reading /proc/stat: no line `cpu`")
+    }
+
+    /// Sums of the first line: user nice system idle iowait irq softirq steal, in ticks. Guest
+    /// time is in user already; steal is another machine's time.
+    fn parse(text: &str) -> Option<Self> {
+        let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
+        let ticks: Vec<u64> = line.split_whitespace().map_while(|t| t.parse().ok()).collect();
+        let [user, nice, system, idle, iowait, irq, softirq, ..] = ticks[..] else { return None };
+        let busy = user + nice + system + irq + softirq;
+        Some(Self { busy, all: busy + idle + iowait + ticks.get(7).copied().unwrap_or(0) })
+    }
+}
+
+fn ticks_per_s() -> f64 {
+    // 100 on every architecture Linux has had for twenty years.
+    sysconf(SysconfVar::CLK_TCK).ok().flatten().map_or(100.0, |ticks| ticks as f64)
+}
+
+/// Resident memory of `pids` together, in bytes.
+pub(super) fn resident_bytes(pids: &[u32]) -> u64 {
+    pids.iter()
+        .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/status")).ok())
+        .filter_map(|status| {
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+            Some(first_number(line) * 1024)
+        })
+        .sum()
+}
+
+fn first_number(text: &str) -> u64 {
+    text.split_whitespace().next().and_then(|t| t.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn busy_time_includes_interrupts_and_not_waiting() {
+        let stat = "cpu  10 1 20 400 50 3 4 7 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n";
+        assert_eq!(MachineTime::parse(stat), Some(MachineTime { busy: 38, all: 495 }));
+        assert_eq!(MachineTime::parse("intr 1 2\n"), None);
+    }
+
+    #[test]
+    fn time_spent_computing_is_accounted() {
+        let own = [std::process::id()];
+        let before = Sample::take(&own).unwrap();
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_millis(300) {
+            std::hint::spin_loop();
+        }
+        let spent = Sample::take(&own).unwrap().since(&before);
+        // Other threads of the tests run as well, so there is no upper bound but the CPUs.
+        assert!(spent.processes_s > 0.05, "{spent:?}");
+        assert!(spent.machine_s > 0.05, "{spent:?}");
+        assert!((0.0..=1.0).contains(&spent.busy_share));
+    }
+
+    #[test]
+    fn own_memory_is_seen_and_no_process_is_zero() {
+        assert!(resident_bytes(&[std::process::id()]) > 100_000);
+        assert_eq!(resident_bytes(&[]), 0);
+    }
+
+    #[test]
+    fn a_process_that_does_not_exist_is_an_error() {
+        let error = Sample::take(&[u32::MAX]).unwrap_err();
+        assert!(error.to_string().contains("has gone"), "{error}");
+    }
+}

@@ -1,0 +1,264 @@
+//! One trial: a fresh server, a fresh client, counters sampled as the measured window begins and
+//! ends.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use super::plan::{Cell, Workload};
+use super::sample::{Sample, Spent, resident_bytes};
+use crate::lab::Lab;
+
+const CLIENT: &str = "client-a";
+/// Server ports in turn, so that a trial does not meet the last one's `TIME_WAIT`. Below the
+/// pods' source ports and away from ztunnel's own.
+const FIRST_PORT: u32 = 10_000;
+const PORTS: u32 = 2000;
+/// A latency quantile counts only with as many samples as put a hundred above it.
+const P999_SAMPLES: f64 = 100_000.0;
+
+/// What all trials have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Setup<'a> {
+    pub(super) loadgen: &'a Path,
+    pub(super) scratch: &'a Path,
+    pub(super) duration: Duration,
+    pub(super) warmup: Duration,
+    /// CPU lists of client and server, as `loadgen --cpus` takes them.
+    pub(super) pin: Option<(&'a str, &'a str)>,
+}
+
+/// What a trial found.
+#[derive(Clone, Debug)]
+pub(super) struct Trial {
+    /// By the names of the report; what could not be measured is missing.
+    pub(super) metrics: BTreeMap<String, f64>,
+    /// Quantile and µs.
+    pub(super) spectrum: Vec<(f64, f64)>,
+    /// The load generator's own document.
+    pub(super) loadgen: Value,
+}
+
+impl Trial {
+    pub(super) fn metric(&self, name: &str) -> Option<f64> {
+        self.metrics.get(name).copied()
+    }
+}
+
+/// A child process that does not outlive its trial.
+#[derive(Debug)]
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Fails only if it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Setup<'_> {
+    /// Runs one trial. Failing requests are figures; only what keeps the trial from running at
+    /// all is an error.
+    pub(super) fn run(&self, lab: &Lab, cell: &Cell, number: u32) -> Result<Trial> {
+        let host = cell.scope.server();
+        let port = FIRST_PORT + number % PORTS;
+        let to = format!("{}:{port}", Lab::address(host)?);
+        let _server = self.start_server(lab, host, &to, cell)?;
+        let json = self.scratch.join("trial.json");
+        // Yesterday's file must not pass for today's.
+        let _ = fs::remove_file(&json);
+        let pids = lab.ztunnel_pids();
+        let mut command = lab.command(CLIENT, self.loadgen)?;
+        command.args(self.client_arguments(cell, &to)).arg("--json").arg(&json);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut client = Killed(command.spawn().context("starting loadgen on client-a")?);
+        let stdout = client.0.stdout.take().context("loadgen has no stdout")?;
+        let spent = observe(stdout, &pids)?;
+        let rss = resident_bytes(&pids);
+        let mut complaint = String::new();
+        if let Some(stderr) = &mut client.0.stderr {
+            let _ = stderr.read_to_string(&mut complaint);
+        }
+        let status = client.0.wait().context("waiting for loadgen")?;
+        let document = fs::read(&json).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let Some(document) = document else {
+            bail!("loadgen to {to} ended with {status} and no results: {}", complaint.trim());
+        };
+        Ok(evaluate(cell.workload, document, spent, &pids, rss))
+    }
+
+    fn start_server(&self, lab: &Lab, host: &str, to: &str, cell: &Cell) -> Result<Killed> {
+        let mut command = lab.command(host, self.loadgen)?;
+        command.args(["serve", "--listen", to, "--mode", cell.workload.server_mode()]);
+        if let Some((_, cpus)) = self.pin {
+            command.args(["--cpus", cpus]);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().with_context(|| format!("starting loadgen serve on {host}"))?;
+        let mut server = Killed(child);
+        let mut line = String::new();
+        if let Some(stdout) = &mut server.0.stdout {
+            // One line only: the pipe stays open, and what comes at the end is not wanted.
+            BufReader::new(stdout)
+                .read_line(&mut line)
+                .with_context(|| format!("reading from loadgen serve on {host}"))?;
+        }
+        if !line.starts_with("listening on ") {
+            let mut complaint = String::new();
+            if let Some(stderr) = &mut server.0.stderr {
+                let _ = stderr.read_to_string(&mut complaint);
+            }
+            bail!("loadgen serve on {host} did not start: {}", complaint.trim());
+        }
+        Ok(server)
+    }
+
+    fn client_arguments(&self, cell: &Cell, to: &str) -> Vec<String> {
+        let text = |text: &str| text.to_owned();
+        let connections = match cell.workload {
+            Workload::Connect => "--concurrency",
+            _ => "--connections",
+        };
+        let mut arguments = vec![
+            text(cell.workload.name()),
+            text("--to"),
+            text(to),
+            text("--markers"),
+            text(connections),
+            cell.connections.to_string(),
+            text("--duration"),
+            self.duration.as_secs_f64().to_string(),
+            text("--warmup"),
+            self.warmup.as_secs_f64().to_string(),
+        ];
+        match cell.workload {
+            Workload::Stream => arguments.extend([text("--direction"), text("up")]),
+            _ => arguments.extend([text("--size"), cell.size_bytes.to_string()]),
+        }
+        if let Some((cpus, _)) = self.pin {
+            arguments.extend([text("--cpus"), text(cpus)]);
+        }
+        arguments
+    }
+}
+
+/// Samples as the client marks its window; `None` if there was none.
+fn observe(stdout: ChildStdout, pids: &[u32]) -> Result<Option<Spent>> {
+    let (mut begin, mut spent) = (None, None);
+    for line in BufReader::new(stdout).lines() {
+        match line.context("reading from loadgen")?.as_str() {
+            "measuring" => begin = Some(Sample::take(pids)?),
+            "measured" => {
+                if let Some(begin) = &begin {
+                    spent = Some(Sample::take(pids)?.since(begin));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(spent)
+}
+
+/// The report's metrics from the load generator's and the kernel's.
+fn evaluate(
+    workload: Workload,
+    document: Value,
+    spent: Option<Spent>,
+    pids: &[u32],
+    rss: u64,
+) -> Trial {
+    let figure = |name: &str| document["metrics"][name].as_f64();
+    let mut metrics = BTreeMap::new();
+    let errors = document["outcomes"]["errors"].as_u64().unwrap_or(0);
+    metrics.insert("errors".to_owned(), errors as f64);
+    let wanted: &[&str] = match workload {
+        Workload::Rr => &["requests_per_s", "bytes_per_s"],
+        Workload::Connect => &["connections_per_s"],
+        Workload::Stream => &["bytes_per_s"],
+    };
+    let p999 = (figure("count") >= Some(P999_SAMPLES)).then_some("p999_us");
+    let latencies = ["p50_us", "p90_us", "p99_us"].into_iter().chain(p999);
+    for name in wanted.iter().copied().chain(latencies) {
+        if let Some(value) = figure(name) {
+            metrics.insert(name.to_owned(), value);
+        }
+    }
+    let measured_s = document["measured_s"].as_f64().unwrap_or(0.0);
+    // What CPU time is divided by, and by how much the quotient is scaled.
+    let (rate, unit, scale) = match workload {
+        Workload::Rr => ("requests_per_s", "us_per_request", 1e6),
+        Workload::Connect => ("connections_per_s", "us_per_connection", 1e6),
+        Workload::Stream => ("bytes_per_s", "s_per_gb", 1e9),
+    };
+    let amount = figure(rate).unwrap_or(0.0) * measured_s;
+    if let Some(spent) = spent.filter(|_| amount > 0.0) {
+        let per = |seconds: f64| seconds * scale / amount;
+        metrics.insert(format!("total_cpu_{unit}"), per(spent.machine_s));
+        metrics.insert("machine_busy_share".to_owned(), spent.busy_share);
+        if !pids.is_empty() {
+            metrics.insert(format!("ztunnel_cpu_{unit}"), per(spent.processes_s));
+        }
+    }
+    if !pids.is_empty() {
+        metrics.insert("ztunnel_rss_bytes".to_owned(), rss as f64);
+    }
+    let spectrum = serde_json::from_value(document["spectrum_us"].clone()).unwrap_or_default();
+    Trial { metrics, spectrum, loadgen: document }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const SPENT: Spent = Spent { processes_s: 0.5, machine_s: 2.0, busy_share: 0.8 };
+
+    #[test]
+    fn cpu_time_is_divided_by_what_was_done_in_the_window() {
+        let document = json!({
+            "measured_s": 2.0,
+            "metrics": {"requests_per_s": 5000.0, "p50_us": 90.0, "p999_us": 400.0, "count": 10000.0},
+            "outcomes": {"ok": 10000, "errors": 3},
+            "spectrum_us": [[0.0, 50.0], [0.5, 90.0]],
+        });
+        let trial = evaluate(Workload::Rr, document, Some(SPENT), &[1, 2], 1000);
+        assert_eq!(trial.metric("ztunnel_cpu_us_per_request"), Some(50.0));
+        assert_eq!(trial.metric("total_cpu_us_per_request"), Some(200.0));
+        assert_eq!(trial.metric("ztunnel_rss_bytes"), Some(1000.0));
+        assert_eq!(trial.metric("errors"), Some(3.0));
+        assert_eq!(trial.metric("p50_us"), Some(90.0));
+        // Ten samples lie above it: too few.
+        assert_eq!(trial.metric("p999_us"), None);
+        assert_eq!(trial.spectrum, [(0.0, 50.0), (0.5, 90.0)]);
+    }
+
+    #[test]
+    fn streams_count_by_the_gigabyte_and_without_ztunnels_there_is_no_ztunnel_cost() {
+        let document = json!({"measured_s": 1.0, "metrics": {"bytes_per_s": 4e9}, "outcomes": {}});
+        let trial = evaluate(Workload::Stream, document, Some(SPENT), &[], 0);
+        assert_eq!(trial.metric("total_cpu_s_per_gb"), Some(0.5));
+        assert_eq!(trial.metric("ztunnel_cpu_s_per_gb"), None);
+        assert_eq!(trial.metric("ztunnel_rss_bytes"), None);
+    }
+
+    #[test]
+    fn a_trial_without_a_single_success_has_errors_and_no_cost_per_request() {
+        let document = json!({
+            "measured_s": 2.0,
+            "metrics": {"requests_per_s": 0.0},
+            "outcomes": {"ok": 0, "errors": 32},
+        });
+        let trial = evaluate(Workload::Rr, document, None, &[1], 0);
+        assert_eq!(trial.metric("requests_per_s"), Some(0.0));
+        assert_eq!(trial.metric("errors"), Some(32.0));
+        assert_eq!(trial.metric("total_cpu_us_per_request"), None);
+    }
+}

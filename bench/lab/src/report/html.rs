@@ -1,0 +1,335 @@
+//! `report.html`: one self-contained page, the result first, the details after it.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+
+use super::plot;
+use super::schema::{Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
+use super::units::with_unit;
+
+const STYLE: &str = "
+:root{color-scheme:light}
+body{font:15px/1.5 system-ui,sans-serif;color:#1c2026;max-width:1080px;margin:2rem auto;
+padding:0 1rem;background:#fff}
+h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}
+.about{color:#5a6069;margin:.1rem 0}
+table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e4e7ec;white-space:nowrap}
+th{color:#5a6069;font-weight:600}
+th:first-child,td:first-child,td.l,th.l{text-align:left}
+tr.first td{border-top:2px solid #cbd0d8}
+.better{color:#05704d;font-weight:600}.worse{color:#b42318;font-weight:600}.same{color:#5a6069}
+.key span{display:inline-block;margin-right:1.2rem}
+.key i{display:inline-block;width:.9em;height:.9em;margin-right:.35em;vertical-align:-.1em}
+.plots{display:flex;flex-wrap:wrap;gap:.6rem}svg{max-width:100%;height:auto}
+.wide{overflow-x:auto}li{margin:.2rem 0}.error{background:#fdecea}small{color:#5a6069}
+";
+
+/// The page.
+pub(super) fn page(document: &Document) -> Result<String> {
+    let mut html = String::new();
+    let _ = write!(
+        html,
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+         <title>Redirection paths compared</title><style>{STYLE}</style></head><body>\n"
+    );
+    head(&mut html, document);
+    html.push_str("<h2>Result</h2>\n");
+    key(&mut html, document);
+    results(&mut html, document);
+    notes(&mut html, document);
+    throughput(&mut html, document)?;
+    spectra(&mut html, document)?;
+    cpu(&mut html, document)?;
+    ratios(&mut html, document);
+    figures(&mut html, document);
+    html.push_str("</body></html>\n");
+    Ok(html)
+}
+
+fn head(html: &mut String, document: &Document) {
+    let (machine, git) = (&document.machine, &document.git);
+    let _ = write!(
+        html,
+        "<h1>Redirection paths compared: {}</h1>\n<p class=\"about\">{} · commit {}{} · {}, {} \
+         CPUs, {} of memory, Linux {}</p>\n<p class=\"about\"><code>{}</code></p>\n",
+        escape(&document.paths.join(", ")),
+        escape(&document.when),
+        escape(&git.sha),
+        if git.dirty { " with changes" } else { "" },
+        escape(&machine.cpu),
+        machine.cores,
+        with_unit("ztunnel_rss_bytes", Some(machine.memory_bytes as f64)),
+        escape(&machine.kernel),
+        escape(&document.command),
+    );
+    let settings = &document.settings;
+    let _ = writeln!(
+        html,
+        "<p class=\"about\">{} rounds of {} s per trial after {} s of warm-up, paths interleaved, \
+         their order flipped every round. Noise threshold {:.1} %. Machine {:.1} % busy with all \
+         labs up and nothing measured.</p>",
+        settings.rounds,
+        settings.duration_s,
+        settings.warmup_s,
+        document.noise_threshold * 100.0,
+        settings.idle_busy_share * 100.0,
+    );
+}
+
+fn key(html: &mut String, document: &Document) {
+    html.push_str("<p class=\"key\">");
+    for path in &document.paths {
+        let colour = plot::css_colour(document, path);
+        let _ = write!(html, "<span><i style=\"background:{colour}\"></i>{}</span>", escape(path));
+    }
+    html.push_str("</p>\n");
+}
+
+/// The table to read first: medians, and the verdict against the path before.
+fn results(html: &mut String, document: &Document) {
+    html.push_str(
+        "<div class=\"wide\"><table><tr><th class=\"l\">scope</th><th class=\"l\">workload</th>\
+         <th class=\"l\">path</th><th>throughput</th><th>p50</th><th>p99</th><th>ztunnel CPU</th>\
+         <th>machine CPU</th><th>ztunnel memory</th><th>errors</th>\
+         <th class=\"l\">throughput against</th></tr>\n",
+    );
+    for (scope, workload, connections) in document.cells() {
+        let mut first = true;
+        for path in &document.paths {
+            let Some(row) = document.row(path, scope, workload, connections) else { continue };
+            result_row(html, document, row, first);
+            first = false;
+        }
+    }
+    html.push_str(
+        "</table></div>\n<p><small>Medians over trials. CPU per request, per connection or per \
+         GB; machine CPU is the busy time of all CPUs, interrupts, load generator and node \
+         agents included.</small></p>\n",
+    );
+}
+
+fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
+    let [ztunnel, total] = cpu_metrics(&row.workload);
+    let throughput = throughput_metric(&row.workload);
+    let errors: f64 = row.metrics.get("errors").map_or(0.0, |errors| errors.values.iter().sum());
+    let (scope, workload) = if first {
+        (row.scope.clone(), format!("{} x{}", row.workload, row.connections))
+    } else {
+        Default::default()
+    };
+    let class = match (first, errors > 0.0) {
+        (true, true) => " class=\"first error\"",
+        (true, false) => " class=\"first\"",
+        (false, true) => " class=\"error\"",
+        (false, false) => "",
+    };
+    let _ = write!(
+        html,
+        "<tr{class}><td>{scope}</td><td class=\"l\">{workload}</td><td class=\"l\">{}</td>",
+        escape(&row.path)
+    );
+    for metric in [throughput, "p50_us", "p99_us", ztunnel, total, "ztunnel_rss_bytes"] {
+        let value = row.median(metric);
+        let text = value.map_or_else(|| "–".to_owned(), |v| with_unit(metric, Some(v)));
+        let _ = write!(html, "<td>{text}</td>");
+    }
+    let against: Vec<String> = document
+        .ratios
+        .iter()
+        .filter(|r| r.of == row.path && r.metric == throughput && same_cell(r, row))
+        .map(|r| format!("{}: {}", escape(&r.to), verdict(r)))
+        .collect();
+    let _ = writeln!(html, "<td>{errors:.0}</td><td class=\"l\">{}</td></tr>", against.join(", "));
+}
+
+fn same_cell(ratio: &Ratio, row: &Row) -> bool {
+    (&ratio.scope, &ratio.workload, ratio.connections)
+        == (&row.scope, &row.workload, row.connections)
+}
+
+fn verdict(ratio: &Ratio) -> String {
+    let class = match ratio.verdict {
+        Verdict::Better => "better",
+        Verdict::Worse => "worse",
+        Verdict::NoDifference => "same",
+    };
+    format!("<span class=\"{class}\">×{:.2} {}</span>", ratio.ratio, ratio.verdict.name())
+}
+
+fn notes(html: &mut String, document: &Document) {
+    html.push_str("<h2>To judge the numbers</h2>\n<ul>\n");
+    for note in &document.notes {
+        let _ = writeln!(html, "<li>{}</li>", escape(note));
+    }
+    let _ = writeln!(
+        html,
+        "<li>A trial counts as one observation. Intervals are bootstrap 95 % intervals of medians; \
+         ratios are paired by round. A verdict other than \"no difference shown\" needs the \
+         interval to lie beyond the noise threshold, which is how far medians of even and odd \
+         rounds of the same path differ in nine of ten rows, at least 2 %.</li>\n</ul>"
+    );
+}
+
+fn throughput(html: &mut String, document: &Document) -> Result<()> {
+    html.push_str("<h2>Throughput</h2>\n");
+    key(html, document);
+    let groups = [
+        ("rr", "requests_per_s", ("thousand requests/s", 1e3)),
+        ("stream", "bytes_per_s", ("GB/s", 1e9)),
+        ("connect", "connections_per_s", ("thousand connections/s", 1e3)),
+    ];
+    html.push_str("<div class=\"plots\">\n");
+    for (workload, metric, unit) in groups {
+        bars(html, document, workload, metric, unit)?;
+    }
+    html.push_str(
+        "</div>\n<p><small>Bars: medians. Thick lines: their 95 % intervals. Dots: trials in the \
+         order of the rounds.</small></p>\n",
+    );
+    Ok(())
+}
+
+fn bars(
+    html: &mut String,
+    document: &Document,
+    workload: &str,
+    metric: &str,
+    unit: (&str, f64),
+) -> Result<()> {
+    let cells: Vec<_> = document.cells().into_iter().filter(|cell| cell.1 == workload).collect();
+    if let Some(svg) = plot::bars(document, &cells, metric, unit)? {
+        html.push_str(&svg);
+    }
+    Ok(())
+}
+
+fn spectra(html: &mut String, document: &Document) -> Result<()> {
+    let mut plots = String::new();
+    for cell in document.cells() {
+        if let Some(svg) = plot::spectrum(document, cell)? {
+            plots.push_str(&svg);
+        }
+    }
+    if !plots.is_empty() {
+        html.push_str("<h2>Latency by percentile</h2>\n");
+        key(html, document);
+        let _ = writeln!(
+            html,
+            "<div class=\"plots\">\n{plots}</div>\n<p><small>Both axes logarithmic. At every \
+             percentile the median over the trials, as far as every trial has at least ten \
+             requests above.</small></p>"
+        );
+    }
+    Ok(())
+}
+
+fn cpu(html: &mut String, document: &Document) -> Result<()> {
+    html.push_str("<h2>CPU time</h2>\n");
+    key(html, document);
+    html.push_str("<div class=\"plots\">\n");
+    for (workload, unit) in [
+        ("rr", ["us in ztunnels per request", "us of the machine per request"]),
+        ("stream", ["s in ztunnels per GB", "s of the machine per GB"]),
+        ("connect", ["us in ztunnels per connection", "us of the machine per connection"]),
+    ] {
+        for (metric, unit) in cpu_metrics(workload).into_iter().zip(unit) {
+            bars(html, document, workload, metric, (unit, 1.0))?;
+        }
+    }
+    html.push_str("</div>\n");
+    Ok(())
+}
+
+fn ratios(html: &mut String, document: &Document) {
+    if document.ratios.is_empty() {
+        return;
+    }
+    html.push_str(
+        "<h2>All ratios</h2>\n<details><summary>Every metric of every pair of paths</summary>\
+         <div class=\"wide\"><table><tr><th class=\"l\">scope</th><th class=\"l\">workload</th>\
+         <th class=\"l\">metric</th><th class=\"l\">of</th><th class=\"l\">to</th>\
+         <th>ratio and verdict</th><th>95 % interval</th></tr>\n",
+    );
+    for ratio in &document.ratios {
+        let _ = writeln!(
+            html,
+            "<tr><td>{}</td><td class=\"l\">{} x{}</td><td class=\"l\">{}</td>\
+             <td class=\"l\">{}</td><td class=\"l\">{}</td><td>{}</td><td>{:.2} to {:.2}</td></tr>",
+            ratio.scope,
+            ratio.workload,
+            ratio.connections,
+            ratio.metric,
+            escape(&ratio.of),
+            escape(&ratio.to),
+            verdict(ratio),
+            ratio.ci95[0],
+            ratio.ci95[1],
+        );
+    }
+    html.push_str("</table></div></details>\n");
+}
+
+fn figures(html: &mut String, document: &Document) {
+    html.push_str(
+        "<h2>All figures</h2>\n<details><summary>Every metric with its interval and its trials\
+         </summary><div class=\"wide\"><table><tr><th class=\"l\">scope</th>\
+         <th class=\"l\">workload</th><th class=\"l\">path</th><th class=\"l\">metric</th>\
+         <th>median</th><th>95 % interval</th><th>trials</th></tr>\n",
+    );
+    for row in &document.rows {
+        for (metric, estimate) in &row.metrics {
+            let show = |value: f64| with_unit(metric, Some(value));
+            let values: Vec<String> = estimate.values.iter().map(|&v| show(v)).collect();
+            let _ = writeln!(
+                html,
+                "<tr><td>{}</td><td class=\"l\">{} x{}</td><td class=\"l\">{}</td>\
+                 <td class=\"l\">{}</td><td>{}</td><td>{} to {}</td><td>{}</td></tr>",
+                row.scope,
+                row.workload,
+                row.connections,
+                escape(&row.path),
+                escape(metric),
+                show(estimate.median),
+                show(estimate.ci95[0]),
+                show(estimate.ci95[1]),
+                values.join(", "),
+            );
+        }
+    }
+    html.push_str("</table></div></details>\n");
+}
+
+/// Text in HTML.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::example;
+    use super::*;
+
+    #[test]
+    fn the_page_needs_nothing_from_elsewhere_and_has_its_plots() {
+        let html = page(&example()).unwrap();
+        assert!(html.matches("<svg").count() >= 3, "{html}");
+        for outside in ["src=", "href=", "@import", "url("] {
+            assert!(!html.contains(outside), "{outside}");
+        }
+        assert!(html.contains("×1.30 better"));
+        assert!(html.contains("A note."));
+    }
+
+    #[test]
+    fn text_from_outside_is_escaped() {
+        let mut document = example();
+        document.command = "lab compare --out '<script>'".to_owned();
+        document.notes.push("a < b & c".to_owned());
+        let html = page(&document).unwrap();
+        assert!(!html.contains("<script>"));
+        assert!(html.contains("a &lt; b &amp; c"));
+    }
+}

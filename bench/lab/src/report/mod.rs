@@ -1,0 +1,148 @@
+//! The report of a comparison: its file format, the page and the table made from it.
+
+mod html;
+pub mod plot;
+pub mod schema;
+pub mod table;
+pub mod units;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+
+use schema::{Document, SCHEMA};
+
+/// Writes `report.html` beside the `report.json` in `directory`, from that file alone.
+///
+/// # Errors
+/// A missing or malformed `report.json`, one of another schema, or a page that cannot be written.
+pub fn render(directory: &Path) -> Result<()> {
+    let document = read(directory)?;
+    let path = directory.join("report.html");
+    fs::write(&path, html::page(&document)?).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Reads the `report.json` in `directory`.
+///
+/// # Errors
+/// A missing or malformed file, or one of another schema.
+pub fn read(directory: &Path) -> Result<Document> {
+    let path = directory.join("report.json");
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("reading {}: give the directory of a comparison", path.display())
+    })?;
+    let document: Document =
+        serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+    if document.schema != SCHEMA {
+        bail!("{} has schema {}, must be {SCHEMA}", path.display(), document.schema);
+    }
+    Ok(document)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::schema::{Estimate, Git, Machine, Ratio, Row, Settings, Verdict};
+    use super::*;
+
+    fn estimate(median: f64) -> Estimate {
+        let values = [0.97, 1.0, 1.02].map(|factor| factor * median).to_vec();
+        Estimate { median, ci95: [0.97 * median, 1.02 * median], values }
+    }
+
+    fn row(path: &str, rate: f64) -> Row {
+        let mut metrics: BTreeMap<String, Estimate> = [
+            ("requests_per_s", rate),
+            ("p50_us", 32e6 / rate),
+            ("p99_us", 90e6 / rate),
+            ("total_cpu_us_per_request", 2e6 / rate),
+            ("errors", 0.0),
+        ]
+        .map(|(name, value)| (name.to_owned(), estimate(value)))
+        .into();
+        if path != "none" {
+            metrics.insert("ztunnel_cpu_us_per_request".to_owned(), estimate(1e6 / rate));
+            metrics.insert("ztunnel_rss_bytes".to_owned(), estimate(30e6));
+        }
+        let spectrum =
+            (0..=30).map(|step| f64::from(step) / 10.0).map(|n| (1.0 - 10f64.powf(-n), 1e6 / rate + n));
+        Row {
+            path: path.to_owned(),
+            scope: "cross-node".to_owned(),
+            workload: "rr".to_owned(),
+            connections: 32,
+            size_bytes: 64,
+            trials: 3,
+            metrics,
+            spectrum_us: spectrum.collect(),
+        }
+    }
+
+    /// A small but complete report.
+    pub(super) fn example() -> Document {
+        let ratio = Ratio {
+            metric: "requests_per_s".to_owned(),
+            of: "ebpf".to_owned(),
+            to: "tunnel".to_owned(),
+            scope: "cross-node".to_owned(),
+            workload: "rr".to_owned(),
+            connections: 32,
+            ratio: 1.3,
+            ci95: [1.25, 1.35],
+            verdict: Verdict::Better,
+        };
+        let against_none = Ratio {
+            to: "none".to_owned(),
+            ratio: 0.5,
+            ci95: [0.4, 0.6],
+            verdict: Verdict::Worse,
+            ..ratio.clone()
+        };
+        Document {
+            schema: SCHEMA,
+            when: "2026-01-01T00:00:00Z".to_owned(),
+            git: Git { sha: "0123456789ab".to_owned(), dirty: false },
+            machine: Machine {
+                cpu: "CPU".to_owned(),
+                cores: 2,
+                kernel: "6.18".to_owned(),
+                memory_bytes: 8 << 30,
+            },
+            tunnel_driver: Some("vxlan".to_owned()),
+            command: "lab compare".to_owned(),
+            noise_threshold: 0.05,
+            rows: vec![row("none", 60e3), row("tunnel", 20e3), row("ebpf", 26e3)],
+            ratios: vec![ratio, against_none],
+            paths: ["none", "tunnel", "ebpf"].map(str::to_owned).to_vec(),
+            settings: Settings::default(),
+            notes: vec!["A note.".to_owned()],
+        }
+    }
+
+    #[test]
+    fn the_page_is_rendered_from_the_file_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let json = serde_json::to_string(&example()).unwrap();
+        fs::write(directory.path().join("report.json"), json).unwrap();
+        render(directory.path()).unwrap();
+        let html = fs::read_to_string(directory.path().join("report.html")).unwrap();
+        assert!(html.contains("0123456789ab"));
+    }
+
+    #[test]
+    fn what_is_no_report_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = format!("{:#}", render(directory.path()).unwrap_err());
+        assert!(error.contains("report.json: give the directory of a comparison"), "{error}");
+        let path = directory.path().join("report.json");
+        fs::write(&path, "{\"schema\": 1}").unwrap();
+        assert!(format!("{:#}", render(directory.path()).unwrap_err()).contains("parsing"));
+        let mut other = example();
+        other.schema = 2;
+        fs::write(&path, serde_json::to_string(&other).unwrap()).unwrap();
+        let error = format!("{:#}", render(directory.path()).unwrap_err());
+        assert!(error.contains("has schema 2, must be 1"), "{error}");
+    }
+}
