@@ -1,0 +1,341 @@
+//! Attaching of programs so that they outlive this process.
+//!
+//! tcx: a link, pinned in bpffs; a new program replaces the old one in the link atomically.
+//! clsact: a filter with our own priority and handle, which stays until it is removed; replaced in
+//! place too. The socket lookup: a pinned link; the new one is attached beside the old one and
+//! renamed over its pin, and in between both choose the same listener from the same map.
+
+use std::fs;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
+use aya::programs::{Link as _, LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType};
+
+use super::layout;
+use crate::command;
+use crate::error::{Error, Result};
+use crate::journal::{Journal, Undo};
+use crate::netns::Netns;
+use crate::settings::Attach;
+
+/// Before other filters, with a handle nobody picks by chance.
+const PRIORITY: u16 = 1;
+const HANDLE: TcHandle = TcHandle::new(0, 0x5a54);
+
+const EEXIST: i32 = 17;
+const EINVAL: i32 = 22;
+const ENOTSUP: i32 = 95;
+
+pub(crate) const TCX: &str = "tcx";
+pub(crate) const CLSACT: &str = "clsact";
+
+/// One program on one interface.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hook<'a> {
+    pub(crate) program: &'static str,
+    pub(crate) interface: &'a str,
+    pub(crate) index: u32,
+    /// UID of the pod it is for.
+    pub(crate) owner: Option<&'a str>,
+}
+
+impl Hook<'_> {
+    fn egress(&self) -> bool {
+        self.program == layout::APP_INBOUND
+    }
+
+    fn attach_type(&self) -> TcAttachType {
+        if self.egress() {
+            TcAttachType::Egress
+        } else {
+            TcAttachType::Ingress
+        }
+    }
+
+    /// File name of its pin. bpffs allows no dots, so interface names will not do.
+    pub(crate) fn pin_name(&self) -> String {
+        format!("{}_{}", self.program, self.index)
+    }
+
+    fn error(&self, error: &(dyn std::error::Error + 'static)) -> Error {
+        Error::bpf(
+            "attach program",
+            format!("{} to {}", self.program, self.interface),
+            error,
+        )
+    }
+}
+
+/// Loads all programs into the kernel.
+pub(crate) fn load_programs(ebpf: &mut Ebpf) -> Result<()> {
+    for name in layout::PROGRAMS {
+        let result = if name == layout::ZTUNNEL_INGRESS {
+            sk_lookup(ebpf)?.load()
+        } else {
+            classifier(ebpf, name)?.load()
+        };
+        result.map_err(|e| Error::bpf("load program", name, &e))?;
+    }
+    Ok(())
+}
+
+fn absent(name: &str) -> Error {
+    let missing = io::Error::new(io::ErrorKind::NotFound, "not in the object");
+    Error::bpf("find program", name, &missing)
+}
+
+fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+    let program = ebpf.program_mut(name).ok_or_else(|| absent(name))?;
+    program
+        .try_into()
+        .map_err(|e: ProgramError| Error::bpf("use program", name, &e))
+}
+
+fn sk_lookup(ebpf: &mut Ebpf) -> Result<&mut SkLookup> {
+    let name = layout::ZTUNNEL_INGRESS;
+    let program = ebpf.program_mut(name).ok_or_else(|| absent(name))?;
+    program
+        .try_into()
+        .map_err(|e: ProgramError| Error::bpf("use program", name, &e))
+}
+
+/// Attaches tc programs in the way the kernel and the settings allow.
+pub(crate) struct Attacher<'a> {
+    pub(crate) ebpf: &'a mut Ebpf,
+    pub(crate) journal: &'a mut Journal,
+    pub(crate) node: &'a Netns,
+    pub(crate) pins: &'a Path,
+    pub(crate) wanted: Attach,
+}
+
+impl Attacher<'_> {
+    /// Attaches, or replaces the program of an earlier process.
+    pub(crate) fn attach(&mut self, hook: Hook<'_>) -> Result<()> {
+        let use_tcx = match self.journal.detail() {
+            // What is installed in one way is not mixed with the other.
+            Some(CLSACT) => false,
+            Some(TCX) => true,
+            _ => self.wanted != Attach::Clsact,
+        };
+        if !use_tcx {
+            self.journal.set_detail(CLSACT)?;
+            return self.attach_filter(hook);
+        }
+        match self.attach_link(hook) {
+            Ok(()) if self.journal.detail() == Some(TCX) => Ok(()),
+            Ok(()) => self.journal.set_detail(TCX),
+            Err(error) if self.journal.detail().is_none() && self.wanted == Attach::Auto => {
+                let AttachError::Unsupported(reason) = error else {
+                    return Err(error.into());
+                };
+                tracing::info!(%reason, "kernel without tcx, using clsact");
+                self.journal.set_detail(CLSACT)?;
+                self.attach_filter(hook)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn attach_link(&mut self, hook: Hook<'_>) -> Result<(), AttachError> {
+        let pin = self.pins.join(hook.pin_name());
+        let undo = Undo::Pin { path: pin.clone() };
+        self.journal.record(hook.owner, undo)?;
+        let program = classifier(self.ebpf, hook.program)?;
+        if let Ok(old) = PinnedLink::from_pin(&pin) {
+            let link = SchedClassifierLink::try_from(FdLink::from(old));
+            let link = link.map_err(|e| hook.error(&e))?;
+            let replaced = program
+                .attach_to_link(link)
+                // Dropping the link closes our descriptor; the pin keeps it attached.
+                .and_then(|id| program.take_link(id).map(drop));
+            match replaced {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    let reason = hook.error(&error);
+                    tracing::info!(%reason, "pinned link is dead, attaching anew");
+                    fs::remove_file(&pin).map_err(|e| Error::file("remove pin", &pin, e))?;
+                }
+            }
+        }
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program
+            .attach_with_options(hook.interface, hook.attach_type(), options)
+            .map_err(|error| AttachError::classify(hook, &error))?;
+        let link = program.take_link(id).map_err(|e| hook.error(&e))?;
+        let link = FdLink::try_from(link).map_err(|e| hook.error(&e))?;
+        link.pin(&pin).map_err(|e| hook.error(&e))?;
+        Ok(())
+    }
+
+    fn attach_filter(&mut self, hook: Hook<'_>) -> Result<()> {
+        let interface = hook.interface.to_owned();
+        if !has_clsact(&interface)? {
+            let undo = Undo::Clsact {
+                netns: self.node.clone(),
+                interface: interface.clone(),
+            };
+            self.journal.record(hook.owner, undo)?;
+            tc::qdisc_add_clsact(&interface).map_err(|e| hook.error(&e))?;
+        }
+        let undo = Undo::Filter {
+            netns: self.node.clone(),
+            interface,
+            egress: hook.egress(),
+        };
+        self.journal.record(hook.owner, undo)?;
+        let program = classifier(self.ebpf, hook.program)?;
+        let options = NlOptions {
+            priority: PRIORITY,
+            handle: HANDLE,
+            classid: None,
+        };
+        let options = TcAttachOptions::Netlink(options);
+        let attached = program.attach_with_options(hook.interface, hook.attach_type(), options);
+        let id = match attached {
+            Err(error) if os_error(&error) == Some(EEXIST) => {
+                let link = own_filter(hook.interface, hook.egress()).map_err(|e| hook.error(&e))?;
+                program.attach_to_link(link)
+            }
+            other => other,
+        }
+        .map_err(|e| hook.error(&e))?;
+        let link = program.take_link(id).map_err(|e| hook.error(&e))?;
+        // Dropping it would remove the filter, which is to outlive this process.
+        std::mem::forget(link);
+        Ok(())
+    }
+
+    /// Attaches the socket lookup to ztunnel's network namespace.
+    pub(crate) fn attach_sk_lookup(&mut self, netns: &Path) -> Result<()> {
+        let name = layout::ZTUNNEL_INGRESS;
+        let failed = |e: &(dyn std::error::Error + 'static)| {
+            Error::bpf(
+                "attach program",
+                format!("{name} to {}", netns.display()),
+                e,
+            )
+        };
+        let pin = self.pins.join(name);
+        let next = self.pins.join(format!("{name}_next"));
+        self.journal.record(None, Undo::Pin { path: pin.clone() })?;
+        self.journal
+            .record(None, Undo::Pin { path: next.clone() })?;
+        let file = File::open(netns).map_err(|source| Error::Netns {
+            path: netns.to_owned(),
+            source,
+        })?;
+        let program = sk_lookup(self.ebpf)?;
+        let id = program.attach(file).map_err(|e| failed(&e))?;
+        let link = FdLink::from(program.take_link(id).map_err(|e| failed(&e))?);
+        // Left over if an earlier process was killed right here.
+        let _ = fs::remove_file(&next);
+        link.pin(&next).map_err(|e| failed(&e))?;
+        fs::rename(&next, &pin).map_err(|e| Error::file("replace pin", &pin, e))
+    }
+}
+
+/// Tells a kernel that has no tcx from other failures.
+enum AttachError {
+    Unsupported(Error),
+    Other(Error),
+}
+
+impl AttachError {
+    fn classify(hook: Hook<'_>, error: &ProgramError) -> Self {
+        let reason = hook.error(error);
+        match os_error(error) {
+            Some(EINVAL | ENOTSUP) => Self::Unsupported(reason),
+            _ => Self::Other(reason),
+        }
+    }
+}
+
+impl From<Error> for AttachError {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<AttachError> for Error {
+    fn from(error: AttachError) -> Self {
+        match error {
+            AttachError::Unsupported(error) | AttachError::Other(error) => error,
+        }
+    }
+}
+
+fn os_error(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
+        ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
+            error.raw_os_error()
+        }
+        ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
+        _ => None,
+    }
+}
+
+fn own_filter(interface: &str, egress: bool) -> io::Result<SchedClassifierLink> {
+    let direction = if egress {
+        TcAttachType::Egress
+    } else {
+        TcAttachType::Ingress
+    };
+    SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)
+}
+
+fn has_clsact(interface: &str) -> Result<bool> {
+    let shown = command::run("tc", &["qdisc", "show", "dev", interface])?;
+    Ok(shown.contains("qdisc clsact"))
+}
+
+/// Removes our filter; that it, its qdisc or the interface is gone is fine.
+pub(crate) fn remove_filter(interface: &str, egress: bool) -> Result<()> {
+    /// Of the filter, the device, its qdisc.
+    const GONE: [i32; 3] = [2, 19, EINVAL];
+    let Ok(link) = own_filter(interface, egress) else {
+        return Ok(());
+    };
+    match link.detach() {
+        Err(error) if !os_error(&error).is_some_and(|code| GONE.contains(&code)) => {
+            Err(Error::bpf("remove filter of", interface, &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes the clsact qdisc we added, unless someone else has filters there.
+pub(crate) fn remove_clsact(interface: &str) -> Result<()> {
+    if nix::net::if_::if_nametoindex(interface).is_err() || !has_clsact(interface)? {
+        return Ok(());
+    }
+    for direction in ["ingress", "egress"] {
+        let filters = command::run("tc", &["filter", "show", "dev", interface, direction])?;
+        if !filters.trim().is_empty() {
+            return Ok(());
+        }
+    }
+    command::run("tc", &["qdisc", "del", "dev", interface, "clsact"]).map(drop)
+}
+
+/// The pins in `dir` that are of this crate.
+pub(crate) fn own_pins(dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    let is_own = |name: &str| {
+        layout::MAPS.iter().any(|map| map.name == name)
+            || layout::PROGRAMS
+                .iter()
+                .any(|program| name.starts_with(program))
+    };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_own))
+        .map(|entry| entry.path())
+        .collect()
+}

@@ -1,0 +1,207 @@
+//! The two tunnels: each a layer-2 link over UDP between the node and ztunnel's namespace.
+//!
+//! They carry the first packet of each connection. GENEVE where the kernel has it, else VXLAN with
+//! the same identifiers, port and routes.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::str::FromStr;
+
+use super::rules::{IN, OUT, PEER_IN, PEER_OUT};
+use crate::command::{self, ip};
+use crate::error::{Error, Result};
+use crate::journal::{Journal, Undo};
+use crate::netns::Netns;
+
+const PORT_FIRST: u16 = 6081;
+const PORT_LAST: u16 = 6096;
+
+const DRIVERS: [&str; 2] = ["geneve", "vxlan"];
+
+/// Driver and UDP port, the journal's detail.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Transport {
+    pub(crate) driver: &'static str,
+    pub(crate) port: u16,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.driver, self.port)
+    }
+}
+
+impl FromStr for Transport {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (driver, port) = text.split_once(':').ok_or(())?;
+        let driver = DRIVERS
+            .into_iter()
+            .find(|known| *known == driver)
+            .ok_or(())?;
+        Ok(Self {
+            driver,
+            port: port.parse().map_err(drop)?,
+        })
+    }
+}
+
+/// One end of a tunnel.
+struct End {
+    name: &'static str,
+    id: u32,
+    address: &'static str,
+}
+
+const NODE_ENDS: [End; 2] = [
+    End {
+        name: IN,
+        id: 1000,
+        address: "192.168.126.1/30",
+    },
+    End {
+        name: OUT,
+        id: 1001,
+        address: "192.168.127.1/30",
+    },
+];
+const ZTUNNEL_ENDS: [End; 2] = [
+    End {
+        name: PEER_IN,
+        id: 1000,
+        address: "192.168.126.2/30",
+    },
+    End {
+        name: PEER_OUT,
+        id: 1001,
+        address: "192.168.127.2/30",
+    },
+];
+
+/// Makes both ends of both tunnels, or adopts those that are there, and says how.
+pub(crate) fn ensure(
+    journal: &mut Journal,
+    node: &Netns,
+    ztunnel: &Netns,
+    addresses: (Ipv4Addr, Ipv4Addr),
+) -> Result<Transport> {
+    let (node_address, ztunnel_address) = addresses;
+    let transport = match journal.detail().and_then(|detail| detail.parse().ok()) {
+        Some(known) => known,
+        None => choose(journal, node, ztunnel_address)?,
+    };
+    for end in &NODE_ENDS {
+        ensure_end(journal, node, end, transport, ztunnel_address)?;
+    }
+    for end in &ZTUNNEL_ENDS {
+        ensure_end(journal, ztunnel, end, transport, node_address)?;
+    }
+    Ok(transport)
+}
+
+/// Finds a driver the kernel has and a port no other tunnel uses, by making the node's first end.
+fn choose(journal: &mut Journal, node: &Netns, remote: Ipv4Addr) -> Result<Transport> {
+    let end = &NODE_ENDS[0];
+    if exists(node, end.name) {
+        return Err(taken(node, end.name));
+    }
+    journal.record(
+        None,
+        Undo::command(node, format!("ip link del {}", end.name)),
+    )?;
+    let mut failure = None;
+    for driver in DRIVERS {
+        for port in PORT_FIRST..=PORT_LAST {
+            let transport = Transport { driver, port };
+            match node.run(|| ip(&add_line(end, transport, remote))) {
+                Ok(_) => {
+                    journal.set_detail(&transport.to_string())?;
+                    return Ok(transport);
+                }
+                // The identifier is taken on this port, or the name is.
+                Err(error) if command::is_present(&error) && !exists(node, end.name) => {
+                    failure = Some(error);
+                }
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+    }
+    Err(failure.unwrap_or_else(|| Error::Setting {
+        field: "tunnel",
+        value: end.name.to_owned(),
+        reason: "no driver was tried".to_owned(),
+    }))
+}
+
+fn add_line(end: &End, transport: Transport, remote: Ipv4Addr) -> String {
+    let Transport { driver, port } = transport;
+    format!(
+        "link add {} type {driver} id {} remote {remote} dstport {port}",
+        end.name, end.id
+    )
+}
+
+/// An interface that the journal does not know is someone else's, whatever its name.
+fn taken(netns: &Netns, name: &str) -> Error {
+    Error::Setting {
+        field: "tunnel interface",
+        value: name.to_owned(),
+        reason: format!(
+            "exists in {} and is not ours: remove it first",
+            netns.describe()
+        ),
+    }
+}
+
+fn exists(netns: &Netns, name: &str) -> bool {
+    netns.run(|| ip(&format!("link show dev {name}"))).is_ok()
+}
+
+fn ensure_end(
+    journal: &mut Journal,
+    netns: &Netns,
+    end: &End,
+    transport: Transport,
+    remote: Ipv4Addr,
+) -> Result<()> {
+    let name = end.name;
+    let undo = Undo::command(netns, format!("ip link del {name}"));
+    if !journal.has(&undo) && exists(netns, name) {
+        return Err(taken(netns, name));
+    }
+    journal.record(None, undo)?;
+    netns.run(|| {
+        if let Ok(shown) = ip(&format!("-d link show dev {name}")) {
+            let wanted = format!("{} id {} remote {remote} ", transport.driver, end.id);
+            let port = format!("dstport {} ", transport.port);
+            if !shown.contains(&wanted) || !shown.contains(&port) {
+                ip(&format!("link del {name}"))?;
+                ip(&add_line(end, transport, remote))?;
+            }
+        } else {
+            ip(&add_line(end, transport, remote))?;
+        }
+        ip(&format!("addr replace {} dev {name}", end.address))?;
+        ip(&format!("link set {name} up")).map(drop)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_journal_keeps_the_transport() {
+        let transport = Transport {
+            driver: "vxlan",
+            port: 6082,
+        };
+        assert_eq!(transport.to_string().parse(), Ok(transport));
+        assert_eq!("gre:1".parse::<Transport>(), Err(()));
+        assert_eq!("vxlan:x".parse::<Transport>(), Err(()));
+    }
+}

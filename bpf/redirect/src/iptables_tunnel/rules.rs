@@ -1,0 +1,170 @@
+//! The rule sets, as text for iptables-restore, and the numbers they share with routing.
+//!
+//! Marks on the node are tested bit by bit: 0x210 and 0x220 both contain 0x200.
+//!
+//! | mark | meaning |
+//! |---|---|
+//! | 0x100 | outbound: to ztunnel through the outbound tunnel |
+//! | 0x200 | skip: routed by the main table |
+//! | 0x220 | skip, and remember it for the connection |
+//! | 0x210 | from ztunnel with another's address; remembered for the connection |
+//! | 0x040 | reply to such a connection: straight to ztunnel |
+//!
+//! In ztunnel's namespace 0x400 is a TPROXYed packet and 0x4d3 one for a connection it has.
+
+use std::net::Ipv4Addr;
+
+use crate::settings::{Settings, Variant};
+
+/// Prefix of our chains, and of nobody else's.
+pub(crate) const CHAIN_PREFIX: &str = "ztunnel-";
+/// Name of the set of captured pods' addresses, in both namespaces.
+pub(crate) const POD_SET: &str = "ztunnel-pods-ips";
+/// Tunnel interfaces on the node and in ztunnel's namespace.
+pub(crate) const IN: &str = "istioin";
+pub(crate) const OUT: &str = "istioout";
+pub(crate) const PEER_IN: &str = "pistioin";
+pub(crate) const PEER_OUT: &str = "pistioout";
+
+/// One table's part of a restore file: our chains, the built-in chains they are called from, rules.
+pub(crate) struct Table {
+    pub(crate) name: &'static str,
+    pub(crate) hooks: Vec<&'static str>,
+    pub(crate) rules: Vec<String>,
+}
+
+/// Rules of the node's namespace. `port` is the tunnels' UDP port.
+pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
+    let mut mangle = Vec::new();
+    mangle.extend(prerouting(settings, port));
+    for chain in ["FORWARD", "INPUT"] {
+        for mark in ["0x220", "0x210"] {
+            mangle.push(format!(
+                "-A ztunnel-{chain} -m mark --mark {mark}/{mark} \
+                 -j CONNMARK --save-mark --nfmask {mark} --ctmask {mark}"
+            ));
+        }
+    }
+    mangle.extend(output(settings));
+    let accept = |chain| format!("-A ztunnel-{chain} -m mark --mark 0x100/0x100 -j ACCEPT");
+    vec![
+        Table {
+            name: "mangle",
+            hooks: vec!["PREROUTING", "POSTROUTING", "INPUT", "OUTPUT", "FORWARD"],
+            rules: mangle,
+        },
+        // kube-proxy neither translates nor masquerades what is captured: ztunnel sees the VIP.
+        Table {
+            name: "nat",
+            hooks: vec!["PREROUTING", "POSTROUTING"],
+            rules: vec![accept("PREROUTING"), accept("POSTROUTING")],
+        },
+        // A service without endpoints is ztunnel's to refuse.
+        Table {
+            name: "filter",
+            hooks: vec!["FORWARD"],
+            rules: vec![accept("FORWARD")],
+        },
+    ]
+}
+
+fn prerouting(settings: &Settings, port: u16) -> Vec<String> {
+    let (zv, zip) = (&settings.ztunnel.host_interface, settings.ztunnel.address);
+    [
+        // Out of a tunnel: routed as usual.
+        format!("-i {IN} -j MARK --set-mark 0x200/0x200"),
+        format!("-i {IN} -j RETURN"),
+        format!("-i {OUT} -j MARK --set-mark 0x200/0x200"),
+        format!("-i {OUT} -j RETURN"),
+        // The tunnels' own packets: a mark would stay on what they carry.
+        format!("-p udp -m udp --dport {port} -j RETURN"),
+        // Replies of connections that were let go.
+        "-m connmark --mark 0x220/0x220 -j MARK --set-mark 0x200/0x200".to_owned(),
+        "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
+        // Replies to what ztunnel sent with another's address.
+        format!("! -i {zv} -m connmark --mark 0x210/0x210 -j MARK --set-mark 0x040/0x040"),
+        "-m mark --mark 0x040/0x040 -j RETURN".to_owned(),
+        // ztunnel with another's address.
+        format!("-i {zv} ! -s {zip} -j MARK --set-mark 0x210/0x210"),
+        "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
+        // ztunnel as itself.
+        format!("-i {zv} -j MARK --set-mark 0x220/0x220"),
+        // UDP is not the mesh's.
+        "-p udp -j MARK --set-mark 0x220/0x220".to_owned(),
+        "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
+        // Whatever else a mesh pod sends.
+        format!("-p tcp -m set --match-set {POD_SET} src -j MARK --set-mark 0x100/0x100"),
+    ]
+    .map(|rule| format!("-A ztunnel-PREROUTING {rule}"))
+    .into()
+}
+
+/// Exemption of what the node's own sockets send to pods (probes).
+fn output(settings: &Settings) -> Vec<String> {
+    let to_pods = format!(
+        "-m set --match-set {POD_SET} dst -s {}",
+        settings.node.address
+    );
+    let mut rules = Vec::new();
+    let hardened = settings.variant == Variant::Hardened;
+    if hardened {
+        // Packets without a struct socket: children not accepted yet, orphans, TIME_WAIT.
+        rules.push(format!(
+            "-m conntrack --ctdir REPLY {to_pods} -j MARK --set-mark 0x220"
+        ));
+        rules.push("-m connmark --mark 0x220/0x220 -j MARK --set-mark 0x220".to_owned());
+    }
+    rules.push(format!(
+        "-m owner --socket-exists -p tcp {to_pods} -j MARK --set-mark 0x220"
+    ));
+    if hardened {
+        rules.push(
+            "-m mark --mark 0x220/0x220 -j CONNMARK --save-mark --nfmask 0x220 --ctmask 0x220"
+                .to_owned(),
+        );
+    }
+    rules
+        .into_iter()
+        .map(|rule| format!("-A ztunnel-OUTPUT {rule}"))
+        .collect()
+}
+
+/// Rules of ztunnel's namespace.
+pub(crate) fn ztunnel(settings: &Settings) -> Vec<Table> {
+    let tproxy = |port: u16| {
+        format!("-j TPROXY --tproxy-mark 0x400/0xfff --on-ip 127.0.0.1 --on-port {port}")
+    };
+    let mut rules = vec![
+        format!("-i {PEER_IN} -p tcp -m tcp --dport 15008 {}", tproxy(15008)),
+        format!("-i {PEER_OUT} -p tcp {}", tproxy(15001)),
+        format!("-i {PEER_IN} -p tcp {}", tproxy(15006)),
+    ];
+    let eth0 = &settings.ztunnel.interface;
+    let foreign: (&str, Ipv4Addr) = (eth0, settings.ztunnel.address);
+    let foreign = format!("-i {} -p tcp ! -d {}", foreign.0, foreign.1);
+    if settings.variant == Variant::Hardened {
+        // Connections ztunnel has; else by direction, so that the ACK that answers a SYN cookie
+        // finds the listener its SYN went to. Without --nowildcard the match leaves out sockets
+        // bound to all addresses: our own listeners, which whoever dials 15008 would hit.
+        let has = "-m socket --transparent";
+        rules.push(format!("{foreign} {has} -j MARK --set-mark 0x4d3/0xfff"));
+        rules.push(format!("{foreign} -m mark --mark 0x4d3/0xfff -j ACCEPT"));
+        rules.push(format!(
+            "{foreign} -m set --match-set {POD_SET} src {}",
+            tproxy(15001)
+        ));
+        rules.push(format!("{foreign} -m tcp --dport 15008 {}", tproxy(15008)));
+        rules.push(format!("{foreign} {}", tproxy(15006)));
+    } else {
+        rules.push(format!("{foreign} -j MARK --set-mark 0x4d3/0xfff"));
+    }
+    let rules = rules
+        .into_iter()
+        .map(|rule| format!("-A ztunnel-PREROUTING {rule}"))
+        .collect();
+    vec![Table {
+        name: "mangle",
+        hooks: vec!["PREROUTING"],
+        rules,
+    }]
+}

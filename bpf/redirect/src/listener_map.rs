@@ -1,0 +1,76 @@
+//! The map through which ztunnel offers its listening sockets to the `sk_lookup` program.
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use aya::maps::{Map, MapData, SockMap};
+
+use crate::error::{Error, Result};
+
+/// CPUs the map has room for; `MAX_CPUS` of `bpf/src/layout.h`.
+pub const MAX_CPUS: u32 = 1024;
+
+/// What a listener is for; the values are those of `bpf/src/layout.h`.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(u32)]
+pub enum Role {
+    /// Connections local pods make (15001).
+    Outbound = 0,
+    /// Plaintext connections to local pods (15006).
+    InboundPlain = 1,
+    /// HBONE connections to local pods (15008).
+    InboundHbone = 2,
+}
+
+/// Number of roles.
+pub(crate) const ROLES: u32 = 3;
+
+/// The pinned socket map, one slot for each role and CPU.
+///
+/// A slot empties when its socket is closed. A CPU without an entry uses CPU 0's; if that is
+/// empty, connections are refused. To hand over, set the successor's socket before closing.
+pub struct ListenerMap {
+    sockets: SockMap<MapData>,
+}
+
+impl std::fmt::Debug for ListenerMap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ListenerMap").finish_non_exhaustive()
+    }
+}
+
+impl ListenerMap {
+    /// Opens the map that the `ebpf` back end pinned.
+    ///
+    /// # Errors
+    /// [`Error::Bpf`]: it does not exist (yet), is not the right map, or CAP_BPF is missing.
+    pub fn open(pinned: &Path) -> Result<Self> {
+        let name = || pinned.display().to_string();
+        let data = MapData::from_pin(pinned).map_err(|e| Error::bpf("open map", name(), &e))?;
+        let map = Map::from_map_data(data).map_err(|e| Error::bpf("use map", name(), &e))?;
+        let sockets = SockMap::try_from(map).map_err(|e| Error::bpf("use map", name(), &e))?;
+        Ok(Self { sockets })
+    }
+
+    /// Makes `listener` the one that gets `role`'s connections arriving on `cpu`.
+    ///
+    /// The socket must be listening, transparent (IP_TRANSPARENT) and in ztunnel's network
+    /// namespace. Replaces an earlier one without a gap.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if `cpu` is not below [`MAX_CPUS`]; [`Error::Bpf`] if the kernel refuses
+    /// the socket (not listening, not TCP).
+    pub fn set(&mut self, role: Role, cpu: u32, listener: BorrowedFd<'_>) -> Result<()> {
+        if cpu >= MAX_CPUS {
+            return Err(Error::Setting {
+                field: "cpu",
+                value: cpu.to_string(),
+                reason: format!("must be below {MAX_CPUS}"),
+            });
+        }
+        let key = role as u32 * MAX_CPUS + cpu;
+        self.sockets
+            .set(key, &listener, 0)
+            .map_err(|e| Error::bpf("set listener", format!("{role:?} of CPU {cpu}"), &e))
+    }
+}

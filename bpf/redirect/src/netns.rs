@@ -1,0 +1,168 @@
+//! Work in another network namespace: on a helper thread, so that no other thread ever leaves its
+//! own. Commands started by that thread, and `/proc/sys/net` as it sees it, follow.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::settings::{Pod, Settings};
+
+/// The calling thread's own namespace.
+const OWN: &str = "/proc/thread-self/ns/net";
+
+/// A network namespace, by path and by identity.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct Netns {
+    /// None: the node's, in which the caller runs.
+    path: Option<PathBuf>,
+    /// A new namespace under the same path has another one.
+    inode: u64,
+}
+
+impl Netns {
+    /// The node's, that is the calling thread's.
+    pub(crate) fn node() -> Result<Self> {
+        Ok(Self {
+            path: None,
+            inode: inode(Path::new(OWN))?,
+        })
+    }
+
+    pub(crate) fn at(path: &Path) -> Result<Self> {
+        Ok(Self {
+            path: Some(path.to_owned()),
+            inode: inode(path)?,
+        })
+    }
+
+    /// Whether it is still the namespace it was when this value was made.
+    pub(crate) fn is_alive(&self) -> bool {
+        let path = self.path.as_deref().unwrap_or_else(|| Path::new(OWN));
+        inode(path).is_ok_and(|inode| inode == self.inode)
+    }
+
+    pub(crate) fn describe(&self) -> String {
+        self.path
+            .as_ref()
+            .map_or_else(|| "the node".to_owned(), |p| p.display().to_string())
+    }
+
+    /// Runs `work` inside.
+    pub(crate) fn run<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send,
+        F: FnOnce() -> Result<T> + Send,
+    {
+        let Some(path) = &self.path else {
+            return work();
+        };
+        let netns_error = |source| Error::Netns {
+            path: path.clone(),
+            source,
+        };
+        let file = File::open(path).map_err(netns_error)?;
+        let joined = thread::scope(|scope| {
+            let helper = scope.spawn(|| {
+                setns(&file, CloneFlags::CLONE_NEWNET)
+                    .map_err(|errno| netns_error(io::Error::from(errno)))?;
+                work()
+            });
+            helper.join()
+        });
+        match joined {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+fn inode(path: &Path) -> Result<u64> {
+    let metadata = std::fs::metadata(path).map_err(|source| Error::Netns {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(metadata.ino())
+}
+
+/// An interface as the kernel numbers it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Interface {
+    pub(crate) index: u32,
+    pub(crate) mac: [u8; 6],
+}
+
+/// Finds an interface of the namespace.
+pub(crate) fn interface(netns: &Netns, name: &str) -> Result<Interface> {
+    netns.run(|| {
+        let not_found = |source| Error::Interface {
+            name: name.to_owned(),
+            place: netns.describe(),
+            source,
+        };
+        let index = nix::net::if_::if_nametoindex(name).map_err(|e| not_found(e.into()))?;
+        let addresses = nix::ifaddrs::getifaddrs().map_err(|e| not_found(e.into()))?;
+        let mac = addresses
+            .filter(|entry| entry.interface_name == name)
+            .find_map(|entry| entry.address?.as_link_addr()?.addr());
+        Ok(Interface {
+            index,
+            mac: mac.unwrap_or_default(),
+        })
+    })
+}
+
+/// What redirection depends on and others may replace: interfaces and namespaces. Two that differ
+/// mean that it must be installed anew.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Observation {
+    ztunnel: Option<u64>,
+    interfaces: Vec<Option<u32>>,
+}
+
+impl Observation {
+    /// Looks at the node as it is now.
+    #[must_use]
+    pub fn take(settings: &Settings, pods: &[Pod]) -> Self {
+        let node = settings.node.interfaces.iter();
+        let names = node
+            .chain([&settings.ztunnel.host_interface])
+            .chain(pods.iter().map(|pod| &pod.host_interface));
+        Self {
+            ztunnel: inode(&settings.ztunnel.netns).ok(),
+            interfaces: names
+                .map(|name| nix::net::if_::if_nametoindex(name.as_str()).ok())
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_namespace_is_alive_and_has_loopback() {
+        let node = Netns::node().unwrap();
+        assert!(node.is_alive());
+        assert_eq!(interface(&node, "lo").unwrap().index, 1);
+        let error = interface(&node, "no-such-if").unwrap_err().to_string();
+        assert!(
+            error.starts_with("interface no-such-if not found in the node"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn missing_namespace_is_named() {
+        let error = Netns::at(Path::new("/run/netns/no-such"))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("/run/netns/no-such"), "{error}");
+    }
+}

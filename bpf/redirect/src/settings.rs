@@ -1,0 +1,336 @@
+//! What a redirection needs to know, checked before anything is touched.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Most underlay interfaces; `MAX_UNDERLAYS` of `bpf/src/layout.h`.
+pub(crate) const UNDERLAYS_MAX: usize = 8;
+/// Most pod CIDRs; `MAX_POD_CIDRS` of `bpf/src/layout.h`.
+pub(crate) const POD_CIDRS_MAX: usize = 64;
+/// Longest interface name (IFNAMSIZ less its NUL).
+const INTERFACE_CHARS_MAX: usize = 15;
+/// Longest pod UID; what an ipset comment takes.
+const UID_CHARS_MAX: usize = 255;
+
+/// Everything but the pods.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The node.
+    pub node: Node,
+    /// Its ztunnel.
+    pub ztunnel: Ztunnel,
+    /// Directory for the journal; made if missing. Must survive the agent, need not survive a boot.
+    pub state_dir: PathBuf,
+    /// `ebpf` only: directory inside a mounted bpffs for pins; made if missing.
+    pub bpffs: PathBuf,
+    /// `tunnel` only: which rule set.
+    pub variant: Variant,
+    /// `ebpf` only: how programs are attached to interfaces.
+    pub attach: Attach,
+}
+
+/// The node's side.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// Underlay interfaces: where pods of other nodes come from (1 to 8).
+    pub interfaces: Vec<String>,
+    /// The address pods see the node as.
+    pub address: Ipv4Addr,
+    /// Addresses of the cluster's pods, of all nodes (at most 64).
+    pub pod_cidrs: Vec<Ipv4Net>,
+}
+
+/// The node's ztunnel.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ztunnel {
+    /// Path of its network namespace.
+    pub netns: PathBuf,
+    /// Its interface in there.
+    pub interface: String,
+    /// The other end of that, on the node.
+    pub host_interface: String,
+    /// Its address.
+    pub address: Ipv4Addr,
+}
+
+/// A mesh pod of this node.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pod {
+    /// Unique and stable name.
+    pub uid: String,
+    /// Its addresses, at least one IPv4. IPv6 addresses are known but not captured: `ebpf` drops
+    /// IPv6 other than ICMPv6 from and to mesh pods.
+    pub addresses: Vec<IpAddr>,
+    /// Path of its network namespace.
+    pub netns: PathBuf,
+    /// Its interface on the node.
+    pub host_interface: String,
+}
+
+/// Which rule set the tunnel path uses.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Variant {
+    /// Istio 1.20's, with its defects: resets of node-local connections, leaked TIME_WAIT
+    /// answers, SYN cookies refused.
+    Faithful,
+    /// The same path with these defects fixed.
+    #[default]
+    Hardened,
+}
+
+/// How programs are attached to interfaces.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Attach {
+    /// tcx where the kernel has it (6.6), else clsact.
+    #[default]
+    Auto,
+    /// tcx or nothing.
+    Tcx,
+    /// A clsact qdisc, as before 6.6.
+    Clsact,
+}
+
+fn setting<T>(field: &'static str, value: &dyn ToString, reason: &str) -> Result<T> {
+    Err(Error::Setting {
+        field,
+        value: value.to_string(),
+        reason: reason.to_owned(),
+    })
+}
+
+fn check_interface(field: &'static str, name: &str) -> Result<()> {
+    let sound = (1..=INTERFACE_CHARS_MAX).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_graphic() && !b"/:\"'%\\".contains(&b))
+        && name != "."
+        && name != "..";
+    if sound {
+        Ok(())
+    } else {
+        setting(field, &name, "must be an interface name of 1 to 15 bytes")
+    }
+}
+
+impl Settings {
+    /// Checks ranges and contradictions; does not look at the system.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the first field that is wrong.
+    pub fn validate(&self) -> Result<()> {
+        let Self { node, ztunnel, .. } = self;
+        for name in &node.interfaces {
+            check_interface("node.interfaces", name)?;
+        }
+        let distinct: HashSet<_> = node.interfaces.iter().collect();
+        if distinct.len() != node.interfaces.len() || !(1..=UNDERLAYS_MAX).contains(&distinct.len())
+        {
+            let listed = node.interfaces.join(",");
+            return setting(
+                "node.interfaces",
+                &listed,
+                "must be 1 to 8 different interfaces",
+            );
+        }
+        if node.pod_cidrs.len() > POD_CIDRS_MAX {
+            return setting(
+                "node.pod_cidrs",
+                &node.pod_cidrs.len(),
+                "must be at most 64 networks",
+            );
+        }
+        for (field, address) in [
+            ("node.address", node.address),
+            ("ztunnel.address", ztunnel.address),
+        ] {
+            if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+                return setting(field, &address, "must be an address of an interface");
+            }
+        }
+        if node.address == ztunnel.address {
+            return setting(
+                "ztunnel.address",
+                &ztunnel.address,
+                "must differ from node.address",
+            );
+        }
+        check_interface("ztunnel.interface", &ztunnel.interface)?;
+        check_interface("ztunnel.host_interface", &ztunnel.host_interface)?;
+        if node.interfaces.contains(&ztunnel.host_interface) {
+            let reason = "must not be one of node.interfaces";
+            return setting("ztunnel.host_interface", &ztunnel.host_interface, reason);
+        }
+        Ok(())
+    }
+
+    /// Checks one pod against these settings.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the first field that is wrong.
+    pub fn validate_pod(&self, pod: &Pod) -> Result<()> {
+        let uid_sound = (1..=UID_CHARS_MAX).contains(&pod.uid.len())
+            && pod
+                .uid
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_./:".contains(&b));
+        if !uid_sound {
+            let reason = "must be 1 to 255 letters, digits or any of -_./:";
+            return setting("pods.uid", &pod.uid, reason);
+        }
+        check_interface("pods.host_interface", &pod.host_interface)?;
+        if pod.host_interface == self.ztunnel.host_interface
+            || self.node.interfaces.contains(&pod.host_interface)
+        {
+            let reason = "must be neither ztunnel's nor an underlay interface";
+            return setting("pods.host_interface", &pod.host_interface, reason);
+        }
+        if pod.ipv4().next().is_none() {
+            return setting("pods.addresses", &pod.uid, "the pod needs an IPv4 address");
+        }
+        for address in pod.ipv4() {
+            if address == self.ztunnel.address || address == self.node.address {
+                let reason = "must differ from ztunnel's and the node's";
+                return setting("pods.addresses", &address, reason);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks all pods, alone and against each other.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the first field that is wrong.
+    pub fn validate_pods(&self, pods: &[Pod]) -> Result<()> {
+        let (mut uids, mut addresses, mut interfaces) =
+            (HashSet::new(), HashSet::new(), HashSet::new());
+        for pod in pods {
+            self.validate_pod(pod)?;
+            if !uids.insert(&pod.uid) {
+                return setting("pods.uid", &pod.uid, "is listed twice");
+            }
+            if !interfaces.insert(&pod.host_interface) {
+                return setting(
+                    "pods.host_interface",
+                    &pod.host_interface,
+                    "is listed twice",
+                );
+            }
+            for address in &pod.addresses {
+                if !addresses.insert(address) {
+                    return setting("pods.addresses", &address, "is listed twice");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pod {
+    /// Its IPv4 addresses.
+    pub fn ipv4(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+        self.addresses.iter().filter_map(|address| match address {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> Settings {
+        Settings {
+            node: Node {
+                interfaces: vec!["und".into()],
+                address: [10, 244, 1, 1].into(),
+                pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+            },
+            ztunnel: Ztunnel {
+                netns: "/run/netns/z".into(),
+                interface: "eth0".into(),
+                host_interface: "vz".into(),
+                address: [10, 244, 1, 2].into(),
+            },
+            state_dir: "/tmp/x".into(),
+            bpffs: "/tmp/x".into(),
+            variant: Variant::default(),
+            attach: Attach::default(),
+        }
+    }
+
+    fn pod(uid: &str, address: &str, interface: &str) -> Pod {
+        Pod {
+            uid: uid.into(),
+            addresses: vec![address.parse().unwrap()],
+            netns: "/run/netns/p".into(),
+            host_interface: interface.into(),
+        }
+    }
+
+    #[test]
+    fn sound_settings_pass() {
+        let s = settings();
+        s.validate().unwrap();
+        s.validate_pods(&[pod("a", "10.244.1.11", "va"), pod("b", "10.244.1.12", "vb")])
+            .unwrap();
+    }
+
+    #[test]
+    fn contradictions_name_the_field() {
+        let mut s = settings();
+        s.ztunnel.address = s.node.address;
+        assert!(
+            s.validate()
+                .unwrap_err()
+                .to_string()
+                .starts_with("ztunnel.address")
+        );
+        s = settings();
+        s.node.interfaces = vec!["und".into(), "und".into()];
+        assert!(
+            s.validate()
+                .unwrap_err()
+                .to_string()
+                .starts_with("node.interfaces")
+        );
+        s = settings();
+        s.ztunnel.host_interface = "a name".into();
+        assert!(
+            s.validate()
+                .unwrap_err()
+                .to_string()
+                .starts_with("ztunnel.host_interface")
+        );
+    }
+
+    #[test]
+    fn pods_must_not_collide() {
+        let s = settings();
+        let wrong = [
+            (pod("a", "10.244.1.2", "va"), "pods.addresses"),
+            (pod("a", "fd00::1", "va"), "pods.addresses"),
+            (pod("a", "10.244.1.12", "und"), "pods.host_interface"),
+            (pod("a b", "10.244.1.12", "va"), "pods.uid"),
+            (pod("first", "10.244.1.12", "va"), "pods.uid"),
+            (pod("second", "10.244.1.12", "v1"), "pods.host_interface"),
+            (pod("second", "10.244.1.11", "va"), "pods.addresses"),
+        ];
+        for (pod_, field) in wrong {
+            let both = [pod("first", "10.244.1.11", "v1"), pod_];
+            let text = s.validate_pods(&both).unwrap_err().to_string();
+            assert!(text.starts_with(field), "{text}");
+        }
+    }
+}

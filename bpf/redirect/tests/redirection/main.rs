@@ -1,0 +1,10 @@
+//! Both redirections on real packets, in network namespaces. Needs root; skips by name without.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a helper that fails is a test that fails"
+)]
+
+mod ebpf;
+mod shared;
+mod topology;

@@ -1,0 +1,254 @@
+//! What the commands do.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, Signal};
+use redirect::{Observation, Redirection, Status};
+use serde::Serialize;
+
+use crate::config::{Config, Kind};
+use crate::error::{Error, Result};
+use crate::lock::{self, Lock};
+
+/// How often the configuration file, the interfaces and ztunnel's namespace are looked at.
+const POLL_EVERY: Duration = Duration::from_secs(1);
+/// How long `cleanup` waits for a `run` that is just ending.
+const CLEANUP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// `run`: returns on SIGTERM or SIGINT, leaving redirection as it is.
+pub(crate) fn run(path: &Path) -> Result<()> {
+    let config = Config::load(path)?;
+    redirect::check_privileges(config.redirect == Kind::Ebpf)?;
+    // Before any thread is started: all of them inherit the mask.
+    let signals = watch_signals()?;
+    let _lock = Lock::take(&config.state_dir, Duration::ZERO)?;
+    let mut agent = Agent::start(path, config)?;
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "node-agent: ready")
+        .and_then(|()| stdout.flush())
+        .map_err(Error::Output)?;
+    loop {
+        match signals.recv_timeout(POLL_EVERY) {
+            Err(RecvTimeoutError::Timeout) => agent.poll(),
+            Ok(signal) => {
+                tracing::info!(%signal, "ending; redirection stays installed");
+                return Ok(());
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(Error::Signals(nix::Error::EBADF)),
+        }
+    }
+}
+
+/// Signals that end the agent, as messages.
+fn watch_signals() -> Result<Receiver<Signal>> {
+    let set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    set.thread_block().map_err(Error::Signals)?;
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        if let Ok(signal) = set.wait() {
+            // The receiver is gone only when the process is ending anyway.
+            let _ = sender.send(signal);
+        }
+    });
+    Ok(receiver)
+}
+
+#[derive(Debug)]
+struct Agent {
+    path: PathBuf,
+    config: Config,
+    redirection: Box<dyn Redirection>,
+    /// What the file held when last looked at, right or wrong.
+    seen: String,
+    observed: Observation,
+    /// Last failure of a poll, so that one that lasts is logged once.
+    complaint: Option<String>,
+}
+
+impl Agent {
+    /// Installs. If that fails and nothing was installed before, nothing is afterwards.
+    fn start(path: &Path, config: Config) -> Result<Self> {
+        let mut redirection = config.redirection()?;
+        let fresh = !redirection.status()?.installed;
+        if let Err(error) = apply(redirection.as_mut(), &config) {
+            if fresh && let Err(left) = redirection.cleanup() {
+                tracing::error!(error = %left, "not everything could be removed");
+            }
+            return Err(error);
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            observed: Observation::take(&config.settings(), &config.pods),
+            seen: std::fs::read_to_string(path).unwrap_or_default(),
+            config,
+            redirection,
+            complaint: None,
+        })
+    }
+
+    /// Follows changes of the file, of interfaces and of ztunnel's network namespace.
+    fn poll(&mut self) {
+        let result = self.follow_file().and_then(|()| self.follow_system());
+        match result {
+            Ok(()) => self.complaint = None,
+            Err(error) => {
+                let text = error.to_string();
+                if self.complaint.as_ref() != Some(&text) {
+                    tracing::error!("{text}");
+                }
+                self.complaint = Some(text);
+            }
+        }
+    }
+
+    fn follow_file(&mut self) -> Result<()> {
+        let text = std::fs::read_to_string(&self.path).map_err(|source| Error::ReadConfig {
+            path: self.path.clone(),
+            source,
+        })?;
+        if text == self.seen {
+            return Ok(());
+        }
+        self.seen.clone_from(&text);
+        let next = match Config::parse(&self.path, &text) {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!("{error}; the old configuration stays in force");
+                return Ok(());
+            }
+        };
+        if !self.config.can_become(&next) {
+            tracing::error!(
+                "redirect, attach, state_dir and bpffs need cleanup and a restart; \
+                 the old configuration stays in force"
+            );
+            return Ok(());
+        }
+        // A back end has its settings from the start; a new one adopts what is installed.
+        self.redirection = next.redirection()?;
+        self.config = next;
+        self.apply()?;
+        tracing::info!(pods = self.config.pods.len(), "configuration applied");
+        Ok(())
+    }
+
+    fn follow_system(&mut self) -> Result<()> {
+        let now = Observation::take(&self.config.settings(), &self.config.pods);
+        if now == self.observed {
+            return Ok(());
+        }
+        tracing::info!("interfaces or ztunnel's network namespace changed, installing anew");
+        self.apply()
+    }
+
+    fn apply(&mut self) -> Result<()> {
+        self.observed = Observation::take(&self.config.settings(), &self.config.pods);
+        apply(self.redirection.as_mut(), &self.config)
+    }
+}
+
+/// Brings the node to what the configuration says: every pod is tried, the first failure told.
+fn apply(redirection: &mut dyn Redirection, config: &Config) -> Result<()> {
+    redirection.install()?;
+    let wanted: BTreeSet<_> = config.pods.iter().map(|pod| pod.uid.as_str()).collect();
+    let mut results = Vec::new();
+    for pod in redirection.enrolled() {
+        if !wanted.contains(pod.uid.as_str()) {
+            results.push(redirection.remove_pod(&pod.uid));
+        }
+    }
+    for pod in &config.pods {
+        results.push(redirection.add_pod(pod));
+    }
+    results
+        .into_iter()
+        .collect::<Result<(), _>>()
+        .map_err(Error::from)
+}
+
+/// What `status --json` prints: the redirection's status and the agent's process id.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// Process id of `node-agent run`, if it runs.
+    agent_pid: Option<u32>,
+    #[serde(flatten)]
+    status: Status,
+}
+
+/// `status`.
+pub(crate) fn status(config: &Config, json: bool) -> Result<()> {
+    let report = Report {
+        agent_pid: lock::running(&config.state_dir),
+        status: config.redirection()?.status()?,
+    };
+    let text = if json {
+        serde_json::to_string_pretty(&report).map_err(|e| Error::Output(e.into()))?
+    } else {
+        describe(&report)
+    };
+    writeln!(std::io::stdout(), "{}", text.trim_end()).map_err(Error::Output)
+}
+
+fn describe(report: &Report) -> String {
+    let Report { agent_pid, status } = report;
+    let mut lines = vec![
+        format!("redirection: {}", status.redirect),
+        format!(
+            "installed:   {}",
+            if status.installed { "yes" } else { "no" }
+        ),
+        format!(
+            "agent:       {}",
+            agent_pid.map_or("not running".into(), |p| p.to_string())
+        ),
+    ];
+    lines.extend(
+        status
+            .variant
+            .map(|variant| format!("variant:     {variant:?}")),
+    );
+    lines.extend(
+        status
+            .tunnel_driver
+            .iter()
+            .map(|driver| format!("tunnels:     {driver}")),
+    );
+    lines.extend(
+        status
+            .attach
+            .iter()
+            .map(|attach| format!("attached by: {attach}")),
+    );
+    for pod in &status.pods {
+        let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
+        let missing = if pod.present {
+            ""
+        } else {
+            " (interface missing)"
+        };
+        let (uid, interface) = (&pod.uid, &pod.host_interface);
+        lines.push(format!(
+            "pod:         {uid} {} {interface}{missing}",
+            addresses.join(",")
+        ));
+    }
+    for (program, reasons) in &status.counters {
+        for (reason, count) in reasons {
+            lines.push(format!("packets:     {program} {reason} {count}"));
+        }
+    }
+    lines.join("\n")
+}
+
+/// `cleanup`.
+pub(crate) fn cleanup(config: &Config) -> Result<()> {
+    redirect::check_privileges(config.redirect == Kind::Ebpf)?;
+    let lock = Lock::take(&config.state_dir, CLEANUP_PATIENCE)?;
+    config.redirection()?.cleanup()?;
+    lock.remove()
+}

@@ -1,0 +1,168 @@
+//! The agent's configuration file.
+
+use std::path::{Path, PathBuf};
+
+use redirect::ebpf::Ebpf;
+use redirect::iptables_tunnel::IptablesTunnel;
+use redirect::{Attach, Node, Pod, Redirection, Settings, Variant, Ztunnel};
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+
+/// Which back end.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Kind {
+    /// iptables, policy routes and tunnels.
+    Tunnel,
+    /// BPF programs.
+    Ebpf,
+}
+
+/// The file. Unknown keys are errors.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// Back end: `tunnel` or `ebpf`.
+    pub(crate) redirect: Kind,
+    /// `tunnel`: `hardened` (default) or `faithful`.
+    #[serde(default)]
+    variant: Variant,
+    /// `ebpf`: `auto` (default), `tcx` or `clsact`.
+    #[serde(default)]
+    attach: Attach,
+    node: Node,
+    ztunnel: Ztunnel,
+    /// Directory for the journal and the lock.
+    pub(crate) state_dir: PathBuf,
+    /// `ebpf`: directory in a mounted bpffs.
+    #[serde(default)]
+    bpffs: PathBuf,
+    /// Pods of this node that belong to the mesh.
+    #[serde(default)]
+    pub(crate) pods: Vec<Pod>,
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub(crate) fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::ReadConfig {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks the contents of a file; `path` is for the error.
+    pub(crate) fn parse(path: &Path, text: &str) -> Result<Self> {
+        let wrong = |reason: String| {
+            let lines: Vec<_> = reason
+                .lines()
+                .map(str::trim)
+                .filter(|l| !l.is_empty())
+                .collect();
+            Error::Config {
+                path: path.to_owned(),
+                reason: lines.join("; "),
+            }
+        };
+        let config: Self = serde_saphyr::from_str(text)
+            .map_err(|error| wrong(error.without_snippet().to_string()))?;
+        if config.redirect == Kind::Ebpf && !config.bpffs.is_absolute() {
+            return Err(wrong(
+                "bpffs: an absolute path is needed with redirect: ebpf".to_owned(),
+            ));
+        }
+        if !config.state_dir.is_absolute() {
+            return Err(wrong("state_dir: an absolute path is needed".to_owned()));
+        }
+        let settings = config.settings();
+        settings
+            .validate()
+            .map_err(|error| wrong(error.to_string()))?;
+        settings
+            .validate_pods(&config.pods)
+            .map_err(|error| wrong(error.to_string()))?;
+        Ok(config)
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        Settings {
+            node: self.node.clone(),
+            ztunnel: self.ztunnel.clone(),
+            state_dir: self.state_dir.clone(),
+            bpffs: self.bpffs.clone(),
+            variant: self.variant,
+            attach: self.attach,
+        }
+    }
+
+    /// The back end, nothing installed yet.
+    pub(crate) fn redirection(&self) -> Result<Box<dyn Redirection>> {
+        Ok(match self.redirect {
+            Kind::Tunnel => Box::new(IptablesTunnel::new(self.settings())?),
+            Kind::Ebpf => Box::new(Ebpf::new(self.settings())?),
+        })
+    }
+
+    /// Whether a running agent can go from this to `next`.
+    pub(crate) fn can_become(&self, next: &Self) -> bool {
+        self.redirect == next.redirect
+            && self.state_dir == next.state_dir
+            && self.bpffs == next.bpffs
+            && self.attach == next.attach
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOUND: &str = "
+redirect: ebpf
+node: {interfaces: [und], address: 10.244.1.1, pod_cidrs: [10.244.0.0/16]}
+ztunnel: {netns: /run/netns/z, interface: eth0, host_interface: vz, address: 10.244.1.2}
+state_dir: /run/x
+bpffs: /run/y
+pods:
+- {uid: a, addresses: [10.244.1.11], netns: /run/netns/a, host_interface: va1}
+";
+
+    fn error(text: &str) -> String {
+        Config::parse(Path::new("/c.yaml"), text)
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn a_sound_file_is_read() {
+        let config = Config::parse(Path::new("/c.yaml"), SOUND).unwrap();
+        assert_eq!(config.redirect, Kind::Ebpf);
+        assert_eq!(config.pods.len(), 1);
+        assert_eq!(config.variant, Variant::Hardened);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_one_line() {
+        let cases = [
+            ("", "configuration /c.yaml"),
+            ("redirect: [", "configuration /c.yaml"),
+            (&SOUND.replace("ebpf", "carrier-pigeon"), "carrier-pigeon"),
+            (&SOUND.replace("state_dir", "statedir"), "statedir"),
+            (
+                &SOUND.replace("10.244.1.11", "10.244.1.999"),
+                "configuration /c.yaml",
+            ),
+            (
+                &SOUND.replace("10.244.1.11", "10.244.1.2"),
+                "pods.addresses",
+            ),
+            (&SOUND.replace("/run/y", "y"), "bpffs"),
+        ];
+        for (text, expected) in cases {
+            let message = error(text);
+            assert!(message.contains(expected), "{message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+    }
+}
