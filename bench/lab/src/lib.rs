@@ -21,6 +21,7 @@
 
 mod agent;
 mod ca;
+pub mod compare;
 mod daemon;
 mod error;
 mod http;
@@ -29,6 +30,7 @@ mod lock;
 mod mesh_file;
 pub mod network;
 mod process;
+pub mod report;
 mod state;
 mod status;
 mod teardown;

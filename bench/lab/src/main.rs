@@ -9,8 +9,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lab::compare::{self, CompareOptions};
 use lab::network::namespace;
-use lab::{Lab, LabOptions, Redirect, Variant};
+use lab::{Lab, LabOptions, Redirect, Variant, report};
 
 /// A two-node Istio ambient network on this machine, in network namespaces.
 ///
@@ -46,6 +47,13 @@ enum Commands {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Measure the redirection paths against each other and write a report
+    Compare(CompareOptions),
+    /// Render report.html again from report.json
+    Report {
+        /// Directory of the report
+        dir: PathBuf,
     },
     /// Remove everything: namespaces, links, redirection, processes, files
     Down {
@@ -133,6 +141,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Commands::Exec { lab, host, command } => return exec(&lab.name, &host, &command),
         Commands::Status { lab, json } => return status(&lab.name, json),
         Commands::Down { lab } => down(&lab.name)?,
+        Commands::Compare(options) => {
+            compare::run(&options).context("compare")?;
+        }
+        Commands::Report { dir } => {
+            report::render(&dir).with_context(|| format!("report {}", dir.display()))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use lab::network::namespace;
 use lab::{Host, Lab, LabOptions, Redirect};
+use nix::sys::signal::{SigSet, Signal};
 use support::{Guarded, TestLab, Trace, accept, at, can_run, lab_program, one_line, turn, unique};
 
 fn up_none(name: &str) -> Output {
@@ -315,6 +316,22 @@ fn exec_is_transparent() {
         text.contains("10.244.2.12/32") && text.ends_with("from stdin"),
         "{text}"
     );
+}
+
+#[test]
+fn commands_start_with_no_signal_blocked() {
+    if !can_run("commands_start_with_no_signal_blocked") {
+        return;
+    }
+    let _turn = turn();
+    let lab = TestLab::up("mask", Redirect::None);
+    // As a program does that wants Ctrl-C to wait.
+    let mut held = SigSet::empty();
+    held.add(Signal::SIGTERM);
+    held.thread_block().unwrap();
+    let output = lab.run("client-a", "grep", &["SigBlk", "/proc/self/status"]);
+    held.thread_unblock().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "SigBlk:\t0000000000000000\n");
 }
 
 #[test]

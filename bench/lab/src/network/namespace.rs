@@ -13,6 +13,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::SigSet;
 
 use crate::error::{Error, Result};
 
@@ -121,20 +122,28 @@ impl HostCommand {
         &mut self.command
     }
 
-    /// Starts the command.
+    /// Starts the command, with no signal blocked whatever this process has blocked.
     ///
     /// # Errors
     /// The namespace cannot be entered or the program cannot be started.
     pub fn spawn(&mut self) -> io::Result<Child> {
-        self.run(Command::spawn)
+        let Self { netns, command } = self;
+        let spawn = || {
+            // A child inherits the mask of the thread that starts it, and one that has SIGTERM
+            // blocked cannot be stopped in order. This thread ends right after.
+            SigSet::all().thread_unblock()?;
+            command.spawn()
+        };
+        in_namespace(netns, spawn).map_err(io::Error::other)?
     }
 
-    /// Runs the command to its end and collects its output.
+    /// Runs the command to its end, with nothing to read, and collects its output.
     ///
     /// # Errors
     /// As [`Self::spawn`].
     pub fn output(&mut self) -> io::Result<Output> {
-        self.run(Command::output)
+        self.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.spawn()?.wait_with_output()
     }
 
     /// Runs the command to its end.
@@ -142,14 +151,6 @@ impl HostCommand {
     /// # Errors
     /// As [`Self::spawn`].
     pub fn status(&mut self) -> io::Result<ExitStatus> {
-        self.run(Command::status)
-    }
-
-    fn run<T: Send>(
-        &mut self,
-        f: impl FnOnce(&mut Command) -> io::Result<T> + Send,
-    ) -> io::Result<T> {
-        let Self { netns, command } = self;
-        in_namespace(netns, || f(command)).map_err(io::Error::other)?
+        self.spawn()?.wait()
     }
 }
