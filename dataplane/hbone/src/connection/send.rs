@@ -198,8 +198,9 @@ impl Connection {
         .bytes())
     }
 
-    /// Ends the stream in both directions with RST_STREAM. Nothing happens if it is closed. No
-    /// further events come for it; data already delivered still has to be released.
+    /// Ends the stream in both directions with RST_STREAM. Nothing happens if it is closed.
+    /// `receive` appends no further events for it, but those it has appended before may still
+    /// name it; data delivered by them still has to be released.
     pub fn reset(&mut self, id: StreamId, code: ErrorCode) {
         if self.streams.get(id.0).is_some() {
             self.queue_reset(id.0, code);
