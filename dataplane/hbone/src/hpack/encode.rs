@@ -1,8 +1,6 @@
 //! Encoder of header blocks: static table and literals without indexing, no Huffman code. It has
 //! no state, so a block costs no bookkeeping and can be dropped without losing synchronisation.
 
-use super::table::STATIC;
-
 /// Tells the peer that we use no dynamic table. Required once after the peer changed
 /// SETTINGS_HEADER_TABLE_SIZE (RFC 7541 4.2), harmless otherwise.
 pub(crate) fn table_size_update(out: &mut Vec<u8>) {
@@ -28,11 +26,12 @@ pub(crate) fn status(out: &mut Vec<u8>, code: u16) {
     integer(out, 0x80, 7, index);
 }
 
-/// Literal field without indexing; the name by static index if it has one.
+/// Literal field without indexing; the names that every request has by static index.
 pub(crate) fn literal(out: &mut Vec<u8>, name: &str, value: &str) {
-    match STATIC.iter().position(|(known, _)| *known == name) {
-        Some(at) => integer(out, 0x00, 4, at + 1),
-        None => {
+    match name {
+        ":authority" => out.push(AUTHORITY_INDEX),
+        ":method" => out.push(METHOD_INDEX),
+        _ => {
             out.push(0x00);
             text(out, name.as_bytes());
         }
@@ -62,7 +61,9 @@ fn integer(out: &mut Vec<u8>, first: u8, bits: u32, value: usize) {
     out.push(rest as u8);
 }
 
-/// Index of a static entry named `:status`.
+/// Indices of static entries with these names.
+const AUTHORITY_INDEX: u8 = 1;
+const METHOD_INDEX: u8 = 2;
 const STATUS_INDEX: usize = 8;
 
 #[cfg(test)]

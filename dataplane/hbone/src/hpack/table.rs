@@ -96,7 +96,7 @@ impl DynamicTable {
     }
 }
 
-pub(super) const STATIC: [(&str, &str); 61] = [
+const STATIC: [(&str, &str); 61] = [
     (":authority", ""),
     (":method", "GET"),
     (":method", "POST"),

@@ -169,21 +169,20 @@ fn compare(from: &Side, to: &Side) {
                 i64::from(other.recv.remaining())
             );
         }
-        let (sent, received) = (
-            from.sent.get(&StreamId(stream.id)),
-            to.received.get(&StreamId(stream.id)),
-        );
+        let id = StreamId(stream.id);
         let empty = Vec::new();
-        assert_eq!(
-            sent.unwrap_or(&empty),
-            received.unwrap_or(&empty),
-            "stream {}",
-            stream.id
-        );
+        let sent = from.sent.get(&id).unwrap_or(&empty);
+        let received = to.received.get(&id).unwrap_or(&empty);
+        assert_eq!(sent, received, "stream {id}");
     }
     for (id, received) in &to.received {
         assert!(from.sent[id].starts_with(received), "stream {id}");
     }
+}
+
+/// Whether the client acts, what it does, and two numbers that say with what.
+fn step() -> impl Strategy<Value = (bool, u8, u16, u16)> {
+    (any::<bool>(), 0u8..14, any::<u16>(), any::<u16>())
 }
 
 proptest! {
@@ -192,7 +191,7 @@ proptest! {
     #[test]
     fn windows_are_conserved_and_bytes_arrive(
         stream_window in prop_oneof![1u32..300, 60_000u32..200_000],
-        script in prop::collection::vec((any::<bool>(), 0u8..14, any::<u16>(), any::<u16>()), 1..400),
+        script in prop::collection::vec(step(), 1..400),
     ) {
         let config = Config { stream_window, connection_window: 65_535, ..Config::server() };
         let mut client = Side::new(Role::Client, &config);

@@ -2,6 +2,10 @@
 
 use super::*;
 
+const PROTOCOL: ErrorCode = ErrorCode::PROTOCOL_ERROR;
+const SIZE: ErrorCode = ErrorCode::FRAME_SIZE_ERROR;
+const FLOW: ErrorCode = ErrorCode::FLOW_CONTROL_ERROR;
+
 fn code_of(connection: &mut Connection, bytes: &[u8]) -> ErrorCode {
     let error = feed(connection, bytes).unwrap_err();
     let frames = drain(connection);
@@ -30,217 +34,118 @@ fn reset_of(connection: &mut Connection) -> (u32, ErrorCode) {
     )
 }
 
+/// A frame on a fresh connection: name, type, flags, stream, payload, and the code it causes.
+type Frame = (&'static str, u8, u8, u32, &'static [u8], ErrorCode);
+
+#[rustfmt::skip]
+const FRAMES: [Frame; 29] = [
+    ("DATA on stream 0", kind::DATA, 0, 0, b"x", PROTOCOL),
+    ("DATA on idle", kind::DATA, 0, 1, b"x", PROTOCOL),
+    ("HEADERS on stream 0", kind::HEADERS, 4, 0, &[0x82], PROTOCOL),
+    ("even identifier", kind::HEADERS, 4, 2, &[0x82], PROTOCOL),
+    ("bad block", kind::HEADERS, 4, 1, &[0x80], ErrorCode::COMPRESSION_ERROR),
+    ("HEADERS padding", kind::HEADERS, 0xc, 1, &[9, 0x88], PROTOCOL),
+    ("HEADERS empty padded", kind::HEADERS, 0xc, 1, &[], SIZE),
+    ("HEADERS short priority", kind::HEADERS, 0x24, 1, &[0; 4], SIZE),
+    ("lone CONTINUATION", kind::CONTINUATION, 4, 1, &[], PROTOCOL),
+    ("PRIORITY on stream 0", kind::PRIORITY, 0, 0, &[0; 5], PROTOCOL),
+    ("RST_STREAM on stream 0", kind::RST_STREAM, 0, 0, &[0; 4], PROTOCOL),
+    ("RST_STREAM on idle", kind::RST_STREAM, 0, 1, &[0; 4], PROTOCOL),
+    ("RST_STREAM length", kind::RST_STREAM, 0, 1, &[0; 3], SIZE),
+    ("SETTINGS on a stream", kind::SETTINGS, 0, 1, &[], PROTOCOL),
+    ("SETTINGS length", kind::SETTINGS, 0, 0, &[0; 5], SIZE),
+    ("SETTINGS ACK with payload", kind::SETTINGS, 1, 0, &[0; 6], SIZE),
+    ("ENABLE_PUSH of 2", kind::SETTINGS, 0, 0, &[0, 2, 0, 0, 0, 2], PROTOCOL),
+    ("window of 2^31", kind::SETTINGS, 0, 0, &[0, 4, 0x80, 0, 0, 0], FLOW),
+    ("frames of 16383", kind::SETTINGS, 0, 0, &[0, 5, 0, 0, 0x3f, 0xff], PROTOCOL),
+    ("frames of 2^24", kind::SETTINGS, 0, 0, &[0, 5, 1, 0, 0, 0], PROTOCOL),
+    ("PUSH_PROMISE", kind::PUSH_PROMISE, 4, 1, &[0; 4], PROTOCOL),
+    ("PING on a stream", kind::PING, 0, 1, &[0; 8], PROTOCOL),
+    ("PING length", kind::PING, 0, 0, &[0; 7], SIZE),
+    ("GOAWAY on a stream", kind::GOAWAY, 0, 1, &[0; 8], PROTOCOL),
+    ("GOAWAY length", kind::GOAWAY, 0, 0, &[0; 7], SIZE),
+    ("WINDOW_UPDATE length", kind::WINDOW_UPDATE, 0, 0, &[0; 5], SIZE),
+    ("WINDOW_UPDATE on idle", kind::WINDOW_UPDATE, 0, 1, &[0, 0, 0, 1], PROTOCOL),
+    ("WINDOW_UPDATE of 0", kind::WINDOW_UPDATE, 0, 0, &[0; 4], PROTOCOL),
+    ("WINDOW_UPDATE overflow", kind::WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0xff, 0xff], FLOW),
+];
+
+fn check_server_fails(name: &str, bytes: &[u8], code: ErrorCode) {
+    assert_eq!(code_of(&mut server(), bytes), code, "{name}");
+    let mut slow = server();
+    let outcome = bytes
+        .iter()
+        .try_for_each(|byte| feed(&mut slow, &[*byte]).map(|_| ()));
+    assert_eq!(outcome.unwrap_err().code(), code, "{name} byte by byte");
+}
+
 #[test]
-fn a_server_ends_the_connection() {
-    let continued = |kind_after, stream| {
-        let open = raw(kind::HEADERS, 0, 1, &connect_block());
-        [open, raw(kind_after, 0, stream, &[0; 8])].concat()
-    };
-    let ended = [connect(1), raw(kind::RST_STREAM, 0, 1, &[0, 0, 0, 8])].concat();
-    let cases: Vec<(&str, Vec<u8>, ErrorCode)> = vec![
-        (
-            "DATA on stream 0",
-            raw(kind::DATA, 0, 0, b"x"),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "DATA on idle",
-            raw(kind::DATA, 0, 1, b"x"),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        ("HEADERS on stream 0", connect(0), ErrorCode::PROTOCOL_ERROR),
-        ("even identifier", connect(2), ErrorCode::PROTOCOL_ERROR),
-        (
-            "lower identifier",
-            [connect(5), connect(3)].concat(),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "bad block",
-            raw(kind::HEADERS, 4, 1, &[0x80]),
-            ErrorCode::COMPRESSION_ERROR,
-        ),
-        (
-            "HEADERS padding",
-            raw(kind::HEADERS, 0xc, 1, &[9, 0x88]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "HEADERS empty padded",
-            raw(kind::HEADERS, 0xc, 1, &[]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
-        (
-            "HEADERS short priority",
-            raw(kind::HEADERS, 0x24, 1, &[0; 4]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
+fn a_frame_ends_the_connection() {
+    for (name, kind, flags, stream, payload, code) in FRAMES {
+        check_server_fails(name, &raw(kind, flags, stream, payload), code);
+    }
+    let too_long = [0x10, 0, 1, 0, 0, 0, 0, 0, 1];
+    check_server_fails("frame above the maximum", &too_long, SIZE);
+}
+
+#[test]
+fn a_sequence_ends_the_connection() {
+    let open = raw(kind::HEADERS, 0, 1, &connect_block());
+    let reset = [connect(1), raw(kind::RST_STREAM, 0, 1, &[0, 0, 0, 8])].concat();
+    let closed = ErrorCode::STREAM_CLOSED;
+    let cases = [
+        ("lower identifier", connect(5), connect(3), PROTOCOL),
         (
             "interrupted block",
-            continued(kind::PING, 0),
-            ErrorCode::PROTOCOL_ERROR,
+            open.clone(),
+            raw(kind::PING, 0, 0, &[0; 8]),
+            PROTOCOL,
         ),
         (
             "other stream's block",
-            continued(kind::CONTINUATION, 3),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "lone CONTINUATION",
-            raw(kind::CONTINUATION, 4, 1, &[]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "PRIORITY on 0",
-            raw(kind::PRIORITY, 0, 0, &[0; 5]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "RST_STREAM on 0",
-            raw(kind::RST_STREAM, 0, 0, &[0; 4]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "RST_STREAM on idle",
-            raw(kind::RST_STREAM, 0, 1, &[0; 4]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "RST_STREAM length",
-            raw(kind::RST_STREAM, 0, 1, &[0; 3]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
-        (
-            "SETTINGS on stream",
-            raw(kind::SETTINGS, 0, 1, &[]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "SETTINGS length",
-            raw(kind::SETTINGS, 0, 0, &[0; 5]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
-        (
-            "ACK with payload",
-            raw(kind::SETTINGS, 1, 0, &[0; 6]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
-        (
-            "push value",
-            raw(kind::SETTINGS, 0, 0, &[0, 2, 0, 0, 0, 2]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "window setting",
-            raw(kind::SETTINGS, 0, 0, &[0, 4, 0x80, 0, 0, 0]),
-            ErrorCode::FLOW_CONTROL_ERROR,
-        ),
-        (
-            "small frame setting",
-            raw(kind::SETTINGS, 0, 0, &[0, 5, 0, 0, 0x3f, 0xff]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "large frame setting",
-            raw(kind::SETTINGS, 0, 0, &[0, 5, 1, 0, 0, 0]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "PUSH_PROMISE",
-            raw(kind::PUSH_PROMISE, 4, 1, &[0; 4]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "PING on stream",
-            raw(kind::PING, 0, 1, &[0; 8]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "PING length",
-            raw(kind::PING, 0, 0, &[0; 7]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
-        (
-            "GOAWAY on stream",
-            raw(kind::GOAWAY, 0, 1, &[0; 8]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "GOAWAY length",
-            raw(kind::GOAWAY, 0, 0, &[0; 7]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
-        (
-            "WINDOW_UPDATE length",
-            raw(kind::WINDOW_UPDATE, 0, 0, &[0; 5]),
-            ErrorCode::FRAME_SIZE_ERROR,
-        ),
-        (
-            "WINDOW_UPDATE on idle",
-            raw(kind::WINDOW_UPDATE, 0, 1, &[0, 0, 0, 1]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "WINDOW_UPDATE of 0",
-            raw(kind::WINDOW_UPDATE, 0, 0, &[0; 4]),
-            ErrorCode::PROTOCOL_ERROR,
-        ),
-        (
-            "WINDOW_UPDATE overflow",
-            raw(kind::WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0xff, 0xff]),
-            ErrorCode::FLOW_CONTROL_ERROR,
-        ),
-        (
-            "frame too long",
-            vec![0x10, 0, 1, 0, 0, 0, 0, 0, 1],
-            ErrorCode::FRAME_SIZE_ERROR,
+            open,
+            raw(kind::CONTINUATION, 0, 3, &[0; 8]),
+            PROTOCOL,
         ),
         (
             "DATA padding",
-            [connect(1), raw(kind::DATA, 8, 1, &[3, 0, 0])].concat(),
-            ErrorCode::PROTOCOL_ERROR,
+            connect(1),
+            raw(kind::DATA, 8, 1, &[3, 0, 0]),
+            PROTOCOL,
         ),
         (
             "DATA empty padded",
-            [connect(1), raw(kind::DATA, 8, 1, &[])].concat(),
-            ErrorCode::FRAME_SIZE_ERROR,
+            connect(1),
+            raw(kind::DATA, 8, 1, &[]),
+            SIZE,
         ),
         (
             "DATA after its RST_STREAM",
-            [ended.clone(), raw(kind::DATA, 0, 1, b"x")].concat(),
-            ErrorCode::STREAM_CLOSED,
+            reset.clone(),
+            raw(kind::DATA, 0, 1, b"x"),
+            closed,
         ),
-        (
-            "HEADERS after its RST_STREAM",
-            [ended, connect(1)].concat(),
-            ErrorCode::STREAM_CLOSED,
-        ),
+        ("HEADERS after its RST_STREAM", reset, connect(1), closed),
     ];
-    for (name, bytes, code) in cases {
-        assert_eq!(code_of(&mut server(), &bytes), code, "{name}");
-        // The same, byte by byte.
-        let mut slow = server();
-        let outcome = bytes
-            .iter()
-            .try_for_each(|byte| feed(&mut slow, &[*byte]).map(|_| ()));
-        assert_eq!(outcome.unwrap_err().code(), code, "{name} byte by byte");
+    for (name, before, bytes, code) in cases {
+        check_server_fails(name, &[before, bytes].concat(), code);
     }
 }
 
 #[test]
 fn a_client_ends_the_connection() {
     let cases = [
-        ("unknown stream", ok(3), ErrorCode::PROTOCOL_ERROR),
-        ("push stream", ok(2), ErrorCode::PROTOCOL_ERROR),
+        ("unknown stream", ok(3), PROTOCOL),
+        ("push stream", ok(2), PROTOCOL),
         (
             "PUSH_PROMISE",
             raw(kind::PUSH_PROMISE, 4, 1, &[0; 4]),
-            ErrorCode::PROTOCOL_ERROR,
+            PROTOCOL,
         ),
         (
             "push",
             raw(kind::SETTINGS, 0, 0, &[0, 2, 0, 0, 0, 1]),
-            ErrorCode::PROTOCOL_ERROR,
+            PROTOCOL,
         ),
     ];
     for (name, bytes, code) in cases {
@@ -261,15 +166,15 @@ fn the_first_bytes_must_be_http2() {
             found: b'G'
         }
     );
-    assert_eq!(error.code(), ErrorCode::PROTOCOL_ERROR);
+    assert_eq!(error.code(), PROTOCOL);
 
     let mut server = Connection::new(Role::Server, &Config::server());
     let late = [PREFACE.to_vec(), raw(kind::PING, 0, 0, &[0; 8])].concat();
-    assert_eq!(code_of(&mut server, &late), ErrorCode::PROTOCOL_ERROR);
+    assert_eq!(code_of(&mut server, &late), PROTOCOL);
 
     let mut client = Connection::new(Role::Client, &Config::client());
     let ack = raw(kind::SETTINGS, flag::ACK, 0, &[]);
-    assert_eq!(code_of(&mut client, &ack), ErrorCode::PROTOCOL_ERROR);
+    assert_eq!(code_of(&mut client, &ack), PROTOCOL);
 }
 
 #[test]
@@ -284,14 +189,9 @@ fn a_server_resets_the_stream() {
             "CONNECT with :path",
             headers(0, &[(":method", "CONNECT"), authority, (":path", "/")]),
             false,
-            ErrorCode::PROTOCOL_ERROR,
+            PROTOCOL,
         ),
-        (
-            "no method",
-            headers(0, &[authority]),
-            false,
-            ErrorCode::PROTOCOL_ERROR,
-        ),
+        ("no method", headers(0, &[authority]), false, PROTOCOL),
         (
             "header list",
             headers(0, &vec![(":method", "x"); 2000]),
@@ -302,7 +202,7 @@ fn a_server_resets_the_stream() {
             "trailers on a tunnel",
             [connect(1), headers(flag::END_STREAM, &[("a", "b")])].concat(),
             true,
-            ErrorCode::PROTOCOL_ERROR,
+            PROTOCOL,
         ),
         (
             "DATA after the end",
@@ -320,7 +220,7 @@ fn a_server_resets_the_stream() {
             "WINDOW_UPDATE of 0",
             [connect(1), raw(kind::WINDOW_UPDATE, 0, 1, &[0; 4])].concat(),
             true,
-            ErrorCode::PROTOCOL_ERROR,
+            PROTOCOL,
         ),
         (
             "WINDOW_UPDATE overflow",
@@ -330,7 +230,7 @@ fn a_server_resets_the_stream() {
             ]
             .concat(),
             true,
-            ErrorCode::FLOW_CONTROL_ERROR,
+            FLOW,
         ),
     ];
     for (name, bytes, known, code) in cases {
@@ -374,7 +274,7 @@ fn a_client_resets_the_stream() {
         let id = client.open(&REQUEST).unwrap();
         drain(&mut client);
         let events = feed(&mut client, &bytes).unwrap();
-        let code = ErrorCode::PROTOCOL_ERROR;
+        let code = PROTOCOL;
         assert_eq!(events.last(), Some(&Event::Reset { id, code }), "{name}");
         assert_eq!(reset_of(&mut client), (1, code), "{name}");
         assert_eq!(
@@ -396,7 +296,7 @@ fn the_windows_are_enforced() {
     feed(&mut server, &connect(1)).unwrap();
     feed(&mut server, &raw(kind::DATA, 0, 1, &[0; 65_535])).unwrap();
     let code = code_of(&mut server, &raw(kind::DATA, 0, 1, &[0]));
-    assert_eq!(code, ErrorCode::FLOW_CONTROL_ERROR);
+    assert_eq!(code, FLOW);
 
     let config = Config {
         stream_window: 100,
@@ -406,7 +306,7 @@ fn the_windows_are_enforced() {
     feed(&mut server, &connect(1)).unwrap();
     let events = feed(&mut server, &raw(kind::DATA, 0, 1, &[0; 101])).unwrap();
     assert_eq!(events.len(), 1, "nothing of it is delivered: {events:?}");
-    assert_eq!(reset_of(&mut server), (1, ErrorCode::FLOW_CONTROL_ERROR));
+    assert_eq!(reset_of(&mut server), (1, FLOW));
     assert_eq!(
         server.recv.total(),
         i64::from(server.config.connection_window)
