@@ -17,11 +17,16 @@ impl Interrupt {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGINT);
         signals.add(Signal::SIGTERM);
-        signals.thread_block().context("blocking SIGINT and SIGTERM")?;
+        signals
+            .thread_block()
+            .context("blocking SIGINT and SIGTERM")?;
         let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
         let descriptor =
             SignalFd::with_flags(&signals, flags).context("watching SIGINT and SIGTERM")?;
-        Ok(Self { signals, descriptor })
+        Ok(Self {
+            signals,
+            descriptor,
+        })
     }
 
     /// Whether one has come since it was last asked.

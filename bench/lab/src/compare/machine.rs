@@ -21,8 +21,10 @@ pub(super) fn machine() -> Machine {
     Machine {
         cpu: field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| "unknown".to_owned()),
         cores: thread::available_parallelism().map_or(1, usize::from),
-        kernel: uname()
-            .map_or_else(|_| "unknown".to_owned(), |u| u.release().to_string_lossy().into_owned()),
+        kernel: uname().map_or_else(
+            |_| "unknown".to_owned(),
+            |u| u.release().to_string_lossy().into_owned(),
+        ),
         memory_bytes: kilobytes.unwrap_or(0) * 1024,
     }
 }
@@ -48,14 +50,23 @@ pub(super) fn results_directory(date: &str, machine: &Machine, git: &Git) -> Pat
         return first;
     }
     // Ends: directories are finitely many.
-    (2u32..).map(|n| base.join(format!("{name}-{n}"))).find(|p| !p.exists()).unwrap_or(first)
+    (2u32..)
+        .map(|n| base.join(format!("{name}-{n}")))
+        .find(|p| !p.exists())
+        .unwrap_or(first)
 }
 
 /// The machine in a directory's name, from its processor and not from its host name, which says
 /// nothing to others.
 fn slug(machine: &Machine) -> String {
     let mut slug = String::new();
-    for c in machine.cpu.to_lowercase().replace("(r)", "").replace("(tm)", "").chars() {
+    for c in machine
+        .cpu
+        .to_lowercase()
+        .replace("(r)", "")
+        .replace("(tm)", "")
+        .chars()
+    {
         match c {
             'a'..='z' | '0'..='9' => slug.push(c),
             _ if slug.ends_with('-') => {}

@@ -91,7 +91,9 @@ pub fn run(options: &CompareOptions) -> Result<PathBuf> {
     let pin = options.pin.as_deref().map(parse_pin).transpose()?;
     let loadgen = workspace_binary("loadgen")?;
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
-    let duration = options.duration.unwrap_or(if options.quick { 0.5 } else { 2.0 });
+    let duration = options
+        .duration
+        .unwrap_or(if options.quick { 0.5 } else { 2.0 });
     if !(0.1..=600.0).contains(&duration) {
         bail!("--duration is {duration}, must be 0.1 to 600");
     }
@@ -112,8 +114,7 @@ pub fn run(options: &CompareOptions) -> Result<PathBuf> {
         Some(directory) => directory.clone(),
         None => machine::results_directory(&begun.date().to_string(), &machine, &git),
     };
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("creating {}", directory.display()))?;
+    fs::create_dir_all(&directory).with_context(|| format!("creating {}", directory.display()))?;
     let rounds = options.trials.unwrap_or(if options.quick { 5 } else { 10 });
     let idle_busy_share = idle_busy_share()?;
     let mut runner = Runner {
@@ -223,7 +224,8 @@ impl Labs {
                 ..LabOptions::default()
             };
             let lab = Lab::up(&options);
-            labs.0.push(lab.with_context(|| format!("bringing up path {}", path.name()))?);
+            labs.0
+                .push(lab.with_context(|| format!("bringing up path {}", path.name()))?);
             if interrupt.came() {
                 bail!("interrupted while labs came up");
             }
@@ -232,7 +234,10 @@ impl Labs {
     }
 
     fn tunnel_driver(&self) -> Option<String> {
-        let tunnel = self.0.iter().find(|lab| lab.redirect() == Redirect::Tunnel)?;
+        let tunnel = self
+            .0
+            .iter()
+            .find(|lab| lab.redirect() == Redirect::Tunnel)?;
         tunnel.tunnel_driver().map(str::to_owned)
     }
 }
@@ -254,10 +259,18 @@ struct TrialLog(File);
 impl TrialLog {
     fn create(directory: &Path) -> Result<Self> {
         let path = directory.join("trials.jsonl");
-        File::create(&path).map(Self).with_context(|| format!("creating {}", path.display()))
+        File::create(&path)
+            .map(Self)
+            .with_context(|| format!("creating {}", path.display()))
     }
 
-    fn add(&mut self, round: u32, path: plan::Path, cell: &plan::Cell, trial: &Trial) -> Result<()> {
+    fn add(
+        &mut self,
+        round: u32,
+        path: plan::Path,
+        cell: &plan::Cell,
+        trial: &Trial,
+    ) -> Result<()> {
         let line = serde_json::json!({
             "round": round,
             "path": path.name(),
@@ -287,7 +300,10 @@ impl Runner<'_> {
         let begun = Instant::now();
         for round in 0..rounds {
             let per_round = begun.elapsed() / round.max(1);
-            if self.deadline.is_some_and(|deadline| Instant::now() + per_round > deadline) {
+            if self
+                .deadline
+                .is_some_and(|deadline| Instant::now() + per_round > deadline)
+            {
                 progress.end();
                 eprintln!("no time for more than {round} of {rounds} rounds");
                 return Ok((trials, round));
@@ -298,13 +314,19 @@ impl Runner<'_> {
                 let number = u32::try_from(trials[cell][path].len()).unwrap_or(0)
                     * u32::try_from(self.plan.cells.len()).unwrap_or(1)
                     + u32::try_from(cell).unwrap_or(0);
-                let trial = self.setup.run(&self.labs.0[path], at, number).with_context(|| {
-                    format!("{} {} {}", by.name(), at.scope.name(), at.workload.name())
-                })?;
+                let trial = self
+                    .setup
+                    .run(&self.labs.0[path], at, number)
+                    .with_context(|| {
+                        format!("{} {} {}", by.name(), at.scope.name(), at.workload.name())
+                    })?;
                 if self.interrupt.came() {
                     progress.end();
                     eprintln!("interrupted: reporting {round} complete rounds");
-                    trials.iter_mut().flatten().for_each(|row| row.truncate(round as usize));
+                    trials
+                        .iter_mut()
+                        .flatten()
+                        .for_each(|row| row.truncate(round as usize));
                     return Ok((trials, round));
                 }
                 self.log.add(round, by, at, &trial)?;
@@ -333,8 +355,15 @@ mod tests {
 
     #[test]
     fn peers_are_refused_until_they_can_be_measured() {
-        let options =
-            CompareOptions { peers: vec!["envoy".to_owned()], ..CompareOptions::default() };
-        assert!(run(&options).unwrap_err().to_string().contains("cannot be measured yet"));
+        let options = CompareOptions {
+            peers: vec!["envoy".to_owned()],
+            ..CompareOptions::default()
+        };
+        assert!(
+            run(&options)
+                .unwrap_err()
+                .to_string()
+                .contains("cannot be measured yet")
+        );
     }
 }

@@ -5,8 +5,11 @@ use anyhow::{Result, bail};
 use crate::state::Redirect;
 
 /// Paths that are measured unless others are asked for.
-const DEFAULT_PATHS: [Path; 3] =
-    [Path(Redirect::None), Path(Redirect::Tunnel), Path(Redirect::Ebpf)];
+const DEFAULT_PATHS: [Path; 3] = [
+    Path(Redirect::None),
+    Path(Redirect::Tunnel),
+    Path(Redirect::Ebpf),
+];
 
 /// A way traffic takes between the pods.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -22,10 +25,10 @@ impl Path {
         if name == "ebpf+sockmap" {
             bail!("path ebpf+sockmap: the sockmap short-cut does not exist yet; leave it out");
         }
-        DEFAULT_PATHS.into_iter().find(|path| path.name() == name).map_or_else(
-            || bail!("path `{name}` is none of none, tunnel, ebpf"),
-            Ok,
-        )
+        DEFAULT_PATHS
+            .into_iter()
+            .find(|path| path.name() == name)
+            .map_or_else(|| bail!("path `{name}` is none of none, tunnel, ebpf"), Ok)
     }
 }
 
@@ -119,14 +122,19 @@ impl Plan {
     pub(super) fn new(paths: &[String], workloads: &[String], quick: bool) -> Result<Self> {
         let paths = match paths {
             [] => DEFAULT_PATHS.to_vec(),
-            given => given.iter().map(|name| Path::parse(name)).collect::<Result<_>>()?,
+            given => given
+                .iter()
+                .map(|name| Path::parse(name))
+                .collect::<Result<_>>()?,
         };
         if let Some(i) = (1..paths.len()).find(|&i| paths[..i].contains(&paths[i])) {
             bail!("--paths names {} twice", paths[i].name());
         }
         let mut chosen = Vec::new();
         for name in workloads {
-            let found = Workload::ALL.into_iter().find(|workload| workload.name() == name);
+            let found = Workload::ALL
+                .into_iter()
+                .find(|workload| workload.name() == name);
             let Some(workload) = found else {
                 bail!("--workloads: `{name}` is none of rr, stream, connect");
             };
@@ -155,7 +163,7 @@ impl Plan {
         let mut order = Vec::with_capacity(self.trials_per_round());
         for cell in 0..self.cells.len() {
             let paths = 0..self.paths.len();
-            if round % 2 == 0 {
+            if round.is_multiple_of(2) {
                 order.extend(paths.map(|path| (cell, path)));
             } else {
                 order.extend(paths.rev().map(|path| (cell, path)));
@@ -196,7 +204,9 @@ mod tests {
     #[test]
     fn names_that_cannot_be_measured_are_refused_with_the_reason() {
         let refused = |paths: &[&str], workloads: &[&str]| {
-            Plan::new(&strings(paths), &strings(workloads), false).unwrap_err().to_string()
+            Plan::new(&strings(paths), &strings(workloads), false)
+                .unwrap_err()
+                .to_string()
         };
         assert!(refused(&["ebpf+sockmap"], &[]).contains("does not exist yet"));
         assert!(refused(&["magic"], &[]).contains("none of none, tunnel, ebpf"));

@@ -19,13 +19,20 @@ pub(super) struct Progress {
 
 impl Progress {
     pub(super) fn new(total: usize) -> Self {
-        Self { total, done: 0, begun: Instant::now(), terminal: io::stderr().is_terminal() }
+        Self {
+            total,
+            done: 0,
+            begun: Instant::now(),
+            terminal: io::stderr().is_terminal(),
+        }
     }
 
     /// A trial begins.
     pub(super) fn running(&self, round: u32, path: Path, cell: &Cell) {
         if self.terminal {
-            let left = self.left().map_or_else(String::new, |left| format!(", {} left", short(left)));
+            let left = self
+                .left()
+                .map_or_else(String::new, |left| format!(", {} left", short(left)));
             let text = format!(
                 "[{}/{}] round {}: {}{left}",
                 self.done + 1,
@@ -83,10 +90,18 @@ impl Progress {
 
 fn name(path: Path, cell: &Cell) -> String {
     let (scope, workload) = (cell.scope.name(), cell.workload.name());
-    format!("{:<6} {scope} {workload} x{}", path.name(), cell.connections)
+    format!(
+        "{:<6} {scope} {workload} x{}",
+        path.name(),
+        cell.connections
+    )
 }
 
 fn short(time: Duration) -> String {
     let seconds = time.as_secs();
-    if seconds >= 60 { format!("{}m{:02}s", seconds / 60, seconds % 60) } else { format!("{seconds}s") }
+    if seconds >= 60 {
+        format!("{}m{:02}s", seconds / 60, seconds % 60)
+    } else {
+        format!("{seconds}s")
+    }
 }

@@ -36,12 +36,17 @@ impl Sample {
             for task in tasks {
                 let task = task.with_context(|| format!("reading {path}"))?;
                 // A thread may end in between; then it is missing from both sides.
-                let Ok(text) = fs::read_to_string(task.path().join("schedstat")) else { continue };
+                let Ok(text) = fs::read_to_string(task.path().join("schedstat")) else {
+                    continue;
+                };
                 let tid = task.file_name().to_string_lossy().parse().unwrap_or(0);
                 threads.insert((pid, tid), first_number(&text));
             }
         }
-        Ok(Self { threads, machine: MachineTime::now()? })
+        Ok(Self {
+            threads,
+            machine: MachineTime::now()?,
+        })
     }
 
     /// What passed since `earlier`.
@@ -49,7 +54,9 @@ impl Sample {
         let ns: u64 = self
             .threads
             .iter()
-            .map(|(thread, &ns)| ns.saturating_sub(earlier.threads.get(thread).copied().unwrap_or(0)))
+            .map(|(thread, &ns)| {
+                ns.saturating_sub(earlier.threads.get(thread).copied().unwrap_or(0))
+            })
             .sum();
         let busy = self.machine.busy.saturating_sub(earlier.machine.busy) as f64;
         let all = self.machine.all.saturating_sub(earlier.machine.all) as f64;
@@ -77,16 +84,27 @@ impl MachineTime {
     /// time is in user already; steal is another machine's time.
     fn parse(text: &str) -> Option<Self> {
         let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
-        let ticks: Vec<u64> = line.split_whitespace().map_while(|t| t.parse().ok()).collect();
-        let [user, nice, system, idle, iowait, irq, softirq, ..] = ticks[..] else { return None };
+        let ticks: Vec<u64> = line
+            .split_whitespace()
+            .map_while(|t| t.parse().ok())
+            .collect();
+        let [user, nice, system, idle, iowait, irq, softirq, ..] = ticks[..] else {
+            return None;
+        };
         let busy = user + nice + system + irq + softirq;
-        Some(Self { busy, all: busy + idle + iowait + ticks.get(7).copied().unwrap_or(0) })
+        Some(Self {
+            busy,
+            all: busy + idle + iowait + ticks.get(7).copied().unwrap_or(0),
+        })
     }
 }
 
 fn ticks_per_s() -> f64 {
     // 100 on every architecture Linux has had for twenty years.
-    sysconf(SysconfVar::CLK_TCK).ok().flatten().map_or(100.0, |ticks| ticks as f64)
+    sysconf(SysconfVar::CLK_TCK)
+        .ok()
+        .flatten()
+        .map_or(100.0, |ticks| ticks as f64)
 }
 
 /// Resident memory of `pids` together, in bytes.
@@ -94,14 +112,19 @@ pub(super) fn resident_bytes(pids: &[u32]) -> u64 {
     pids.iter()
         .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/status")).ok())
         .filter_map(|status| {
-            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("VmRSS:"))?;
             Some(first_number(line) * 1024)
         })
         .sum()
 }
 
 fn first_number(text: &str) -> u64 {
-    text.split_whitespace().next().and_then(|t| t.parse().ok()).unwrap_or(0)
+    text.split_whitespace()
+        .next()
+        .and_then(|t| t.parse().ok())
+        .unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -113,7 +136,10 @@ mod tests {
     #[test]
     fn busy_time_includes_interrupts_and_not_waiting() {
         let stat = "cpu  10 1 20 400 50 3 4 7 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n";
-        assert_eq!(MachineTime::parse(stat), Some(MachineTime { busy: 38, all: 495 }));
+        assert_eq!(
+            MachineTime::parse(stat),
+            Some(MachineTime { busy: 38, all: 495 })
+        );
         assert_eq!(MachineTime::parse("intr 1 2\n"), None);
     }
 

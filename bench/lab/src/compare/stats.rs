@@ -25,7 +25,9 @@ pub fn median(values: &[f64]) -> f64 {
 }
 
 fn quantile_of_sorted(sorted: &[f64], quantile: f64) -> f64 {
-    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let Some(last) = sorted.len().checked_sub(1) else {
+        return f64::NAN;
+    };
     let position = quantile * last as f64;
     let below = sorted[position.floor() as usize];
     let above = sorted[position.ceil() as usize];
@@ -35,7 +37,11 @@ fn quantile_of_sorted(sorted: &[f64], quantile: f64) -> f64 {
 /// Median with the percentile bootstrap's 95 % interval.
 #[must_use]
 pub fn estimate(values: &[f64]) -> Estimate {
-    Estimate { median: median(values), ci95: interval(values), values: values.to_vec() }
+    Estimate {
+        median: median(values),
+        ci95: interval(values),
+        values: values.to_vec(),
+    }
 }
 
 fn interval(values: &[f64]) -> [f64; 2] {
@@ -50,7 +56,10 @@ fn interval(values: &[f64]) -> [f64; 2] {
         })
         .collect();
     medians.sort_by(f64::total_cmp);
-    [quantile_of_sorted(&medians, 0.025), quantile_of_sorted(&medians, 0.975)]
+    [
+        quantile_of_sorted(&medians, 0.025),
+        quantile_of_sorted(&medians, 0.975),
+    ]
 }
 
 /// Ratios of two paths, paired by round; `None` if there is no pair.
@@ -86,7 +95,16 @@ pub fn noise_threshold<'a>(rows: impl Iterator<Item = &'a [f64]>) -> f64 {
     let mut differences: Vec<f64> = rows
         .filter(|values| values.len() >= 2)
         .map(|values| {
-            let half = |start| median(&values.iter().skip(start).step_by(2).copied().collect::<Vec<_>>());
+            let half = |start| {
+                median(
+                    &values
+                        .iter()
+                        .skip(start)
+                        .step_by(2)
+                        .copied()
+                        .collect::<Vec<_>>(),
+                )
+            };
             let (even, odd): (f64, f64) = (half(0), half(1));
             let (low, high) = (even.min(odd), even.max(odd));
             if low > 0.0 { high / low - 1.0 } else { 0.0 }
@@ -123,7 +141,11 @@ mod tests {
 
     #[test]
     fn the_interval_holds_the_median_and_narrows_with_trials() {
-        let values = |n: usize| (0..n).map(|i| 100.0 + (i * 37 % 11) as f64).collect::<Vec<_>>();
+        let values = |n: usize| {
+            (0..n)
+                .map(|i| 100.0 + (i * 37 % 11) as f64)
+                .collect::<Vec<_>>()
+        };
         let (few, many) = (estimate(&values(5)), estimate(&values(50)));
         for e in [&few, &many] {
             assert!(e.ci95[0] <= e.median && e.median <= e.ci95[1], "{e:?}");
@@ -151,7 +173,8 @@ mod tests {
         let mut random = Random(7);
         let mut differing = 0;
         for _ in 0..100 {
-            let mut draw = || -> Vec<f64> { (0..10).map(|_| 95.0 + random.below(11) as f64).collect() };
+            let mut draw =
+                || -> Vec<f64> { (0..10).map(|_| 95.0 + random.below(11) as f64).collect() };
             let (a, b) = (draw(), draw());
             let noise = noise_threshold([a.as_slice(), b.as_slice()].into_iter());
             let ratio = paired_ratio(&a, &b).unwrap();

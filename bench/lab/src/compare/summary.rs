@@ -35,7 +35,11 @@ pub(super) fn document(plan: &Plan, trials: &Trials, about: Circumstances) -> Do
         }
     }
     let noise_threshold = stats::noise_threshold(rows.iter().flat_map(headline));
-    let paths: Vec<String> = plan.paths.iter().map(|path| path.name().to_owned()).collect();
+    let paths: Vec<String> = plan
+        .paths
+        .iter()
+        .map(|path| path.name().to_owned())
+        .collect();
     let mut document = Document {
         schema: SCHEMA,
         when: about.when,
@@ -64,7 +68,10 @@ fn row(path: &str, cell: &Cell, trials: &[Trial]) -> Row {
     }
     // A metric some trials lack cannot be paired by round, and its median would flatter.
     values.retain(|_, values| values.len() == trials.len());
-    let metrics = values.iter().map(|(name, v)| (name.clone(), stats::estimate(v))).collect();
+    let metrics = values
+        .iter()
+        .map(|(name, v)| (name.clone(), stats::estimate(v)))
+        .collect();
     Row {
         path: path.to_owned(),
         scope: cell.scope.name().to_owned(),
@@ -107,9 +114,13 @@ fn ratios(document: &Document) -> Vec<Ratio> {
         let row = |path: &str| document.row(path, scope, workload, connections);
         for (i, to) in document.paths.iter().enumerate() {
             for of in &document.paths[i + 1..] {
-                let (Some(of), Some(to)) = (row(of), row(to)) else { continue };
+                let (Some(of), Some(to)) = (row(of), row(to)) else {
+                    continue;
+                };
                 for (metric, values) in &of.metrics {
-                    let Some(other) = to.metrics.get(metric) else { continue };
+                    let Some(other) = to.metrics.get(metric) else {
+                        continue;
+                    };
                     // Counts of errors and the share of a busy machine have no better half.
                     if metric == "errors" || metric == "machine_busy_share" {
                         continue;
@@ -146,7 +157,10 @@ fn notes(document: &Document) -> Vec<String> {
         );
     }
     if has("tunnel") {
-        let driver = document.tunnel_driver.as_deref().unwrap_or("an unknown driver");
+        let driver = document
+            .tunnel_driver
+            .as_deref()
+            .unwrap_or("an unknown driver");
         let mut note = format!(
             "Path tunnel (rule set: hardened) used {driver} tunnels between node and ztunnel."
         );
@@ -212,7 +226,11 @@ mod tests {
     use crate::report::schema::Verdict;
 
     fn trial(rate: f64, errors: f64) -> Trial {
-        let metrics = [("requests_per_s", rate), ("p50_us", 1e6 / rate), ("errors", errors)];
+        let metrics = [
+            ("requests_per_s", rate),
+            ("p50_us", 1e6 / rate),
+            ("errors", errors),
+        ];
         Trial {
             metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into(),
             spectrum: vec![(0.0, 10.0), (0.5, 1e6 / rate)],
@@ -228,11 +246,18 @@ mod tests {
         let trials = plan.cells.iter().map(|_| rates.map(row).to_vec()).collect();
         let about = Circumstances {
             when: "2026-01-01T00:00:00Z".to_owned(),
-            git: Git { sha: "0".to_owned(), dirty: false },
+            git: Git {
+                sha: "0".to_owned(),
+                dirty: false,
+            },
             machine: super::super::machine::machine(),
             tunnel_driver: Some("vxlan".to_owned()),
             command: "lab compare".to_owned(),
-            settings: Settings { rounds: 6, rounds_wanted: 6, ..Settings::default() },
+            settings: Settings {
+                rounds: 6,
+                rounds_wanted: 6,
+                ..Settings::default()
+            },
         };
         document(&plan, &trials, about)
     }
@@ -256,18 +281,33 @@ mod tests {
             assert_eq!(ratio.verdict, Verdict::Better, "{ratio:?}");
         }
         let slower = compared([1000.0, 800.0], 0.0);
-        assert!(slower.ratios.iter().all(|ratio| ratio.verdict == Verdict::Worse));
+        assert!(
+            slower
+                .ratios
+                .iter()
+                .all(|ratio| ratio.verdict == Verdict::Worse)
+        );
         let same = compared([1000.0, 1000.0], 0.0);
-        assert!(same.ratios.iter().all(|ratio| ratio.verdict == Verdict::NoDifference));
+        assert!(
+            same.ratios
+                .iter()
+                .all(|ratio| ratio.verdict == Verdict::NoDifference)
+        );
     }
 
     #[test]
     fn errors_and_the_tunnel_driver_are_said() {
         let document = compared([1000.0, 1000.0], 2.0);
         let text = document.notes.join("\n");
-        assert!(text.contains("Errors: 12 on path ebpf, same-node rr x256"), "{text}");
+        assert!(
+            text.contains("Errors: 12 on path ebpf, same-node rr x256"),
+            "{text}"
+        );
         assert!(text.contains("vxlan"), "{text}");
         let clean = compared([1000.0, 1000.0], 0.0).notes.join("\n");
-        assert!(clean.contains("No request, connection or stream failed"), "{clean}");
+        assert!(
+            clean.contains("No request, connection or stream failed"),
+            "{clean}"
+        );
     }
 }

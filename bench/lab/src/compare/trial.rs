@@ -76,8 +76,14 @@ impl Setup<'_> {
         let _ = fs::remove_file(&json);
         let pids = lab.ztunnel_pids();
         let mut command = lab.command(CLIENT, self.loadgen)?;
-        command.args(self.client_arguments(cell, &to)).arg("--json").arg(&json);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(self.client_arguments(cell, &to))
+            .arg("--json")
+            .arg(&json);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut client = Killed(command.spawn().context("starting loadgen on client-a")?);
         let stdout = client.0.stdout.take().context("loadgen has no stdout")?;
         let spent = observe(stdout, &pids)?;
@@ -87,21 +93,37 @@ impl Setup<'_> {
             let _ = stderr.read_to_string(&mut complaint);
         }
         let status = client.0.wait().context("waiting for loadgen")?;
-        let document = fs::read(&json).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let document = fs::read(&json)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let Some(document) = document else {
-            bail!("loadgen to {to} ended with {status} and no results: {}", complaint.trim());
+            bail!(
+                "loadgen to {to} ended with {status} and no results: {}",
+                complaint.trim()
+            );
         };
         Ok(evaluate(cell.workload, document, spent, &pids, rss))
     }
 
     fn start_server(&self, lab: &Lab, host: &str, to: &str, cell: &Cell) -> Result<Killed> {
         let mut command = lab.command(host, self.loadgen)?;
-        command.args(["serve", "--listen", to, "--mode", cell.workload.server_mode()]);
+        command.args([
+            "serve",
+            "--listen",
+            to,
+            "--mode",
+            cell.workload.server_mode(),
+        ]);
         if let Some((_, cpus)) = self.pin {
             command.args(["--cpus", cpus]);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = command.spawn().with_context(|| format!("starting loadgen serve on {host}"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let child = command
+            .spawn()
+            .with_context(|| format!("starting loadgen serve on {host}"))?;
         let mut server = Killed(child);
         let mut line = String::new();
         if let Some(stdout) = &mut server.0.stdout {
@@ -115,7 +137,10 @@ impl Setup<'_> {
             if let Some(stderr) = &mut server.0.stderr {
                 let _ = stderr.read_to_string(&mut complaint);
             }
-            bail!("loadgen serve on {host} did not start: {}", complaint.trim());
+            bail!(
+                "loadgen serve on {host} did not start: {}",
+                complaint.trim()
+            );
         }
         Ok(server)
     }
@@ -210,7 +235,11 @@ fn evaluate(
         metrics.insert("ztunnel_rss_bytes".to_owned(), rss as f64);
     }
     let spectrum = serde_json::from_value(document["spectrum_us"].clone()).unwrap_or_default();
-    Trial { metrics, spectrum, loadgen: document }
+    Trial {
+        metrics,
+        spectrum,
+        loadgen: document,
+    }
 }
 
 #[cfg(test)]
@@ -219,13 +248,19 @@ mod tests {
 
     use super::*;
 
-    const SPENT: Spent = Spent { processes_s: 0.5, machine_s: 2.0, busy_share: 0.8 };
+    const SPENT: Spent = Spent {
+        processes_s: 0.5,
+        machine_s: 2.0,
+        busy_share: 0.8,
+    };
 
     #[test]
     fn cpu_time_is_divided_by_what_was_done_in_the_window() {
         let document = json!({
             "measured_s": 2.0,
-            "metrics": {"requests_per_s": 5000.0, "p50_us": 90.0, "p999_us": 400.0, "count": 10000.0},
+            "metrics": {
+                "requests_per_s": 5000.0, "p50_us": 90.0, "p999_us": 400.0, "count": 10000.0,
+            },
             "outcomes": {"ok": 10000, "errors": 3},
             "spectrum_us": [[0.0, 50.0], [0.5, 90.0]],
         });

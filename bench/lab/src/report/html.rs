@@ -83,7 +83,11 @@ fn key(html: &mut String, document: &Document) {
     html.push_str("<p class=\"key\">");
     for path in &document.paths {
         let colour = plot::css_colour(document, path);
-        let _ = write!(html, "<span><i style=\"background:{colour}\"></i>{}</span>", escape(path));
+        let _ = write!(
+            html,
+            "<span><i style=\"background:{colour}\"></i>{}</span>",
+            escape(path)
+        );
     }
     html.push_str("</p>\n");
 }
@@ -99,7 +103,9 @@ fn results(html: &mut String, document: &Document) {
     for (scope, workload, connections) in document.cells() {
         let mut first = true;
         for path in &document.paths {
-            let Some(row) = document.row(path, scope, workload, connections) else { continue };
+            let Some(row) = document.row(path, scope, workload, connections) else {
+                continue;
+            };
             result_row(html, document, row, first);
             first = false;
         }
@@ -114,9 +120,15 @@ fn results(html: &mut String, document: &Document) {
 fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
     let [ztunnel, total] = cpu_metrics(&row.workload);
     let throughput = throughput_metric(&row.workload);
-    let errors: f64 = row.metrics.get("errors").map_or(0.0, |errors| errors.values.iter().sum());
+    let errors: f64 = row
+        .metrics
+        .get("errors")
+        .map_or(0.0, |errors| errors.values.iter().sum());
     let (scope, workload) = if first {
-        (row.scope.clone(), format!("{} x{}", row.workload, row.connections))
+        (
+            row.scope.clone(),
+            format!("{} x{}", row.workload, row.connections),
+        )
     } else {
         Default::default()
     };
@@ -131,7 +143,14 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         "<tr{class}><td>{scope}</td><td class=\"l\">{workload}</td><td class=\"l\">{}</td>",
         escape(&row.path)
     );
-    for metric in [throughput, "p50_us", "p99_us", ztunnel, total, "ztunnel_rss_bytes"] {
+    for metric in [
+        throughput,
+        "p50_us",
+        "p99_us",
+        ztunnel,
+        total,
+        "ztunnel_rss_bytes",
+    ] {
         let value = row.median(metric);
         let text = value.map_or_else(|| "–".to_owned(), |v| with_unit(metric, Some(v)));
         let _ = write!(html, "<td>{text}</td>");
@@ -142,7 +161,11 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         .filter(|r| r.of == row.path && r.metric == throughput && same_cell(r, row))
         .map(|r| format!("{}: {}", escape(&r.to), verdict(r)))
         .collect();
-    let _ = writeln!(html, "<td>{errors:.0}</td><td class=\"l\">{}</td></tr>", against.join(", "));
+    let _ = writeln!(
+        html,
+        "<td>{errors:.0}</td><td class=\"l\">{}</td></tr>",
+        against.join(", ")
+    );
 }
 
 fn same_cell(ratio: &Ratio, row: &Row) -> bool {
@@ -156,7 +179,11 @@ fn verdict(ratio: &Ratio) -> String {
         Verdict::Worse => "worse",
         Verdict::NoDifference => "same",
     };
-    format!("<span class=\"{class}\">×{:.2} {}</span>", ratio.ratio, ratio.verdict.name())
+    format!(
+        "<span class=\"{class}\">×{:.2} {}</span>",
+        ratio.ratio,
+        ratio.verdict.name()
+    )
 }
 
 fn notes(html: &mut String, document: &Document) {
@@ -179,7 +206,11 @@ fn throughput(html: &mut String, document: &Document) -> Result<()> {
     let groups = [
         ("rr", "requests_per_s", ("thousand requests/s", 1e3)),
         ("stream", "bytes_per_s", ("GB/s", 1e9)),
-        ("connect", "connections_per_s", ("thousand connections/s", 1e3)),
+        (
+            "connect",
+            "connections_per_s",
+            ("thousand connections/s", 1e3),
+        ),
     ];
     html.push_str("<div class=\"plots\">\n");
     for (workload, metric, unit) in groups {
@@ -199,7 +230,11 @@ fn bars(
     metric: &str,
     unit: (&str, f64),
 ) -> Result<()> {
-    let cells: Vec<_> = document.cells().into_iter().filter(|cell| cell.1 == workload).collect();
+    let cells: Vec<_> = document
+        .cells()
+        .into_iter()
+        .filter(|cell| cell.1 == workload)
+        .collect();
     if let Some(svg) = plot::bars(document, &cells, metric, unit)? {
         html.push_str(&svg);
     }
@@ -231,9 +266,24 @@ fn cpu(html: &mut String, document: &Document) -> Result<()> {
     key(html, document);
     html.push_str("<div class=\"plots\">\n");
     for (workload, unit) in [
-        ("rr", ["us in ztunnels per request", "us of the machine per request"]),
-        ("stream", ["s in ztunnels per GB", "s of the machine per GB"]),
-        ("connect", ["us in ztunnels per connection", "us of the machine per connection"]),
+        (
+            "rr",
+            [
+                "us in ztunnels per request",
+                "us of the machine per request",
+            ],
+        ),
+        (
+            "stream",
+            ["s in ztunnels per GB", "s of the machine per GB"],
+        ),
+        (
+            "connect",
+            [
+                "us in ztunnels per connection",
+                "us of the machine per connection",
+            ],
+        ),
     ] {
         for (metric, unit) in cpu_metrics(workload).into_iter().zip(unit) {
             bars(html, document, workload, metric, (unit, 1.0))?;
@@ -304,7 +354,10 @@ fn figures(html: &mut String, document: &Document) {
 
 /// Text in HTML.
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }
 
 #[cfg(test)]

@@ -30,12 +30,19 @@ pub fn render(directory: &Path) -> Result<()> {
 pub fn read(directory: &Path) -> Result<Document> {
     let path = directory.join("report.json");
     let text = fs::read_to_string(&path).with_context(|| {
-        format!("reading {}: give the directory of a comparison", path.display())
+        format!(
+            "reading {}: give the directory of a comparison",
+            path.display()
+        )
     })?;
     let document: Document =
         serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
     if document.schema != SCHEMA {
-        bail!("{} has schema {}, must be {SCHEMA}", path.display(), document.schema);
+        bail!(
+            "{} has schema {}, must be {SCHEMA}",
+            path.display(),
+            document.schema
+        );
     }
     Ok(document)
 }
@@ -49,7 +56,11 @@ mod tests {
 
     fn estimate(median: f64) -> Estimate {
         let values = [0.97, 1.0, 1.02].map(|factor| factor * median).to_vec();
-        Estimate { median, ci95: [0.97 * median, 1.02 * median], values }
+        Estimate {
+            median,
+            ci95: [0.97 * median, 1.02 * median],
+            values,
+        }
     }
 
     fn row(path: &str, rate: f64) -> Row {
@@ -63,11 +74,15 @@ mod tests {
         .map(|(name, value)| (name.to_owned(), estimate(value)))
         .into();
         if path != "none" {
-            metrics.insert("ztunnel_cpu_us_per_request".to_owned(), estimate(1e6 / rate));
+            metrics.insert(
+                "ztunnel_cpu_us_per_request".to_owned(),
+                estimate(1e6 / rate),
+            );
             metrics.insert("ztunnel_rss_bytes".to_owned(), estimate(30e6));
         }
-        let spectrum =
-            (0..=30).map(|step| f64::from(step) / 10.0).map(|n| (1.0 - 10f64.powf(-n), 1e6 / rate + n));
+        let spectrum = (0..=30)
+            .map(|step| f64::from(step) / 10.0)
+            .map(|n| (1.0 - 10f64.powf(-n), 1e6 / rate + n));
         Row {
             path: path.to_owned(),
             scope: "cross-node".to_owned(),
@@ -103,7 +118,10 @@ mod tests {
         Document {
             schema: SCHEMA,
             when: "2026-01-01T00:00:00Z".to_owned(),
-            git: Git { sha: "0123456789ab".to_owned(), dirty: false },
+            git: Git {
+                sha: "0123456789ab".to_owned(),
+                dirty: false,
+            },
             machine: Machine {
                 cpu: "CPU".to_owned(),
                 cores: 2,
@@ -135,7 +153,10 @@ mod tests {
     fn what_is_no_report_is_refused_by_name() {
         let directory = tempfile::tempdir().unwrap();
         let error = format!("{:#}", render(directory.path()).unwrap_err());
-        assert!(error.contains("report.json: give the directory of a comparison"), "{error}");
+        assert!(
+            error.contains("report.json: give the directory of a comparison"),
+            "{error}"
+        );
         let path = directory.path().join("report.json");
         fs::write(&path, "{\"schema\": 1}").unwrap();
         assert!(format!("{:#}", render(directory.path()).unwrap_err()).contains("parsing"));

@@ -47,9 +47,14 @@ pub(super) fn bars(
     unit: (&str, f64),
 ) -> Result<Option<String>> {
     let estimate = |cell: &(&str, &str, u32), path: &str| -> Option<&Estimate> {
-        document.row(path, cell.0, cell.1, cell.2)?.metrics.get(metric)
+        document
+            .row(path, cell.0, cell.1, cell.2)?
+            .metrics
+            .get(metric)
     };
-    let all = cells.iter().flat_map(|cell| document.paths.iter().map(move |path| (cell, path)));
+    let all = cells
+        .iter()
+        .flat_map(|cell| document.paths.iter().map(move |path| (cell, path)));
     let highest = all
         .filter_map(|(cell, path)| estimate(cell, path))
         .flat_map(|e| e.values.iter().copied())
@@ -85,10 +90,17 @@ pub(super) fn bars(
                 root.draw(&Text::new(text.clone(), (px, py + shift), centred()))?;
             }
             for (j, path) in document.paths.iter().enumerate() {
-                let Some(estimate) = estimate(cell, path) else { continue };
+                let Some(estimate) = estimate(cell, path) else {
+                    continue;
+                };
                 let step = GROUP / document.paths.len() as f64;
                 let left = i as f64 - GROUP / 2.0 + step * j as f64;
-                let bar = Bar { left, width: step * 0.86, scale, colour: colour(document, path) };
+                let bar = Bar {
+                    left,
+                    width: step * 0.86,
+                    scale,
+                    colour: colour(document, path),
+                };
                 chart.draw_series(bar.body(estimate))?;
                 chart.draw_series(bar.interval(estimate))?;
                 chart.draw_series(bar.dots(estimate))?;
@@ -144,7 +156,9 @@ pub(super) fn spectrum(document: &Document, cell: (&str, &str, u32)) -> Result<O
     let points = || rows.iter().flat_map(|row| row.spectrum_us.iter().copied());
     let lowest = points().map(|(_, us)| us).fold(f64::INFINITY, f64::min);
     let highest = points().map(|(_, us)| us).fold(0.0, f64::max);
-    let furthest = points().map(|(quantile, _)| nines(quantile)).fold(0.0, f64::max);
+    let furthest = points()
+        .map(|(quantile, _)| nines(quantile))
+        .fold(0.0, f64::max);
     if rows.is_empty() || lowest <= 0.0 || highest <= lowest {
         return Ok(None);
     }
@@ -158,7 +172,10 @@ pub(super) fn spectrum(document: &Document, cell: (&str, &str, u32)) -> Result<O
             )
             .x_label_area_size(30)
             .y_label_area_size(62)
-            .build_cartesian_2d(0.0..furthest.max(1.0), (lowest * 0.9..highest * 1.1).log_scale())?;
+            .build_cartesian_2d(
+                0.0..furthest.max(1.0),
+                (lowest * 0.9..highest * 1.1).log_scale(),
+            )?;
         chart
             .configure_mesh()
             .bold_line_style(GRID)
@@ -172,7 +189,10 @@ pub(super) fn spectrum(document: &Document, cell: (&str, &str, u32)) -> Result<O
             .draw()?;
         for row in &rows {
             let style = colour(document, &row.path).stroke_width(2);
-            let line = row.spectrum_us.iter().map(|&(quantile, us)| (nines(quantile), us));
+            let line = row
+                .spectrum_us
+                .iter()
+                .map(|&(quantile, us)| (nines(quantile), us));
             chart.draw_series(LineSeries::new(line, style))?;
         }
         Ok(())
@@ -199,21 +219,22 @@ fn usize_of(value: f64) -> usize {
 
 fn centred() -> TextStyle<'static> {
     use plotters::style::text_anchor::{HPos, Pos, VPos};
-    (FONT, 12).into_font().color(&AXIS).pos(Pos::new(HPos::Center, VPos::Top))
+    (FONT, 12)
+        .into_font()
+        .color(&AXIS)
+        .pos(Pos::new(HPos::Center, VPos::Top))
 }
 
 type Root<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Failed = DrawingAreaErrorKind<std::io::Error>;
 
-fn svg(
-    width: u32,
-    height: u32,
-    draw: impl Fn(&Root<'_>) -> Result<(), Failed>,
-) -> Result<String> {
+fn svg(width: u32, height: u32, draw: impl Fn(&Root<'_>) -> Result<(), Failed>) -> Result<String> {
     let mut text = String::new();
     {
         let root = SVGBackend::with_string(&mut text, (width, height)).into_drawing_area();
-        draw(&root).and_then(|()| root.present()).map_err(|e| anyhow!("drawing a plot: {e}"))?;
+        draw(&root)
+            .and_then(|()| root.present())
+            .map_err(|e| anyhow!("drawing a plot: {e}"))?;
     }
     Ok(text)
 }
@@ -227,23 +248,38 @@ mod tests {
     fn bars_have_a_dot_per_trial() {
         let document = example();
         let cells = document.cells();
-        let svg = bars(&document, &cells, "requests_per_s", ("krequests/s", 1e3)).unwrap().unwrap();
+        let svg = bars(&document, &cells, "requests_per_s", ("krequests/s", 1e3))
+            .unwrap()
+            .unwrap();
         let trials: usize = document.rows.iter().map(|row| row.trials).sum();
         assert_eq!(svg.matches("<circle").count(), trials);
         assert!(svg.contains("rr x32"), "{svg}");
-        assert!(bars(&document, &cells, "no_such_metric", ("", 1.0)).unwrap().is_none());
+        assert!(
+            bars(&document, &cells, "no_such_metric", ("", 1.0))
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]
     fn the_spectrum_has_a_line_per_path_and_percentile_labels() {
         let document = example();
-        let svg = spectrum(&document, ("cross-node", "rr", 32)).unwrap().unwrap();
+        let svg = spectrum(&document, ("cross-node", "rr", 32))
+            .unwrap()
+            .unwrap();
         for path in &document.paths {
             let RGBColor(r, g, b) = colour(&document, path);
-            assert!(svg.contains(&format!("#{r:02X}{g:02X}{b:02X}")), "no line of {path}");
+            assert!(
+                svg.contains(&format!("#{r:02X}{g:02X}{b:02X}")),
+                "no line of {path}"
+            );
         }
         assert!(svg.contains("99 %"), "{svg}");
-        assert!(spectrum(&document, ("cross-node", "rr", 7)).unwrap().is_none());
+        assert!(
+            spectrum(&document, ("cross-node", "rr", 7))
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]

@@ -212,7 +212,10 @@ pub fn throughput_metric(workload: &str) -> &'static str {
 pub fn cpu_metrics(workload: &str) -> [&'static str; 2] {
     match workload {
         "stream" => ["ztunnel_cpu_s_per_gb", "total_cpu_s_per_gb"],
-        "connect" => ["ztunnel_cpu_us_per_connection", "total_cpu_us_per_connection"],
+        "connect" => [
+            "ztunnel_cpu_us_per_connection",
+            "total_cpu_us_per_connection",
+        ],
         _ => ["ztunnel_cpu_us_per_request", "total_cpu_us_per_request"],
     }
 }

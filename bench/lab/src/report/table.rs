@@ -5,7 +5,14 @@ use std::fmt::Write as _;
 use super::schema::{Document, Ratio, Row, cpu_metrics, throughput_metric};
 use super::units::with_unit;
 
-const HEADERS: [&str; 6] = ["throughput", "p50", "p99", "ztunnel CPU", "machine CPU", "errors"];
+const HEADERS: [&str; 6] = [
+    "throughput",
+    "p50",
+    "p99",
+    "ztunnel CPU",
+    "machine CPU",
+    "errors",
+];
 
 /// The table, its notes below.
 #[must_use]
@@ -29,7 +36,11 @@ pub fn render(document: &Document) -> String {
             let _ = writeln!(text, "  {:13} {verdict}", "");
         }
     }
-    let _ = writeln!(text, "noise threshold {:.1} %", document.noise_threshold * 100.0);
+    let _ = writeln!(
+        text,
+        "noise threshold {:.1} %",
+        document.noise_threshold * 100.0
+    );
     for note in &document.notes {
         let _ = writeln!(text, "- {note}");
     }
@@ -48,19 +59,30 @@ fn line(text: &mut String, label: &str, path: &str, cells: &[String; 6]) {
 fn figures(row: &Row) -> [String; 6] {
     let show = |metric: &str| with_unit(metric, row.median(metric));
     let [ztunnel, total] = cpu_metrics(&row.workload);
-    let errors: f64 = row.metrics.get("errors").map_or(0.0, |errors| errors.values.iter().sum());
+    let errors: f64 = row
+        .metrics
+        .get("errors")
+        .map_or(0.0, |errors| errors.values.iter().sum());
     [
         show(throughput_metric(&row.workload)),
         dash_for_streams(row, show("p50_us")),
         dash_for_streams(row, show("p99_us")),
-        if row.metrics.contains_key("ztunnel_rss_bytes") { show(ztunnel) } else { "-".to_owned() },
+        if row.metrics.contains_key("ztunnel_rss_bytes") {
+            show(ztunnel)
+        } else {
+            "-".to_owned()
+        },
         show(total),
         format!("{errors:.0}"),
     ]
 }
 
 fn dash_for_streams(row: &Row, text: String) -> String {
-    if row.workload == "stream" { "-".to_owned() } else { text }
+    if row.workload == "stream" {
+        "-".to_owned()
+    } else {
+        text
+    }
 }
 
 /// One line per pair of paths: throughput, median latency and machine CPU.
@@ -91,7 +113,11 @@ fn verdicts(document: &Document, scope: &str, workload: &str, connections: u32) 
                     .iter()
                     .filter(here)
                     .find(|r| r.of == of && r.to == to && r.metric == *metric)?;
-                Some(format!("{name} x{:.2} ({})", ratio.ratio, ratio.verdict.name()))
+                Some(format!(
+                    "{name} x{:.2} ({})",
+                    ratio.ratio,
+                    ratio.verdict.name()
+                ))
             })
             .collect();
         format!("{of} against {to}: {}", parts.join(", "))
@@ -109,7 +135,10 @@ mod tests {
         let text = render(&example());
         assert!(text.contains("cross-node"), "{text}");
         assert!(text.contains("rr x32        none"), "{text}");
-        assert!(text.contains("ebpf against tunnel: throughput x1.30 (better)"), "{text}");
+        assert!(
+            text.contains("ebpf against tunnel: throughput x1.30 (better)"),
+            "{text}"
+        );
         assert!(!text.contains("against none"), "{text}");
         assert!(text.contains("- A note."), "{text}");
         assert!(text.lines().take(6).all(|line| line.len() <= 100), "{text}");

@@ -3,7 +3,9 @@
 /// A figure of `metric` with its unit, three significant digits; `n/a` if there is none.
 #[must_use]
 pub fn with_unit(metric: &str, value: Option<f64>) -> String {
-    let Some(value) = value.filter(|value| value.is_finite()) else { return "n/a".to_owned() };
+    let Some(value) = value.filter(|value| value.is_finite()) else {
+        return "n/a".to_owned();
+    };
     match metric {
         "requests_per_s" => format!("{} req/s", scaled(value)),
         "connections_per_s" => format!("{} conn/s", scaled(value)),
