@@ -11,11 +11,15 @@ use control::local::{LoadError, LocalConfig, parse};
 const EXAMPLE: &str = r#"
 workloads:
 - {uid: cluster1//v1/Pod/default/local, name: local, namespace: default, serviceAccount: default,
-   trustDomain: cluster.local, workloadIps: ["127.0.0.1"], protocol: HBONE, node: local, network: "",
+   trustDomain: cluster.local, workloadIps: ["127.0.0.1"], protocol: HBONE, node: local,
+   network: "",
    services: {"default/example.com": {80: 8080}, "default/example2.com": {80: 8080}}}
-- {uid: cluster1//v1/Pod/default/local-tcp, name: local-tcp, namespace: default, serviceAccount: default,
-   workloadIps: ["127.0.0.2"], protocol: TCP, node: local, network: "", services: {"default/example.com": {80: 8080}}}
-- {uid: cluster1//v1/Pod/default/behind-wp, name: behind-wp, namespace: default, serviceAccount: default,
+- {uid: cluster1//v1/Pod/default/local-tcp, name: local-tcp, namespace: default,
+   serviceAccount: default,
+   workloadIps: ["127.0.0.2"], protocol: TCP, node: local, network: "",
+   services: {"default/example.com": {80: 8080}}}
+- {uid: cluster1//v1/Pod/default/behind-wp, name: behind-wp, namespace: default,
+   serviceAccount: default,
    workloadIps: ["127.0.0.6"], protocol: HBONE, node: remote, network: "",
    waypoint: {destination: "/127.0.0.5", hboneMtlsPort: 15008}, services: {}}
 policies:
@@ -29,7 +33,8 @@ policies:
 services:
 - {name: local, namespace: default, hostname: example.com, vips: ["/127.10.0.1"], ports: {80: 8080},
    subjectAltNames: ["spiffe://cluster.local/ns/default/sa/local"], canonical: true}
-- {name: remote, namespace: default, hostname: example2.com, vips: ["remote/127.10.0.2"], ports: {80: 8080}, canonical: true}
+- {name: remote, namespace: default, hostname: example2.com, vips: ["remote/127.10.0.2"],
+   ports: {80: 8080}, canonical: true}
 "#;
 
 const EVERY_KEY: &str = r#"
@@ -70,7 +75,8 @@ services:
   subjectAltNames: ["spiffe://td.example/ns/n/sa/sa"]
   waypoint: {destination: /10.0.0.1, hboneMtlsPort: 15008}
   weightedWaypoints: [{destination: net/10.0.0.1, weight: 10}]
-  loadBalancer: {routingPreferences: [Network, Region, Zone, Subzone, Node, Cluster], mode: Failover, healthPolicy: AllowAll}
+  loadBalancer: {routingPreferences: [Network, Region, Zone, Subzone, Node, Cluster],
+    mode: Failover, healthPolicy: AllowAll}
   ipFamilies: Dual
   canonical: true
   visibility: Namespace
@@ -359,7 +365,10 @@ fn a_large_mesh_fits_the_readers_limits() {
             n % 100
         ));
     }
-    text.push_str("services:\n- {name: s, namespace: n, hostname: s.example, vips: [/10.96.0.1], ports: {80: 80}}\n");
+    text.push_str(
+        "services:\n- {name: s, namespace: n, hostname: s.example, vips: [/10.96.0.1], \
+        ports: {80: 80}}\n",
+    );
     let snapshot = parse("mesh.yaml", &text).unwrap();
     assert_eq!(snapshot.workloads().len(), 12_000);
     assert_eq!(snapshot.services()[0].endpoints().len(), 12_000);

@@ -11,6 +11,7 @@ use crate::service::ServiceConfig;
 use crate::workload::{Protocol, WorkloadConfig};
 
 const PORT_RANGE: &str = "must be 1-65535; 0 is no port";
+const HBONE_PORT_RANGE: &str = "hboneMtlsPort must be 1-65535, usually 15008";
 const NOT_EMPTY: &str = "must not be empty: the field is probably missing or misspelt";
 const UNICAST: &str = "must be the address of one host, not unspecified, multicast or broadcast";
 
@@ -66,9 +67,7 @@ impl ItemRef {
         gateway: Option<&GatewayAddress>,
     ) -> Result<(), ModelError> {
         match gateway {
-            Some(gateway) if gateway.hbone_mtls_port == 0 => {
-                self.wrong(field, 0, "hboneMtlsPort must be 1-65535, usually 15008")
-            }
+            Some(gateway) if gateway.hbone_mtls_port == 0 => self.wrong(field, 0, HBONE_PORT_RANGE),
             _ => Ok(()),
         }
     }
@@ -156,7 +155,8 @@ pub(crate) fn service(index: u32, config: &ServiceConfig) -> Result<ItemRef, Mod
     item.gateway("waypoint", config.waypoint.as_ref())?;
     for waypoint in &config.weighted_waypoints {
         if waypoint.hbone_mtls_port == 0 {
-            return item.wrong("weightedWaypoints", &waypoint.destination, PORT_RANGE);
+            let (field, destination) = ("weightedWaypoints", &waypoint.destination);
+            return item.wrong(field, destination, HBONE_PORT_RANGE);
         }
     }
     let total: u64 = config

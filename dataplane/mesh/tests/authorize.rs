@@ -48,57 +48,60 @@ fn matches(one: &str, identity: Option<&str>, src: &str, dst: &str) -> bool {
 
 const CLIENT: &str = "spiffe://td/ns/front/sa/web";
 
+/// Field without its first letter, values, whether they match with and without an identity.
+const FIELDS: &[(&str, &str, bool, bool)] = &[
+    ("amespaces", "[{Exact: front}]", true, false),
+    ("amespaces", "[{Exact: fron}]", false, false),
+    ("amespaces", "[{Prefix: fr}]", true, false),
+    ("amespaces", "[{Prefix: ont}]", false, false),
+    ("amespaces", "[{Suffix: ont}]", true, false),
+    ("amespaces", "[{Suffix: fr}]", false, false),
+    ("amespaces", "[{Presence: []}]", true, false),
+    ("amespaces", "[{Exact: x}, {Exact: front}]", true, false),
+    ("rincipals", "[{Exact: td/ns/front/sa/web}]", true, false),
+    (
+        "rincipals",
+        "[{Exact: 'spiffe://td/ns/front/sa/web'}]",
+        false,
+        false,
+    ),
+    ("rincipals", "[{Prefix: td/ns/front/}]", true, false),
+    ("rincipals", "[{Suffix: /sa/web}]", true, false),
+    ("rincipals", "[{Presence: []}]", true, false),
+    ("rincipals", "[{Prefix: ''}]", true, false),
+    (
+        "erviceAccounts",
+        "[{namespace: front, serviceAccount: web}]",
+        true,
+        false,
+    ),
+    (
+        "erviceAccounts",
+        "[{namespace: front, serviceAccount: we}]",
+        false,
+        false,
+    ),
+    (
+        "erviceAccounts",
+        "[{namespace: back, serviceAccount: web}]",
+        false,
+        false,
+    ),
+    ("ourceIps", "[10.1.0.0/16]", true, true),
+    ("ourceIps", "[10.2.0.0/16, 10.1.2.3]", true, true),
+    ("ourceIps", "[10.2.0.0/16]", false, false),
+    ("ourceIps", "['::/0']", false, false),
+    ("estinationIps", "[10.0.0.0/24]", true, true),
+    ("estinationIps", "[10.1.0.0/16]", false, false),
+    ("estinationPorts", "[80, 8080]", true, true),
+    ("estinationPorts", "[15008]", false, false),
+];
+
 #[test]
 fn every_field_and_its_negation() {
     let src = "10.1.2.3";
     let dst = "10.0.0.1:8080";
-    for (field, values, with_identity, without_identity) in [
-        ("amespaces", "[{Exact: front}]", true, false),
-        ("amespaces", "[{Exact: fron}]", false, false),
-        ("amespaces", "[{Prefix: fr}]", true, false),
-        ("amespaces", "[{Prefix: ont}]", false, false),
-        ("amespaces", "[{Suffix: ont}]", true, false),
-        ("amespaces", "[{Suffix: fr}]", false, false),
-        ("amespaces", "[{Presence: []}]", true, false),
-        ("amespaces", "[{Exact: x}, {Exact: front}]", true, false),
-        ("rincipals", "[{Exact: td/ns/front/sa/web}]", true, false),
-        (
-            "rincipals",
-            "[{Exact: 'spiffe://td/ns/front/sa/web'}]",
-            false,
-            false,
-        ),
-        ("rincipals", "[{Prefix: td/ns/front/}]", true, false),
-        ("rincipals", "[{Suffix: /sa/web}]", true, false),
-        ("rincipals", "[{Presence: []}]", true, false),
-        ("rincipals", "[{Prefix: ''}]", true, false),
-        (
-            "erviceAccounts",
-            "[{namespace: front, serviceAccount: web}]",
-            true,
-            false,
-        ),
-        (
-            "erviceAccounts",
-            "[{namespace: front, serviceAccount: we}]",
-            false,
-            false,
-        ),
-        (
-            "erviceAccounts",
-            "[{namespace: back, serviceAccount: web}]",
-            false,
-            false,
-        ),
-        ("ourceIps", "[10.1.0.0/16]", true, true),
-        ("ourceIps", "[10.2.0.0/16, 10.1.2.3]", true, true),
-        ("ourceIps", "[10.2.0.0/16]", false, false),
-        ("ourceIps", "['::/0']", false, false),
-        ("estinationIps", "[10.0.0.0/24]", true, true),
-        ("estinationIps", "[10.1.0.0/16]", false, false),
-        ("estinationPorts", "[80, 8080]", true, true),
-        ("estinationPorts", "[15008]", false, false),
-    ] {
+    for &(field, values, with_identity, without_identity) in FIELDS {
         let first = match field {
             "amespaces" => "n",
             "rincipals" => "p",
@@ -207,8 +210,10 @@ fn what_is_empty() {
 
 #[test]
 fn order_of_actions() {
-    let deny_9 = "- {name: deny, namespace: app, scope: Namespace, action: Deny, rules: [[[{destinationPorts: [9]}]]]}\n";
-    let allow_8 = "- {name: allow, namespace: app, scope: Namespace, rules: [[[{destinationPorts: [8, 9]}]]]}\n";
+    let deny_9 = "- {name: deny, namespace: app, scope: Namespace, action: Deny, rules: \
+        [[[{destinationPorts: [9]}]]]}\n";
+    let allow_8 = "- {name: allow, namespace: app, scope: Namespace, rules: \
+        [[[{destinationPorts: [8, 9]}]]]}\n";
     let ask = |policies: &str, dst: &str| match verdict(policies, "", None, "10.0.0.9", dst) {
         Verdict::Allow => "allow".to_owned(),
         Verdict::Deny(reason) => reason.to_string(),
@@ -275,7 +280,8 @@ fn a_policy_that_is_named_but_missing_is_left_out() {
 /// The policy that strict mutual TLS arrives as.
 #[test]
 fn strict_mutual_tls() {
-    let strict = "- {name: istio_converted_static_strict, namespace: istio-system, scope: WorkloadSelector, action: Deny, rules: [[[{notPrincipals: [{Presence: []}]}]]]}";
+    let strict = "- {name: istio_converted_static_strict, namespace: istio-system, scope: \
+        WorkloadSelector, action: Deny, rules: [[[{notPrincipals: [{Presence: []}]}]]]}";
     let selected = "istio-system/istio_converted_static_strict";
     let ask = |identity| verdict(strict, selected, identity, "10.0.0.9", "10.0.0.1:80");
     assert_eq!(ask(Some(CLIENT)), Verdict::Allow);
@@ -290,9 +296,12 @@ fn strict_mutual_tls() {
 fn dry_run_changes_nothing_and_is_reported() {
     let mesh = snapshot(&mesh_yaml(
         "",
-        "- {name: a, namespace: app, scope: Namespace, dryRun: true, rules: [[[{destinationPorts: [80]}]]]}\n\
-               - {name: d, namespace: app, scope: Namespace, dryRun: true, action: Deny, rules: [[]]}\n\
-               - {name: real, namespace: app, scope: Namespace, action: Deny, rules: [[[{destinationPorts: [9]}]]]}\n",
+        "- {name: a, namespace: app, scope: Namespace, dryRun: true, rules: \
+            [[[{destinationPorts: [80]}]]]}\n\
+               - {name: d, namespace: app, scope: Namespace, dryRun: true, action: Deny, \
+                 rules: [[]]}\n\
+               - {name: real, namespace: app, scope: Namespace, action: Deny, \
+                 rules: [[[{destinationPorts: [9]}]]]}\n",
     ));
     let workload = mesh.workload_by_uid("w").unwrap();
     let ask = |dst| {

@@ -9,44 +9,67 @@ use support::{addr, id, node, parse, routed, snapshot};
 
 const MESH: &str = r#"
 workloads:
-- {uid: c//Pod/ns1/client, name: client, namespace: ns1, serviceAccount: client, workloadIps: ["10.0.0.1", "fd00::1"], protocol: HBONE, node: node-a, services: {}}
-- {uid: c//Pod/ns1/other, name: other, namespace: ns2, serviceAccount: other, workloadIps: ["10.0.0.2"], protocol: HBONE, services: {}}
-- {uid: c//Pod/ns1/web, name: web, namespace: ns1, serviceAccount: web, workloadIps: ["10.0.1.1", "fd00::11"], protocol: HBONE,
+- {uid: c//Pod/ns1/client, name: client, namespace: ns1, serviceAccount: client,
+   workloadIps: ["10.0.0.1", "fd00::1"], protocol: HBONE, node: node-a, services: {}}
+- {uid: c//Pod/ns1/other, name: other, namespace: ns2, serviceAccount: other,
+   workloadIps: ["10.0.0.2"], protocol: HBONE, services: {}}
+- {uid: c//Pod/ns1/web, name: web, namespace: ns1, serviceAccount: web, workloadIps: ["10.0.1.1",
+   "fd00::11"], protocol: HBONE,
    services: {"ns1/web.example": {80: 8080}, "ns1/tunnel.example": {80: 8080}}}
-- {uid: c//Pod/ns1/plain, name: plain, namespace: ns1, workloadIps: ["10.0.1.2"], protocol: TCP, services: {"ns1/plain.example": {}}}
+- {uid: c//Pod/ns1/plain, name: plain, namespace: ns1, workloadIps: ["10.0.1.2"], protocol: TCP,
+   services: {"ns1/plain.example": {}}}
 - {uid: c//Pod/ns1/behind, name: behind, namespace: ns1, workloadIps: ["10.0.1.3"], protocol: HBONE,
-   waypoint: {destination: "ns1/waypoint.example", hboneMtlsPort: 15008}, services: {"ns1/behind.example": {80: 80}}}
-- {uid: c//Pod/ns1/behind-ip, name: behind-ip, namespace: ns1, workloadIps: ["10.0.1.4"], protocol: HBONE,
+   waypoint: {destination: "ns1/waypoint.example", hboneMtlsPort: 15008},
+   services: {"ns1/behind.example": {80: 80}}}
+- {uid: c//Pod/ns1/behind-ip, name: behind-ip, namespace: ns1, workloadIps: ["10.0.1.4"],
+   protocol: HBONE,
    waypoint: {destination: "/10.0.2.1", hboneMtlsPort: 15018}}
-- {uid: c//Pod/ns1/behind-nothing, name: behind-nothing, namespace: ns1, workloadIps: ["10.0.1.5"], protocol: HBONE,
+- {uid: c//Pod/ns1/behind-nothing, name: behind-nothing, namespace: ns1,
+   workloadIps: ["10.0.1.5"], protocol: HBONE,
    waypoint: {destination: "ns1/gone.example"}}
-- {uid: c//Pod/ns1/behind-named, name: behind-named, namespace: ns1, workloadIps: ["10.0.1.6"], protocol: HBONE,
+- {uid: c//Pod/ns1/behind-named, name: behind-named, namespace: ns1, workloadIps: ["10.0.1.6"],
+   protocol: HBONE,
    waypoint: {destination: "ns1/proxy.internal"}}
-- {uid: c//Pod/ns1/waypoint, name: waypoint, namespace: ns1, serviceAccount: waypoint, workloadIps: ["10.0.2.1"], protocol: HBONE,
+- {uid: c//Pod/ns1/waypoint, name: waypoint, namespace: ns1, serviceAccount: waypoint,
+   workloadIps: ["10.0.2.1"], protocol: HBONE,
    hostname: proxy.internal, services: {"ns1/waypoint.example": {15008: 15009}}}
-- {uid: c//Pod/ns1/sandwiched, name: sandwiched, namespace: ns1, workloadIps: ["10.0.2.2"], protocol: HBONE,
+- {uid: c//Pod/ns1/sandwiched, name: sandwiched, namespace: ns1, workloadIps: ["10.0.2.2"],
+   protocol: HBONE,
    applicationTunnel: {protocol: NONE, port: 9000}, services: {"ns1/sandwich.example": {}}}
-- {uid: c//Pod/ns1/host, name: host, namespace: ns1, workloadIps: ["10.9.9.9"], networkMode: HostNetwork}
-- {uid: c//Pod/ns1/far, name: far, namespace: ns1, workloadIps: ["10.0.1.1"], protocol: HBONE, network: remote,
+- {uid: c//Pod/ns1/host, name: host, namespace: ns1, workloadIps: ["10.9.9.9"],
+   networkMode: HostNetwork}
+- {uid: c//Pod/ns1/far, name: far, namespace: ns1, workloadIps: ["10.0.1.1"], protocol: HBONE,
+   network: remote,
    services: {"ns1/far.example": {80: 80}}}
-- {uid: c//Pod/ns1/named, name: named, namespace: ns1, hostname: db.internal, services: {"ns1/named.example": {80: 80}}}
+- {uid: c//Pod/ns1/named, name: named, namespace: ns1, hostname: db.internal,
+   services: {"ns1/named.example": {80: 80}}}
 services:
-- {name: web, namespace: ns1, hostname: web.example, vips: ["/10.96.0.1"], ports: {80: 0, 81: 8081, 82: 0},
-   subjectAltNames: ["spiffe://cluster.local/ns/ns1/sa/alias", "spiffe://other/thing", "spiffe://cluster.local/ns/ns1/sa/web"]}
+- {name: web, namespace: ns1, hostname: web.example, vips: ["/10.96.0.1"], ports: {80: 0,
+   81: 8081, 82: 0},
+   subjectAltNames: ["spiffe://cluster.local/ns/ns1/sa/alias", "spiffe://other/thing",
+   "spiffe://cluster.local/ns/ns1/sa/web"]}
 - {name: plain, namespace: ns1, hostname: plain.example, vips: ["/10.96.0.2"], ports: {80: 8000}}
 - {name: behind, namespace: ns1, hostname: behind.example, vips: ["/10.96.0.3"], ports: {80: 80}}
-- {name: waypoint, namespace: ns1, hostname: waypoint.example, vips: ["/10.96.0.4"], ports: {15008: 15008}, subjectAltNames: ["spiffe://cluster.local/ns/ns1/sa/wp-alias"]}
-- {name: tunnel, namespace: ns1, hostname: tunnel.example, vips: ["/10.96.0.5"], ports: {80: 80}, waypoint: {destination: "ns1/waypoint.example"}}
+- {name: waypoint, namespace: ns1, hostname: waypoint.example, vips: ["/10.96.0.4"],
+   ports: {15008: 15008}, subjectAltNames: ["spiffe://cluster.local/ns/ns1/sa/wp-alias"]}
+- {name: tunnel, namespace: ns1, hostname: tunnel.example, vips: ["/10.96.0.5"], ports: {80: 80},
+   waypoint: {destination: "ns1/waypoint.example"}}
 - {name: empty, namespace: ns1, hostname: empty.example, vips: ["/10.96.0.6"], ports: {80: 80}}
-- {name: pass, namespace: ns1, hostname: pass.example, vips: ["/10.96.0.7"], ports: {80: 80}, loadBalancer: {mode: Passthrough}}
+- {name: pass, namespace: ns1, hostname: pass.example, vips: ["/10.96.0.7"], ports: {80: 80},
+   loadBalancer: {mode: Passthrough}}
 - {name: far, namespace: ns1, hostname: far.example, vips: ["/10.96.0.8"], ports: {80: 80}}
 - {name: named, namespace: ns1, hostname: named.example, vips: ["/10.96.0.9"], ports: {80: 80}}
-- {name: sandwich, namespace: ns1, hostname: sandwich.example, vips: ["/10.96.0.10"], ports: {80: 0}}
-- {name: behind-sandwich, namespace: ns1, hostname: bs.example, vips: ["/10.96.0.11"], ports: {80: 80}, waypoint: {destination: "/10.96.0.10"}}
-- {name: lost, namespace: ns1, hostname: lost.example, vips: ["/10.96.0.12"], ports: {80: 80}, waypoint: {destination: "ns1/gone.example"}}
-- {name: v6, namespace: ns1, hostname: v6.example, vips: ["/10.96.0.13"], ports: {80: 80}, ipFamilies: IPv6,
+- {name: sandwich, namespace: ns1, hostname: sandwich.example, vips: ["/10.96.0.10"],
+   ports: {80: 0}}
+- {name: behind-sandwich, namespace: ns1, hostname: bs.example, vips: ["/10.96.0.11"],
+   ports: {80: 80}, waypoint: {destination: "/10.96.0.10"}}
+- {name: lost, namespace: ns1, hostname: lost.example, vips: ["/10.96.0.12"], ports: {80: 80},
+   waypoint: {destination: "ns1/gone.example"}}
+- {name: v6, namespace: ns1, hostname: v6.example, vips: ["/10.96.0.13"], ports: {80: 80},
+   ipFamilies: IPv6,
    endpoints: {c//Pod/ns1/web: {workloadUid: c//Pod/ns1/web, port: {80: 8086}}}}
-- {name: far-waypoint, namespace: ns1, hostname: fw.example, vips: ["/10.96.0.14"], ports: {80: 80}, waypoint: {destination: "remote/10.0.1.1"}}
+- {name: far-waypoint, namespace: ns1, hostname: fw.example, vips: ["/10.96.0.14"],
+   ports: {80: 80}, waypoint: {destination: "remote/10.0.1.1"}}
 "#;
 
 #[test]
@@ -274,19 +297,27 @@ fn another_network_has_its_own_addresses() {
 
 const SHARED_VIP: &str = r#"
 workloads:
-- {uid: a, name: a, namespace: ns-a, workloadIps: ["10.0.0.1"], services: {"ns-a/x.example": {80: 1}, "ns-b/x.example": {80: 2}, "ns-c/x.example": {80: 3}, "ns-d/x.example": {80: 4}, "ns-b/wide.example": {80: 11}, "ns-c/narrow.example": {80: 12}, "ns-c/canonical.example": {80: 13}}}
+- {uid: a, name: a, namespace: ns-a, workloadIps: ["10.0.0.1"],
+   services: {"ns-a/x.example": {80: 1}, "ns-b/x.example": {80: 2}, "ns-c/x.example": {80: 3},
+   "ns-d/x.example": {80: 4}, "ns-b/wide.example": {80: 11}, "ns-c/narrow.example": {80: 12},
+   "ns-c/canonical.example": {80: 13}}}
 - {uid: b, name: b, namespace: ns-b, workloadIps: ["10.0.0.2"]}
 - {uid: c, name: c, namespace: ns-c, workloadIps: ["10.0.0.3"]}
 - {uid: d, name: d, namespace: ns-d, workloadIps: ["10.0.0.4"]}
 - {uid: e, name: e, namespace: ns-e, workloadIps: ["10.0.0.5"]}
 services:
-- {name: xa, namespace: ns-a, hostname: x.example, vips: ["/10.96.0.1"], ports: {80: 80}, visibility: Namespace}
+- {name: xa, namespace: ns-a, hostname: x.example, vips: ["/10.96.0.1"], ports: {80: 80},
+   visibility: Namespace}
 - {name: xb, namespace: ns-b, hostname: x.example, vips: ["/10.96.0.1"], ports: {80: 80}}
 - {name: xd, namespace: ns-d, hostname: x.example, vips: ["/10.96.0.1"], ports: {80: 80}}
-- {name: xc, namespace: ns-c, hostname: x.example, vips: ["/10.96.0.1"], ports: {80: 80}, canonical: CANONICAL}
-- {name: wide, namespace: ns-b, hostname: wide.example, cidrVips: [{network: "", cidr: 10.97.0.0/16}], ports: {80: 80}}
-- {name: narrow, namespace: ns-c, hostname: narrow.example, cidrVips: [{network: "", cidr: 10.97.1.0/24}], ports: {80: 80}}
-- {name: canonical, namespace: ns-c, hostname: canonical.example, cidrVips: [{network: "", cidr: 10.97.0.0/16}], canonical: true, ports: {80: 80}}
+- {name: xc, namespace: ns-c, hostname: x.example, vips: ["/10.96.0.1"], ports: {80: 80},
+   canonical: CANONICAL}
+- {name: wide, namespace: ns-b, hostname: wide.example, cidrVips: [{network: "",
+   cidr: 10.97.0.0/16}], ports: {80: 80}}
+- {name: narrow, namespace: ns-c, hostname: narrow.example, cidrVips: [{network: "",
+   cidr: 10.97.1.0/24}], ports: {80: 80}}
+- {name: canonical, namespace: ns-c, hostname: canonical.example, cidrVips: [{network: "",
+   cidr: 10.97.0.0/16}], canonical: true, ports: {80: 80}}
 "#;
 
 #[test]
@@ -351,8 +382,10 @@ workloads:
 - {uid: w2, name: w2, namespace: n, workloadIps: ["10.0.0.3"], protocol: HBONE}
 - {uid: w3, name: w3, namespace: n, workloadIps: ["10.0.0.4"], protocol: HBONE}
 services:
-- {name: s, namespace: n, hostname: s.example, vips: ["/10.96.0.1"], ports: {80: 80}, waypoint: {destination: "/10.0.0.4"},
-   weightedWaypoints: [{destination: "/10.0.0.2", weight: 90}, {destination: "/10.0.0.4", weight: 0}, {destination: "/10.0.0.3", weight: 10}]}
+- {name: s, namespace: n, hostname: s.example, vips: ["/10.96.0.1"], ports: {80: 80},
+   waypoint: {destination: "/10.0.0.4"},
+   weightedWaypoints: [{destination: "/10.0.0.2", weight: 90}, {destination: "/10.0.0.4",
+   weight: 0}, {destination: "/10.0.0.3", weight: 10}]}
 "#,
     );
     let mut seen: HashMap<String, u32> = HashMap::new();

@@ -5,72 +5,109 @@ mod support;
 
 use support::{error, snapshot};
 
-#[test]
-fn mistakes() {
-    let workload =
-        |fields: &str| format!("workloads:\n- {{uid: u, name: w, namespace: n, {fields}}}\n");
-    let service = |fields: &str| {
-        format!("services:\n- {{name: s, namespace: n, hostname: h.example, {fields}}}\n")
-    };
-    for (yaml, wanted) in [
-        ("workloads: [{name: w, namespace: n}]".into(), "workload `w`: uid `` must not be empty"),
-        ("workloads: [{uid: u, namespace: n}]".into(), "workload `u`: name `` must not be"),
-        ("workloads: [{uid: u, name: w}]".into(), "workload `u`: namespace `` must not be"),
-        (
-            "workloads:\n- {uid: u, name: a, namespace: n}\n- {uid: u, name: b, namespace: n}".into(),
-            "workload `u` is configured twice: uid must be unique",
-        ),
-        (
-            "workloads:\n- {uid: a, name: a, namespace: n, workloadIps: [10.0.0.1]}\n\
-             - {uid: b, name: b, namespace: n, workloadIps: [10.0.0.1]}".into(),
-            "workload `b`: workloadIps `/10.0.0.1` already belongs to workload `a`",
-        ),
-        (workload("workloadIps: [10.0.0.1, 10.0.0.1]"), "workload `u`: workloadIps `10.0.0.1` is listed twice"),
-        (workload("workloadIps: [10.0.0.1, '::ffff:10.0.0.1']"), "workloadIps `10.0.0.1` is listed twice"),
-        (workload("workloadIps: [0.0.0.0]"), "workload `u`: workloadIps `0.0.0.0` must be the address of one host"),
-        (workload("workloadIps: [224.0.0.1]"), "must be the address of one host"),
-        (workload("workloadIps: [255.255.255.255]"), "must be the address of one host"),
-        (workload("protocol: HBONE"), "workload `u`: workloadIps `[]` must hold an address for protocol HBONE"),
-        (workload("trustDomain: 'a b'"), "workload `u`: identity trust domain `a b`"),
-        (workload("serviceAccount: 'a/b'"), "workload `u`: identity service account `a/b`"),
-        (workload("hostname: 'a b'"), "workload `u`: hostname `a b` is not a DNS name"),
-        (workload("waypoint: {destination: /10.0.0.9, hboneMtlsPort: 0}"), "workload `u`: waypoint `0` hboneMtlsPort must be 1-65535"),
-        (workload("networkGateway: {destination: /10.0.0.9, hboneMtlsPort: 0}"), "networkGateway `0` hboneMtlsPort must be"),
-        (workload("authorizationPolicies: [p]"), "authorizationPolicies `p` is not namespace/name"),
-        (workload("services: {n/h.example: {80: 0}}"), "workload `u`: services `80: 0` must be 1-65535"),
-        (workload("services: {n/h.example: {0: 80}}"), "workload `u`: services `0: 80` must be 1-65535"),
-        ("services: [{namespace: n, hostname: h.example}]".into(), "service `n/h.example`: name `` must not be empty"),
-        ("services: [{name: s, hostname: h.example}]".into(), "service `/h.example`: namespace `` must not be empty"),
-        ("services: [{name: s, namespace: n}]".into(), "service `n/`: hostname `` is not a DNS name"),
-        (service("ports: {0: 80}"), "service `n/h.example`: ports `0: 80` must be 1-65535"),
-        (service("vips: [/0.0.0.0]"), "service `n/h.example`: vips `0.0.0.0` must be the address of one host"),
-        (service("vips: [/10.0.0.1, /10.0.0.1]"), "vips `/10.0.0.1` is listed twice"),
-        (service("weightedWaypoints: [{destination: /10.0.0.1, weight: 0}]"), "needs a weight above 0"),
-        (service("weightedWaypoints: [{destination: /10.0.0.1, weight: 1, hboneMtlsPort: 0}]"), "must be 1-65535"),
-        (service("waypoint: {destination: /10.0.0.1, hboneMtlsPort: 0}"), "hboneMtlsPort must be 1-65535"),
-        (service("endpoints: {a: {workloadUid: b}}"), "endpoints `a` is not the workloadUid"),
-        (
-            "services:\n- {name: a, namespace: n, hostname: h.example}\n- {name: b, namespace: n, hostname: h.example}".into(),
-            "service `n/h.example` is configured twice: namespace and hostname must be unique",
-        ),
-        ("policies: [{name: '', namespace: n}]".into(), "policy `n/`: name `` must not be empty"),
-        (
-            "policies: [{name: p, namespace: n}, {name: p, namespace: n}]".into(),
-            "policy `n/p` is configured twice: namespace and name must be unique",
-        ),
-        (
-            "policies: [{name: p, namespace: n, rules: [[[{destinationPorts: [0]}]]]}]".into(),
-            "policy `n/p`: destinationPorts `0` must be 1-65535",
-        ),
-        (
-            "policies: [{name: p, namespace: n, rules: [[[{notDestinationPorts: [0]}]]]}]".into(),
-            "policy `n/p`: notDestinationPorts `0` must be 1-65535",
-        ),
-    ] {
-        let text = error(&yaml);
-        assert!(text.contains(wanted), "{yaml}\n  {text}");
+/// Runs a table of pairs of lines: YAML, then part of the message about it.
+fn check(table: &str, yaml: impl Fn(&str) -> String) {
+    let lines: Vec<&str> = table.lines().filter(|line| !line.is_empty()).collect();
+    assert!(!lines.is_empty());
+    for pair in lines.chunks(2) {
+        let wanted = pair[1].strip_prefix("  => ").unwrap();
+        let text = error(&yaml(pair[0]));
+        assert!(text.contains(wanted), "{}\n  {text}", pair[0]);
         assert!(!text.contains('\n'), "more than one line: {text}");
     }
+}
+
+const WHOLE: &str = "
+workloads: [{name: w, namespace: n}]
+  => workload `w`: uid `` must not be empty
+workloads: [{uid: u, namespace: n}]
+  => workload `u`: name `` must not be empty
+workloads: [{uid: u, name: w}]
+  => workload `u`: namespace `` must not be empty
+workloads: [{uid: u, name: a, namespace: n}, {uid: u, name: b, namespace: n}]
+  => workload `u` is configured twice: uid must be unique
+services: [{namespace: n, hostname: h.example}]
+  => service `n/h.example`: name `` must not be empty
+services: [{name: s, hostname: h.example}]
+  => service `/h.example`: namespace `` must not be empty
+services: [{name: s, namespace: n}]
+  => service `n/`: hostname `` is not a DNS name
+services: [{name: a, namespace: n, hostname: h.x}, {name: b, namespace: n, hostname: h.x}]
+  => service `n/h.x` is configured twice: namespace and hostname must be unique
+policies: [{name: '', namespace: n}]
+  => policy `n/`: name `` must not be empty
+policies: [{name: p, namespace: n}, {name: p, namespace: n}]
+  => policy `n/p` is configured twice: namespace and name must be unique
+policies: [{name: p, namespace: n, rules: [[[{destinationPorts: [0]}]]]}]
+  => policy `n/p`: destinationPorts `0` must be 1-65535
+policies: [{name: p, namespace: n, rules: [[[{notDestinationPorts: [0]}]]]}]
+  => policy `n/p`: notDestinationPorts `0` must be 1-65535
+";
+
+const WORKLOAD: &str = "
+workloadIps: [10.0.0.9]
+  => workload `u`: workloadIps `/10.0.0.9` already belongs to workload `holder`
+workloadIps: [10.0.0.1, 10.0.0.1]
+  => workload `u`: workloadIps `10.0.0.1` is listed twice
+workloadIps: [10.0.0.1, '::ffff:10.0.0.1']
+  => workload `u`: workloadIps `10.0.0.1` is listed twice
+workloadIps: [0.0.0.0]
+  => workload `u`: workloadIps `0.0.0.0` must be the address of one host
+workloadIps: [224.0.0.1]
+  => workloadIps `224.0.0.1` must be the address of one host
+workloadIps: [255.255.255.255]
+  => workloadIps `255.255.255.255` must be the address of one host
+workloadIps: ['::']
+  => workloadIps `::` must be the address of one host
+protocol: HBONE
+  => workload `u`: workloadIps `[]` must hold an address for protocol HBONE
+trustDomain: 'a b'
+  => workload `u`: identity trust domain `a b`
+serviceAccount: 'a/b'
+  => workload `u`: identity service account `a/b`
+hostname: 'a b'
+  => workload `u`: hostname `a b` is not a DNS name
+waypoint: {destination: /10.0.0.9, hboneMtlsPort: 0}
+  => workload `u`: waypoint `0` hboneMtlsPort must be 1-65535
+networkGateway: {destination: /10.0.0.9, hboneMtlsPort: 0}
+  => workload `u`: networkGateway `0` hboneMtlsPort must be 1-65535
+authorizationPolicies: [p]
+  => workload `u`: authorizationPolicies `p` is not namespace/name
+services: {n/h.example: {80: 0}}
+  => workload `u`: services `80: 0` must be 1-65535
+services: {n/h.example: {0: 80}}
+  => workload `u`: services `0: 80` must be 1-65535
+";
+
+const SERVICE: &str = "
+ports: {0: 80}
+  => service `n/h.example`: ports `0: 80` must be 1-65535
+vips: [/0.0.0.0]
+  => service `n/h.example`: vips `0.0.0.0` must be the address of one host
+vips: [/10.0.0.1, /10.0.0.1]
+  => service `n/h.example`: vips `/10.0.0.1` is listed twice
+weightedWaypoints: [{destination: /10.0.0.1, weight: 0}]
+  => service `n/h.example`: weightedWaypoints `weight: 0` needs a weight above 0
+weightedWaypoints: [{destination: /10.0.0.1, weight: 1, hboneMtlsPort: 0}]
+  => service `n/h.example`: weightedWaypoints `/10.0.0.1` hboneMtlsPort must be 1-65535
+waypoint: {destination: /10.0.0.1, hboneMtlsPort: 0}
+  => service `n/h.example`: waypoint `0` hboneMtlsPort must be 1-65535
+endpoints: {a: {workloadUid: b}}
+  => service `n/h.example`: endpoints `a` is not the workloadUid
+";
+
+#[test]
+fn mistakes() {
+    check(WHOLE, str::to_owned);
+    check(WORKLOAD, |fields| {
+        format!(
+            "workloads:\n- {{uid: holder, name: h, namespace: n, workloadIps: [10.0.0.9]}}\n\
+             - {{uid: u, name: w, namespace: n, {fields}}}\n"
+        )
+    });
+    check(SERVICE, |fields| {
+        format!("services:\n- {{name: s, namespace: n, hostname: h.example, {fields}}}\n")
+    });
 }
 
 #[test]
