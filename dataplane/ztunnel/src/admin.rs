@@ -1,0 +1,53 @@
+//! The JSON of `/config_dump`.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use control::ConfigSource;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tls::{CertificateStatus, CertificateStore};
+
+/// Model, certificates and state of the configuration, in upstream's shape.
+pub(crate) fn config_dump(source: &ConfigSource, certificates: &Arc<CertificateStore>) -> Value {
+    let mut dump = control::dump::config_dump(&source.snapshot());
+    let status = source.status();
+    let certificates: Vec<Value> = certificates.list().iter().map(certificate).collect();
+    if let Some(object) = dump.as_object_mut() {
+        object.insert("certificates".into(), Value::Array(certificates));
+        object.insert(
+            "version".into(),
+            json!({"version": env!("CARGO_PKG_VERSION")}),
+        );
+        object.insert(
+            "config".into(),
+            json!({"generation": status.generation, "lastError": status.last_error}),
+        );
+    }
+    dump
+}
+
+fn certificate(status: &CertificateStatus) -> Value {
+    let chain = status.current.as_ref().map(|current| {
+        let info = current.info();
+        json!([{
+            "serialNumber": info.serial,
+            "validFrom": rfc3339(info.not_before),
+            "expirationTime": rfc3339(info.not_after),
+        }])
+    });
+    let state = match (&status.current, &status.error) {
+        (Some(_), None) => "Available".to_owned(),
+        (Some(_), Some(error)) => format!("Available, renewal failed: {error}"),
+        (None, Some(error)) => format!("Unavailable: {error}"),
+        (None, None) => "Initializing".to_owned(),
+    };
+    json!({"identity": status.identity.uri(), "state": state, "certChain": chain})
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    OffsetDateTime::from(time)
+        .format(&Rfc3339)
+        .unwrap_or_default()
+}

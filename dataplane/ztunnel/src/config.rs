@@ -1,0 +1,347 @@
+//! The proxy's settings, from upstream's environment variables and our own.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use control::LocalConfig;
+use mesh::NodeContext;
+use proxy::{ProxyConfig, RedirectMode};
+use rt::net::Keepalive;
+
+use crate::environment::{BadSetting, Environment};
+
+/// Why the settings cannot be used. `Display` is one line.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error(transparent)]
+    Setting(#[from] BadSetting),
+    #[error(transparent)]
+    Local(#[from] control::LoadError),
+    #[error(
+        "no source of configuration: set LOCAL_XDS_PATH to a file of workloads (this version has \
+         no xDS client; XDS_ADDRESS must be empty)"
+    )]
+    NoSource,
+    #[error(
+        "{name}=`{value}` asks for a control plane: this version has no xDS or CA client; set it \
+         to the empty string and use LOCAL_XDS_PATH, LOCAL_CA_CERT and LOCAL_CA_KEY"
+    )]
+    ControlPlane { name: &'static str, value: String },
+    #[error(
+        "{name} is not set: without it no workload certificate can be issued; set LOCAL_CA_CERT \
+         and LOCAL_CA_KEY to the PEM files of a CA"
+    )]
+    NoAuthority { name: &'static str },
+    #[error("{name}=`{value}` is not supported by this version: {instead}")]
+    Unsupported {
+        name: &'static str,
+        value: String,
+        instead: &'static str,
+    },
+}
+
+/// Everything `main` needs.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) proxy: Arc<ProxyConfig>,
+    pub(crate) source: LocalConfig,
+    pub(crate) ca_certificate: PathBuf,
+    pub(crate) ca_key: PathBuf,
+    pub(crate) certificate_ttl: Duration,
+    pub(crate) workers: usize,
+    pub(crate) listener_map: Option<PathBuf>,
+    pub(crate) ipv6: bool,
+    pub(crate) drain: Duration,
+}
+
+/// Reads and checks all settings.
+pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigError> {
+    for name in ["XDS_ADDRESS", "CA_ADDRESS"] {
+        if let Some(value) = environment.text(name) {
+            return Err(ConfigError::ControlPlane { name, value });
+        }
+    }
+    refuse_unsupported(environment)?;
+    let source = LocalConfig::from_settings(
+        environment.text("LOCAL_XDS_PATH").as_deref(),
+        environment.text("LOCAL_XDS").as_deref(),
+    )?
+    .ok_or(ConfigError::NoSource)?;
+    let authority = |name| {
+        environment
+            .text(name)
+            .map(PathBuf::from)
+            .ok_or(ConfigError::NoAuthority { name })
+    };
+    let cpus = rt::available_cpus().map_or(1, |cpus| cpus.len());
+    Ok(Settings {
+        proxy: Arc::new(proxy_config(environment)?),
+        source,
+        ca_certificate: authority("LOCAL_CA_CERT")?,
+        ca_key: authority("LOCAL_CA_KEY")?,
+        certificate_ttl: environment
+            .duration("SECRET_TTL")?
+            .unwrap_or(Duration::from_secs(24 * 3600)),
+        workers: workers(environment, cpus)?,
+        listener_map: environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from),
+        ipv6: environment.boolean("IPV6_ENABLED")?.unwrap_or(true),
+        drain: drain(environment)?,
+    })
+}
+
+/// What would be ignored silently, and must not be.
+fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> {
+    let refused = |name, instead| match environment.text(name) {
+        Some(value) => Err(ConfigError::Unsupported {
+            name,
+            value,
+            instead,
+        }),
+        None => Ok(()),
+    };
+    if environment
+        .text("SOCKMAP")
+        .is_some_and(|value| value != "off")
+    {
+        refused("SOCKMAP", "the sockmap short-cut is not built yet; use off")?;
+    }
+    if environment.boolean("TLS12_ENABLED")? == Some(true) {
+        refused("TLS12_ENABLED", "only TLS 1.3 is spoken; unset it")?;
+    }
+    if environment.boolean("FAKE_CA")? == Some(true) {
+        refused("FAKE_CA", "give a CA by LOCAL_CA_CERT and LOCAL_CA_KEY")?;
+    }
+    if environment.boolean("XDS_ON_DEMAND")? == Some(true) {
+        refused("XDS_ON_DEMAND", "there is no xDS client; unset it")?;
+    }
+    if environment.boolean("UNSTABLE_ENABLE_SOCKS5")? == Some(true) {
+        refused(
+            "UNSTABLE_ENABLE_SOCKS5",
+            "there is no SOCKS listener; unset it",
+        )?;
+    }
+    refused(
+        "CRL_PATH",
+        "revocation lists are not checked; unset it only if that is acceptable",
+    )?;
+    refused(
+        "COMPLIANCE_POLICY",
+        "no policy but the default is available; unset it",
+    )?;
+    if environment
+        .text("PROXY_MODE")
+        .is_some_and(|mode| mode != "shared")
+    {
+        refused("PROXY_MODE", "only shared is available")?;
+    }
+    Ok(())
+}
+
+fn proxy_config(environment: &Environment<'_>) -> Result<ProxyConfig, ConfigError> {
+    let modes = [
+        ("in-pod", RedirectMode::InPod),
+        ("node", RedirectMode::Node),
+    ];
+    let mode = environment
+        .one_of("REDIRECT_MODE", &modes)?
+        .unwrap_or(RedirectMode::InPod);
+    let mut node = NodeContext::new(
+        &environment.text_or("NETWORK", ""),
+        &environment.text_or("NODE_NAME", ""),
+    );
+    node.preferred_service_namespace = environment
+        .text("PREFERED_SERVICE_NAMESPACE")
+        .map(Arc::from);
+    let mark = environment.number("PACKET_MARK", 0..=u64::from(u32::MAX))?;
+    let default_mark = match mode {
+        RedirectMode::InPod => Some(1337),
+        // On the node, marks belong to redirection; the proxy's packets are known by their device.
+        RedirectMode::Node => None,
+    };
+    let (client, server) = http2(environment)?;
+    Ok(ProxyConfig {
+        node,
+        mode,
+        original_source: environment.boolean("ENABLE_ORIG_SRC")?.unwrap_or(true),
+        mark: mark.map(|mark| mark as u32).or(default_mark),
+        keepalive: keepalive(environment)?,
+        connect_timeout: Duration::from_secs(10),
+        handshake_timeout: Duration::from_secs(10),
+        workload_timeout: Duration::from_secs(5),
+        client,
+        server,
+        pool_unused: environment
+            .duration("POOL_UNUSED_RELEASE_TIMEOUT")?
+            .unwrap_or(Duration::from_secs(300)),
+        response_baggage: environment
+            .boolean("ENABLE_RESPONSE_BAGGAGE")?
+            .unwrap_or(true),
+    })
+}
+
+fn http2(environment: &Environment<'_>) -> Result<(hbone::Config, hbone::Config), ConfigError> {
+    let (mut client, mut server) = (hbone::Config::client(), hbone::Config::server());
+    let window = 65_535..=0x7fff_ffff;
+    for config in [&mut client, &mut server] {
+        if let Some(size) = environment.number("HTTP2_STREAM_WINDOW_SIZE", window.clone())? {
+            config.stream_window = size as u32;
+        }
+        if let Some(size) = environment.number("HTTP2_CONNECTION_WINDOW_SIZE", window.clone())? {
+            config.connection_window = size as u32;
+        }
+        if let Some(size) = environment.number("HTTP2_FRAME_SIZE", 16_384..=16_777_215)? {
+            config.max_frame_size = size as u32;
+        }
+    }
+    if let Some(streams) =
+        environment.number("POOL_MAX_STREAMS_PER_CONNECTION", 1..=u64::from(u16::MAX))?
+    {
+        client.max_concurrent_streams = streams as u32;
+    }
+    Ok((client, server))
+}
+
+fn keepalive(environment: &Environment<'_>) -> Result<Option<Keepalive>, ConfigError> {
+    if environment.boolean("KEEPALIVE_ENABLED")? == Some(false) {
+        return Ok(None);
+    }
+    let seconds = |name, default| {
+        Ok::<_, BadSetting>(
+            environment
+                .duration(name)?
+                .unwrap_or(Duration::from_secs(default)),
+        )
+    };
+    Ok(Some(Keepalive {
+        time: seconds("KEEPALIVE_TIME", 180)?,
+        interval: seconds("KEEPALIVE_INTERVAL", 180)?,
+        retries: environment
+            .number("KEEPALIVE_RETRIES", 1..=127)?
+            .unwrap_or(9) as u32,
+    }))
+}
+
+/// Worker threads: `ZTUNNEL_WORKER_THREADS` as N, N% or 0 (all); else one per usable CPU.
+///
+/// Upstream's default is a quarter of the CPUs because its workers share work; here a worker is
+/// the CPU its packets arrive on, so every CPU the process may use has one, within
+/// `ZTUNNEL_CPU_LIMIT` where that is set.
+fn workers(environment: &Environment<'_>, cpus: usize) -> Result<usize, ConfigError> {
+    let limit = environment.number("ZTUNNEL_CPU_LIMIT", 1..=4096)?;
+    let cpus = limit.map_or(cpus, |limit| cpus.min(limit as usize)).max(1);
+    let Some(text) = environment.text("ZTUNNEL_WORKER_THREADS") else {
+        return Ok(cpus);
+    };
+    let wanted = match text.strip_suffix('%') {
+        Some(percent) => percent
+            .parse::<usize>()
+            .ok()
+            .filter(|percent| *percent <= 100)
+            .map(|percent| (cpus * percent).div_ceil(100).max(1)),
+        None => text
+            .parse::<usize>()
+            .ok()
+            .filter(|number| *number <= 4096)
+            .map(|number| if number == 0 { cpus } else { number.min(cpus) }),
+    };
+    wanted.ok_or_else(|| {
+        let reason = "expected a number from 0 (all CPUs) to 4096, or 0% to 100%";
+        BadSetting {
+            name: "ZTUNNEL_WORKER_THREADS".to_owned(),
+            value: text,
+            reason: reason.to_owned(),
+        }
+        .into()
+    })
+}
+
+/// How long connections may finish after SIGTERM, by upstream's rule.
+fn drain(environment: &Environment<'_>) -> Result<Duration, ConfigError> {
+    if let Some(deadline) = environment.duration("CONNECTION_TERMINATION_DEADLINE")? {
+        return Ok(deadline);
+    }
+    let grace = environment.number("TERMINATION_GRACE_PERIOD_SECONDS", 0..=86_400)?;
+    Ok(Duration::from_secs(match grace {
+        None => 5,
+        Some(grace) if grace > 10 => grace - 5,
+        Some(grace) => grace.saturating_sub(1).max(1),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOCAL: [(&str, &str); 3] = [
+        ("LOCAL_XDS", "workloads: []"),
+        ("LOCAL_CA_CERT", "/a"),
+        ("LOCAL_CA_KEY", "/b"),
+    ];
+
+    fn with(extra: &[(&'static str, &'static str)]) -> Result<Settings, ConfigError> {
+        let pairs: Vec<_> = LOCAL.iter().copied().chain(extra.iter().copied()).collect();
+        read(&Environment::of(&pairs))
+    }
+
+    #[test]
+    fn defaults_are_upstreams() {
+        let settings = with(&[]).unwrap();
+        assert_eq!(settings.proxy.mode, RedirectMode::InPod);
+        assert_eq!(settings.proxy.mark, Some(1337));
+        assert_eq!(settings.proxy.client.stream_window, 4 << 20);
+        assert_eq!(settings.proxy.server.connection_window, 16 << 20);
+        assert_eq!(settings.proxy.client.max_concurrent_streams, 100);
+        assert_eq!(settings.drain, Duration::from_secs(5));
+        assert_eq!(settings.certificate_ttl, Duration::from_secs(86_400));
+    }
+
+    #[test]
+    fn what_is_missing_or_not_supported_is_named() {
+        let error = |pairs: &[(&str, &str)]| read(&Environment::of(pairs)).unwrap_err().to_string();
+        assert!(error(&[]).contains("LOCAL_XDS_PATH"));
+        assert!(error(&LOCAL[..1]).contains("LOCAL_CA_CERT"));
+        assert!(error(&LOCAL[..2]).contains("LOCAL_CA_KEY"));
+        for (name, value) in [
+            ("XDS_ADDRESS", "https://istiod:15012"),
+            ("SOCKMAP", "on"),
+            ("TLS12_ENABLED", "true"),
+        ] {
+            let text = with(&[(name, value)]).unwrap_err().to_string();
+            assert!(
+                text.contains(name) && text.contains(value) && !text.contains('\n'),
+                "{text}"
+            );
+        }
+        assert!(with(&[("XDS_ADDRESS", ""), ("SOCKMAP", "off")]).is_ok());
+    }
+
+    #[test]
+    fn workers_by_number_and_percentage() {
+        let count = |value: &str, cpus| {
+            workers(&Environment::of(&[("ZTUNNEL_WORKER_THREADS", value)]), cpus)
+        };
+        let cases = [
+            ("", 8, 8),
+            ("0", 8, 8),
+            ("3", 8, 3),
+            ("25%", 8, 2),
+            ("1%", 8, 1),
+            ("99", 4, 4),
+        ];
+        for (value, cpus, expected) in cases {
+            assert_eq!(count(value, cpus).unwrap(), expected, "{value} of {cpus}");
+        }
+        for value in ["many", "-1", "101%", "%"] {
+            assert!(count(value, 8).is_err(), "{value}");
+        }
+    }
+
+    #[test]
+    fn drain_time_follows_the_grace_period() {
+        for (grace, seconds) in [("30", 25), ("11", 6), ("10", 9), ("1", 1), ("0", 1)] {
+            let settings = with(&[("TERMINATION_GRACE_PERIOD_SECONDS", grace)]).unwrap();
+            assert_eq!(settings.drain, Duration::from_secs(seconds), "{grace}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The control thread: start-up in order, then endpoints, configuration, signals and draining.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use control::{ConfigSource, Watcher};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use proxy::Command;
+use telemetry::{Admin, HttpLimits, Logging, LoggingError, Ready, Registry, Shutdown};
+use tls::{Authority, AuthorityError, CertificateStore, LocalIssuer};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::{self, ConfigError, Settings};
+use crate::environment::Environment;
+use crate::listeners::{self, Endpoints, ListenError};
+use crate::steering::Steering;
+use crate::workers::{self, Common, StartError, Workers};
+
+/// Why the process cannot run. `Display` is one line.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RunError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Load(#[from] control::LoadError),
+    #[error(transparent)]
+    Logging(#[from] LoggingError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Uring(#[from] rt::probe::Refusal),
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error(transparent)]
+    Workers(#[from] StartError),
+    #[error("{0}: {1}")]
+    Io(&'static str, io::Error),
+}
+
+/// How long log lines may take to be written at the end.
+const LAST_LOG: Duration = Duration::from_secs(1);
+
+/// Runs the proxy until it is asked to end.
+pub(crate) fn run() -> Result<(), RunError> {
+    let environment = Environment::of_process();
+    let settings = config::read(&environment)?;
+    let (source, watcher) = control::watch::open(&settings.source)?;
+    let authority = Authority::from_pem_files(&settings.ca_certificate, &settings.ca_key)?;
+    let issuer = LocalIssuer::new(authority, settings.certificate_ttl);
+    let certificates = Arc::new(CertificateStore::new(Arc::new(issuer)));
+    rt::probe::check()?;
+    raise_descriptor_limit();
+    let endpoints = listeners::endpoints(settings.ipv6)?;
+    let cpus = rt::available_cpus().map_err(|error| RunError::Io("cannot read CPUs", error))?;
+    let sockets =
+        listeners::data_path(settings.workers, &cpus, settings.proxy.mode, settings.ipv6)?;
+    let logging = Logging::install(
+        environment.text("RUST_LOG").as_deref(),
+        environment.text("LOG_FORMAT").as_deref(),
+    )?;
+    let steering = match &settings.listener_map {
+        Some(path) => Some(
+            Steering::new(path, &sockets, &cpus)
+                .map_err(|error| RunError::Io("cannot duplicate listeners", error))?,
+        ),
+        None => None,
+    };
+    let registry = Registry::new(env!("CARGO_PKG_VERSION"));
+    let common = Common {
+        config: Arc::clone(&settings.proxy),
+        snapshot: source.snapshot(),
+        certificates: Arc::clone(&certificates),
+        registry: registry.clone(),
+        logging: logging.clone(),
+    };
+    let workers = workers::start(&common, sockets, &cpus)?;
+    tracing::info!(
+        "version {}, {} workers on CPUs {:?}, {:?} mode",
+        env!("CARGO_PKG_VERSION"),
+        settings.workers,
+        &cpus[..settings.workers.min(cpus.len())],
+        settings.proxy.mode,
+    );
+    let control = Control {
+        settings,
+        source,
+        watcher,
+        certificates,
+        registry,
+        logging: logging.clone(),
+        endpoints,
+        steering,
+        workers,
+    };
+    let result = control.run();
+    logging.sink().flush(LAST_LOG);
+    result
+}
+
+/// As many descriptors as the hard limit allows; a proxy needs two or three per connection.
+fn raise_descriptor_limit() {
+    let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return;
+    };
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        eprintln!("ztunnel: cannot raise the limit of open files to {hard}: {error}");
+    }
+}
+
+struct Control {
+    settings: Settings,
+    source: ConfigSource,
+    watcher: Option<Watcher>,
+    certificates: Arc<CertificateStore>,
+    registry: Registry,
+    logging: Logging,
+    endpoints: Endpoints,
+    steering: Option<Steering>,
+    workers: Workers,
+}
+
+impl Control {
+    fn run(self) -> Result<(), RunError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| RunError::Io("cannot start the control thread's runtime", error))?;
+        let patience = self.settings.drain;
+        let workers = runtime.block_on(self.serve())?;
+        tracing::info!("draining for at most {} s", patience.as_secs());
+        // The endpoints go on answering while the workers drain.
+        let drained = runtime.spawn_blocking(move || workers.drain(patience));
+        let _ = runtime.block_on(drained); // a panic aborts the process
+        tracing::info!("drained");
+        Ok(())
+    }
+
+    /// Serves until a signal or `/quitquitquit`; hands the workers back to be drained.
+    async fn serve(self) -> Result<Workers, RunError> {
+        let ready = Ready::new();
+        let shutdown = Shutdown::new();
+        self.publish_to_workers();
+        let limits = HttpLimits::default();
+        let Endpoints {
+            admin,
+            metrics,
+            readiness,
+        } = self.endpoints;
+        spawn_endpoint(
+            "metrics",
+            telemetry::serve_metrics(metrics, self.registry, limits),
+        );
+        spawn_endpoint(
+            "readiness",
+            telemetry::serve_readiness(readiness, ready.clone(), limits),
+        );
+        let (source, certificates) = (self.source, self.certificates);
+        let dump = move || crate::admin::config_dump(&source, &certificates);
+        let admin_state = Admin {
+            config_dump: Box::new(dump),
+            logging: self.logging,
+            shutdown: shutdown.clone(),
+        };
+        spawn_endpoint("admin", telemetry::serve_admin(admin, admin_state, limits));
+        if let Some(steering) = self.steering {
+            tokio::spawn(steering.run(ready.task("listener map")));
+        }
+        if let Some(watcher) = self.watcher {
+            tokio::spawn(watcher.run());
+        }
+        let failed = |error| RunError::Io("cannot handle signals", error);
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let reason = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            () = shutdown.triggered() => "/quitquitquit",
+        };
+        tracing::info!("{reason}: stop accepting");
+        Ok(self.workers)
+    }
+
+    fn publish_to_workers(&self) {
+        let senders = self.workers.commands();
+        self.source.on_change(Box::new(move |snapshot| {
+            for (worker, sender) in senders.iter().enumerate() {
+                if let Err(error) = sender.send(Command::Snapshot(Arc::clone(&snapshot))) {
+                    tracing::error!("worker {worker} keeps its old configuration: {error}");
+                }
+            }
+        }));
+    }
+}
+
+fn spawn_endpoint(
+    name: &'static str,
+    server: impl Future<Output = io::Result<()>> + Send + 'static,
+) {
+    tokio::spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!("{name} endpoint ended: {error}");
+        }
+    });
+}

@@ -1,0 +1,104 @@
+//! Telling the eBPF redirection which listener takes the connections that arrive on which CPU.
+//!
+//! The node agent pins a socket map; this registers each worker's listeners in it, and again when
+//! the agent has replaced the map. Until it has succeeded once the process is not ready.
+
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proxy::Listeners;
+use redirect::{ListenerMap, Role};
+use telemetry::PendingTask;
+
+/// How often the pinned map is looked at.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// The listeners to register, in the order of workers.
+#[derive(Debug)]
+pub(crate) struct Steering {
+    path: PathBuf,
+    listeners: Vec<[(Role, TcpListener); 3]>,
+    cpus: Vec<u32>,
+}
+
+impl Steering {
+    /// Keeps a second descriptor of each listener.
+    pub(crate) fn new(path: &Path, listeners: &[Listeners], cpus: &[u32]) -> io::Result<Self> {
+        let listeners = listeners
+            .iter()
+            .map(|set| {
+                Ok([
+                    (Role::Outbound, set.outbound.try_clone()?),
+                    (Role::InboundPlain, set.inbound_plain.try_clone()?),
+                    (Role::InboundHbone, set.inbound_hbone.try_clone()?),
+                ])
+            })
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            path: path.to_owned(),
+            listeners,
+            cpus: cpus.to_owned(),
+        })
+    }
+
+    /// Registers now and whenever the map is another one.
+    pub(crate) async fn run(self, pending: PendingTask) {
+        let mut pending = Some(pending);
+        let mut registered = None;
+        let mut reported = String::new();
+        loop {
+            let current = fs::metadata(&self.path)
+                .map(|pin| (pin.dev(), pin.ino()))
+                .ok();
+            if current != registered {
+                match self.register() {
+                    Ok(()) => {
+                        tracing::info!("listeners registered in {}", self.path.display());
+                        registered = current;
+                        reported.clear();
+                        if let Some(pending) = pending.take() {
+                            pending.ready();
+                        }
+                    }
+                    Err(error) => {
+                        let text = error.to_string();
+                        if text != reported {
+                            tracing::warn!("listeners not registered, trying again: {text}");
+                            reported = text;
+                        }
+                    }
+                }
+            }
+            tokio::time::sleep(INTERVAL).await;
+        }
+    }
+
+    /// Every CPU of the machine gets a worker: its own where it has one.
+    fn register(&self) -> Result<(), redirect::Error> {
+        let mut map = ListenerMap::open(&self.path)?;
+        for cpu in 0..configured_cpus() {
+            let own = self.cpus.iter().position(|own| *own == cpu);
+            let own = own.filter(|worker| *worker < self.listeners.len());
+            let worker = own.unwrap_or(cpu as usize % self.listeners.len());
+            for (role, listener) in &self.listeners[worker] {
+                map.set(*role, cpu, listener.as_fd())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// CPUs the machine has, whether or not this process may use them: packets arrive on all.
+fn configured_cpus() -> u32 {
+    use nix::unistd::{SysconfVar, sysconf};
+    let count = sysconf(SysconfVar::_NPROCESSORS_CONF).ok().flatten();
+    count
+        .and_then(|count| u32::try_from(count).ok())
+        .unwrap_or(1)
+        .max(1)
+}
