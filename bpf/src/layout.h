@@ -15,6 +15,7 @@ enum role { ROLE_OUTBOUND, ROLE_INBOUND_PLAIN, ROLE_INBOUND_HBONE, ROLE_COUNT };
 #define MAX_PODS 4096
 #define MAX_POD_CIDRS 64
 #define MAX_UNDERLAYS 8
+#define MAX_NODE_ADDRS 16
 #define MAX_NODE_FLOWS 65536
 
 #define PORT_OUTBOUND 15001
@@ -25,8 +26,8 @@ enum role { ROLE_OUTBOUND, ROLE_INBOUND_PLAIN, ROLE_INBOUND_HBONE, ROLE_COUNT };
 struct config {
 	__u32 ztunnel_ifindex;		/* ztunnel's interface on the node; 0: no ztunnel, drop */
 	__be32 ztunnel_addr;
-	__be32 node_addr;		/* the address pods see the node as */
-	__u32 underlays[MAX_UNDERLAYS];	/* ifindex of each underlay interface, 0-terminated */
+	__be32 node_addrs[MAX_NODE_ADDRS];	/* the node's own, the rest 0 */
+	__u32 underlays[MAX_UNDERLAYS];	/* ifindex of each underlay interface, the rest 0 */
 	__u8 ztunnel_mac[6];		/* of the interface inside ztunnel's netns */
 	__u8 pad[2];
 };
@@ -36,9 +37,10 @@ struct pod {
 	__u32 ifindex;			/* host-side interface */
 };
 
-/* Key of `node_flows`: a connection ztunnel made to a pod with the node's own address. */
+/* Key of `node_flows`: a connection ztunnel made to a pod with an address of the node. */
 struct node_flow {
 	__be32 pod_addr;
+	__be32 node_addr;
 	__be16 pod_port;
 	__be16 node_port;
 };

@@ -78,4 +78,15 @@ static __always_inline struct pod *get_pod(__be32 addr)
 	return bpf_map_lookup_elem(&pods, &addr);
 }
 
+static __always_inline int is_node_address(const struct config *cfg, __be32 addr)
+{
+	for (int i = 0; i < MAX_NODE_ADDRS; i++) {
+		if (!cfg->node_addrs[i])
+			return 0;
+		if (cfg->node_addrs[i] == addr)
+			return 1;
+	}
+	return 0;
+}
+
 #endif

@@ -143,11 +143,11 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p)
 }
 
 /*
- * Whether this is an ICMP error about a TCP connection that is not with the node itself. A pod's
- * TCP is all ztunnel's, so such an error (path MTU above all) is meant for ztunnel's socket.
+ * If this is an ICMP error about a TCP connection of the packet's destination: where that
+ * connection goes, else 0. A pod's TCP is all ztunnel's unless it is with the node, so such an
+ * error (path MTU above all) is meant for ztunnel's socket.
  */
-static __always_inline int icmp_error_about_tcp(struct __sk_buff *skb, const struct packet *p,
-						__be32 node_addr)
+static __always_inline __be32 icmp_error_about(struct __sk_buff *skb, const struct packet *p)
 {
 	const __u32 need = sizeof(struct ethhdr) + 2 * sizeof(struct iphdr) +
 			   sizeof(struct icmp_header);
@@ -165,8 +165,7 @@ static __always_inline int icmp_error_about_tcp(struct __sk_buff *skb, const str
 	if (icmp->type != ZT_ICMP_DEST_UNREACH && icmp->type != ZT_ICMP_TIME_EXCEEDED &&
 	    icmp->type != ZT_ICMP_PARAMETER_PROBLEM)
 		return 0;
-	return inner->protocol == IPPROTO_TCP && inner->saddr == p->daddr &&
-	       inner->daddr != node_addr;
+	return inner->protocol == IPPROTO_TCP && inner->saddr == p->daddr ? inner->daddr : 0;
 }
 
 #endif

@@ -60,6 +60,14 @@ static __always_inline int to_ztunnel_by_egress(struct __sk_buff *skb, __u32 rea
 	return bpf_redirect(cfg->ztunnel_ifindex, 0);
 }
 
+static __always_inline int is_ztunnels_icmp_error(struct __sk_buff *skb, const struct packet *p,
+						  const struct config *cfg)
+{
+	__be32 to = icmp_error_about(skb, p);
+
+	return to && !is_node_address(cfg, to) && cfg->ztunnel_ifindex;
+}
+
 SEC("classifier")
 int app_outbound(struct __sk_buff *skb)
 {
@@ -89,11 +97,11 @@ int app_outbound(struct __sk_buff *skb)
 		return drop(me, REASON_OPTIONS);
 	if (!cfg->ztunnel_ifindex)
 		return drop(me, REASON_NO_ZTUNNEL);
-	if (p.daddr == cfg->node_addr) {
+	if (is_node_address(cfg, p.daddr)) {
 		/* The node's own traffic is exempt, but ztunnel may be speaking with the node's
 		 * address: for traffic the node masqueraded on its way to a pod. */
-		struct node_flow flow = { .pod_addr = p.saddr, .pod_port = p.sport,
-					  .node_port = p.dport };
+		struct node_flow flow = { .pod_addr = p.saddr, .node_addr = p.daddr,
+					  .pod_port = p.sport, .node_port = p.dport };
 
 		if (!bpf_map_lookup_elem(&node_flows, &flow))
 			return next(me, REASON_HOST);
@@ -124,13 +132,13 @@ int app_inbound(struct __sk_buff *skb)
 		return p.protocol == IPPROTO_ICMPV6 ? next(me, REASON_PASSED) :
 						      drop(me, REASON_IPV6);
 	}
-	if (icmp_error_about_tcp(skb, &p, cfg->node_addr) && cfg->ztunnel_ifindex)
+	if (is_ztunnels_icmp_error(skb, &p, cfg))
 		return to_ztunnel_by_egress(skb, REASON_ICMP_ERROR, cfg);
 	if (p.kind != KIND_TCP)
 		return next(me, REASON_PASSED);
 	if (from_node) {
-		struct node_flow flow = { .pod_addr = p.daddr, .pod_port = p.dport,
-					  .node_port = p.sport };
+		struct node_flow flow = { .pod_addr = p.daddr, .node_addr = p.saddr,
+					  .pod_port = p.dport, .node_port = p.sport };
 
 		if (p.syn)
 			bpf_map_delete_elem(&node_flows, &flow);
@@ -215,9 +223,9 @@ int ztunnel_host(struct __sk_buff *skb)
 	pod = get_pod(p.daddr);
 	if (!pod)
 		return to_other_node(skb, &p, cfg);
-	if (p.saddr == cfg->node_addr && p.syn) {
-		struct node_flow flow = { .pod_addr = p.daddr, .pod_port = p.dport,
-					  .node_port = p.sport };
+	if (p.syn && is_node_address(cfg, p.saddr)) {
+		struct node_flow flow = { .pod_addr = p.daddr, .node_addr = p.saddr,
+					  .pod_port = p.dport, .node_port = p.sport };
 		__u8 one = 1;
 
 		bpf_map_update_elem(&node_flows, &flow, &one, BPF_ANY);
@@ -242,7 +250,7 @@ int underlay_ingress(struct __sk_buff *skb)
 		return next(me, REASON_PASSED);
 	if (get_pod(p.saddr))
 		return drop(me, REASON_SPOOFED);
-	if (pod && icmp_error_about_tcp(skb, &p, cfg->node_addr) && cfg->ztunnel_ifindex)
+	if (pod && is_ztunnels_icmp_error(skb, &p, cfg))
 		return to_peer(me, REASON_ICMP_ERROR, cfg->ztunnel_ifindex);
 	if (p.kind != KIND_TCP)
 		return next(me, REASON_PASSED);

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -117,12 +118,24 @@ pub(crate) fn interface(netns: &Netns, name: &str) -> Result<Interface> {
     })
 }
 
-/// What redirection depends on and others may replace: interfaces and namespaces. Two that differ
-/// mean that it must be installed anew.
+/// IPv4 addresses of these interfaces in the calling thread's namespace.
+pub(crate) fn addresses(interfaces: &[String]) -> Vec<Ipv4Addr> {
+    let Ok(entries) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    entries
+        .filter(|entry| interfaces.contains(&entry.interface_name))
+        .filter_map(|entry| Some(entry.address?.as_sockaddr_in()?.ip()))
+        .collect()
+}
+
+/// What redirection depends on and others may replace: interfaces, their addresses and namespaces. Two that
+/// differ mean that it must be installed anew.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Observation {
     ztunnel: Option<u64>,
     interfaces: Vec<Option<u32>>,
+    addresses: Vec<Ipv4Addr>,
 }
 
 impl Observation {
@@ -134,6 +147,7 @@ impl Observation {
             .chain([&settings.ztunnel.host_interface])
             .chain(pods.iter().map(|pod| &pod.host_interface));
         Self {
+            addresses: addresses(&settings.node.interfaces),
             ztunnel: inode(&settings.ztunnel.netns).ok(),
             interfaces: names
                 .map(|name| nix::net::if_::if_nametoindex(name.as_str()).ok())

@@ -17,6 +17,8 @@ use crate::lock::{self, Lock};
 
 /// How often the configuration file, the interfaces and ztunnel's namespace are looked at.
 const POLL_EVERY: Duration = Duration::from_secs(1);
+/// How long the configuration file must not change before it is believed.
+const SETTLE: Duration = Duration::from_millis(100);
 /// How long `cleanup` waits for a `run` that is just ending.
 const CLEANUP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -111,7 +113,7 @@ impl Agent {
             path: self.path.clone(),
             source,
         })?;
-        if text == self.seen {
+        if text == self.seen || !self.is_settled(&text) {
             return Ok(());
         }
         self.seen.clone_from(&text);
@@ -135,6 +137,13 @@ impl Agent {
         self.apply()?;
         tracing::info!(pods = self.config.pods.len(), "configuration applied");
         Ok(())
+    }
+
+    /// Whether the file still holds `text` a moment later: one that is being written may look
+    /// like a whole one with fewer pods.
+    fn is_settled(&self, text: &str) -> bool {
+        thread::sleep(SETTLE);
+        std::fs::read_to_string(&self.path).is_ok_and(|later| later == text)
     }
 
     fn follow_system(&mut self) -> Result<()> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use redirect::ebpf::Ebpf;
 use redirect::iptables_tunnel::IptablesTunnel;
 use redirect::{Attach, Node, Pod, Redirection, Settings, Variant, Ztunnel};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, Result};
 
@@ -39,8 +39,13 @@ pub(crate) struct Config {
     #[serde(default)]
     bpffs: PathBuf,
     /// Pods of this node that belong to the mesh.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_empty")]
     pub(crate) pods: Vec<Pod>,
+}
+
+/// `pods:` with nothing after it is what is left when the last pod is taken out.
+fn null_is_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Pod>, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 impl Config {
@@ -140,6 +145,9 @@ pods:
         assert_eq!(config.redirect, Kind::Ebpf);
         assert_eq!(config.pods.len(), 1);
         assert_eq!(config.variant, Variant::Hardened);
+        let end = SOUND.find("pods:").unwrap() + "pods:".len();
+        let config = Config::parse(Path::new("/c.yaml"), &SOUND[..end]).unwrap();
+        assert!(config.pods.is_empty());
     }
 
     #[test]

@@ -10,7 +10,9 @@ pub(crate) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.bpf.o"));
 
 /// Size of `struct config`.
-pub(crate) const CONFIG_BYTES: usize = 4 + 4 + 4 + 4 * UNDERLAYS_MAX + 6 + 2;
+pub(crate) const CONFIG_BYTES: usize = 8 + 4 * NODE_ADDRESSES_MAX + 4 * UNDERLAYS_MAX + 6 + 2;
+/// Most addresses the node is known by.
+pub(crate) const NODE_ADDRESSES_MAX: usize = 16;
 
 /// A map, by its name in the object and as a pin: key size, value size, entries.
 pub(crate) struct MapLayout {
@@ -40,7 +42,7 @@ pub(crate) const MAPS: [MapLayout; 6] = [
     map(CONFIG, 4, CONFIG_BYTES as u32, 1),
     map(PODS, 4, 4, 4096),
     map(POD_CIDRS, 8, 4, 64),
-    map("node_flows", 8, 1, 65_536),
+    map("node_flows", 12, 1, 65_536),
     map(COUNTERS, 4, 8, (PROGRAMS.len() * REASONS.len()) as u32),
     // Last: whoever waits for it finds the others.
     map(LISTENERS, 4, 4, ROLES * MAX_CPUS),
@@ -81,7 +83,8 @@ pub(crate) const REASONS: [&str; 12] = [
 pub(crate) struct Config {
     pub(crate) ztunnel_ifindex: u32,
     pub(crate) ztunnel_address: Ipv4Addr,
-    pub(crate) node_address: Ipv4Addr,
+    /// Those beyond [`NODE_ADDRESSES_MAX`] are left out.
+    pub(crate) node_addresses: Vec<Ipv4Addr>,
     pub(crate) underlays: Vec<u32>,
     pub(crate) ztunnel_mac: [u8; 6],
 }
@@ -96,12 +99,15 @@ impl Config {
         let mut bytes = [0; CONFIG_BYTES];
         bytes[0..4].copy_from_slice(&self.ztunnel_ifindex.to_ne_bytes());
         bytes[4..8].copy_from_slice(&self.ztunnel_address.octets());
-        bytes[8..12].copy_from_slice(&self.node_address.octets());
-        for (slot, index) in bytes[12..].chunks_exact_mut(4).zip(&self.underlays) {
+        let (addresses, rest) = bytes[8..].split_at_mut(4 * NODE_ADDRESSES_MAX);
+        for (slot, address) in addresses.chunks_exact_mut(4).zip(&self.node_addresses) {
+            slot.copy_from_slice(&address.octets());
+        }
+        let (underlays, rest) = rest.split_at_mut(4 * UNDERLAYS_MAX);
+        for (slot, index) in underlays.chunks_exact_mut(4).zip(&self.underlays) {
             slot.copy_from_slice(&index.to_ne_bytes());
         }
-        let mac = 12 + 4 * UNDERLAYS_MAX;
-        bytes[mac..mac + 6].copy_from_slice(&self.ztunnel_mac);
+        rest[..6].copy_from_slice(&self.ztunnel_mac);
         bytes
     }
 }
@@ -115,15 +121,18 @@ mod tests {
         let config = Config {
             ztunnel_ifindex: 7,
             ztunnel_address: [10, 0, 0, 2].into(),
-            node_address: [10, 0, 0, 1].into(),
+            node_addresses: vec![[10, 0, 0, 1].into(); NODE_ADDRESSES_MAX + 1],
             underlays: vec![3; UNDERLAYS_MAX],
             ztunnel_mac: [1, 2, 3, 4, 5, 6],
         };
         let bytes = config.encode();
         assert_eq!(bytes[0..4], 7u32.to_ne_bytes());
-        assert_eq!(bytes[4..12], [10, 0, 0, 2, 10, 0, 0, 1]);
-        assert_eq!(bytes[40..44], 3u32.to_ne_bytes());
-        assert_eq!(bytes[44..52], [1, 2, 3, 4, 5, 6, 0, 0]);
+        assert_eq!(bytes[4..8], [10, 0, 0, 2]);
+        assert_eq!(bytes[8..12], [10, 0, 0, 1]);
+        assert_eq!(bytes[68..72], [10, 0, 0, 1]);
+        assert_eq!(bytes[72..76], 3u32.to_ne_bytes());
+        assert_eq!(bytes[100..104], 3u32.to_ne_bytes());
+        assert_eq!(bytes[104..], [1, 2, 3, 4, 5, 6, 0, 0]);
     }
 
     /// The header's enums, sizes and reasons are what this module says they are.
@@ -141,6 +150,7 @@ mod tests {
         assert_eq!(names("PROG_").len(), PROGRAMS.len());
         assert!(header.contains(&format!("#define MAX_CPUS {MAX_CPUS}\n")));
         assert!(header.contains(&format!("#define MAX_UNDERLAYS {UNDERLAYS_MAX}\n")));
+        assert!(header.contains(&format!("#define MAX_NODE_ADDRS {NODE_ADDRESSES_MAX}\n")));
         assert_eq!(names("ROLE_").len(), ROLES as usize);
     }
 }

@@ -16,11 +16,13 @@ pub(crate) mod attach;
 pub(crate) mod layout;
 mod maps;
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use aya::{Ebpf as Object, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use crate::command;
 use crate::error::{Error, Result};
 use crate::journal::{Journal, Undo};
 use crate::netns::{self, Netns};
@@ -63,6 +65,7 @@ impl Ebpf {
         let s = &self.settings;
         let outside = netns::interface(node, &s.ztunnel.host_interface)?;
         let inside = netns::interface(ztunnel, &s.ztunnel.interface)?;
+        check_veth(node, &s.ztunnel.host_interface)?;
         let mut underlays = Vec::new();
         for name in &s.node.interfaces {
             underlays.push((name.clone(), netns::interface(node, name)?.index));
@@ -74,7 +77,7 @@ impl Ebpf {
         let config = Config {
             ztunnel_ifindex: outside.index,
             ztunnel_address: s.ztunnel.address,
-            node_address: s.node.address,
+            node_addresses: node_addresses(s),
             underlays: underlays.iter().map(|&(_, index)| index).collect(),
             ztunnel_mac: inside.mac,
         };
@@ -118,6 +121,7 @@ impl Ebpf {
     }
 
     fn add_pod_steps(&mut self, node: &Netns, pod: &Pod, index: u32) -> Result<()> {
+        check_veth(node, &pod.host_interface)?;
         // First the map, so that no packet the programs hand on meets a ztunnel that takes the
         // pod for a stranger.
         maps::add_pod(&self.settings.bpffs, pod, index)?;
@@ -223,6 +227,36 @@ impl Redirection for Ebpf {
         }
         result
     }
+}
+
+/// The address pods know and those of the underlay: traffic between a pod and these is the node's
+/// own. Others (a bridge's, the service addresses that IPVS puts on an interface) are captured.
+fn node_addresses(settings: &Settings) -> Vec<Ipv4Addr> {
+    let mut all = vec![settings.node.address];
+    all.extend(netns::addresses(&settings.node.interfaces));
+    all.dedup();
+    if all.len() > layout::NODE_ADDRESSES_MAX {
+        let (most, found) = (layout::NODE_ADDRESSES_MAX, all.len());
+        tracing::warn!(
+            most,
+            found,
+            "more addresses of the node than are exempt from capture"
+        );
+    }
+    all
+}
+
+/// Packets redirected to the peer of any other kind of interface would vanish.
+fn check_veth(node: &Netns, name: &str) -> Result<()> {
+    let shown = node.run(|| command::ip(&format!("-d -o link show dev {name}")))?;
+    if shown.contains(" veth ") || shown.contains(" netkit ") {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        field: "host_interface",
+        value: name.to_owned(),
+        reason: "must be a veth or netkit interface for redirection ebpf".to_owned(),
+    })
 }
 
 fn check_bpffs(dir: &Path) -> Result<()> {

@@ -186,7 +186,9 @@ fn ensure_end(
             ip(&add_line(end, transport, remote))?;
         }
         ip(&format!("addr replace {} dev {name}", end.address))?;
-        ip(&format!("link set {name} up")).map(drop)
+        ip(&format!("link set {name} up"))?;
+        // The other end may be a new one with another MAC address.
+        ip(&format!("neigh flush dev {name}")).map(drop)
     })
 }
 

@@ -36,7 +36,7 @@ fn save(table: &str) -> Result<String> {
 }
 
 fn restore(script: &str) -> Result<()> {
-    command::run_with_input("iptables-restore", &["-w", "--noflush"], script).map(drop)
+    command::run_with_input("iptables-restore", &["--wait=10", "--noflush"], script).map(drop)
 }
 
 fn jump(hook: &str) -> String {

@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::shared::{EBPF, Kind, check};
 use crate::topology::{
-    APP1, APP2, NODE, PLAIN, REMOTE, Server, Topology, ZTUNNEL, can_run, inside,
+    APP1, APP2, NODE, PLAIN, REMOTE, Server, Topology, UNDERLAY, ZTUNNEL, can_run, inside,
 };
 
 fn counter(topology: &Topology, program: &str, reason: &str) -> u64 {
@@ -283,13 +283,16 @@ fn ztunnel_speaks_with_the_clients_address() {
     let topology = Topology::new();
     let _app = Server::app(&topology.netns("app1"), 8080);
     let _remote = Server::app(&topology.netns("remote"), 8080);
+    let _plain = Server::app(&topology.netns("plain"), 8080);
     EBPF.install(&topology);
     for (source, to) in [
         (REMOTE, APP1),
         (APP2, APP1),
         (PLAIN, APP1),
         (NODE, APP1),
+        (UNDERLAY, APP1),
         (APP1, REMOTE),
+        (APP1, PLAIN),
     ] {
         let answer = topology.ask_from("ztunnel", Some(source), (to, 8080));
         let answer = answer.unwrap_or_else(|e| panic!("{source} -> {to}: {e}"));

@@ -7,4 +7,5 @@
 
 mod ebpf;
 mod shared;
+#[allow(dead_code, reason = "the tests of node-agent use the rest")]
 mod topology;

@@ -5,9 +5,11 @@ use std::net::Ipv4Addr;
 
 use redirect::ebpf::Ebpf;
 use redirect::iptables_tunnel::IptablesTunnel;
-use redirect::{Attach, Redirection, Role, Settings, Variant};
+use redirect::{Attach, Pod, Redirection, Role, Settings, Variant};
 
-use crate::topology::{APP1, APP2, Answer, NODE, REMOTE, Server, Topology, can_run, inside};
+use crate::topology::{
+    APP1, APP2, Answer, NODE, REMOTE, Server, Topology, UNDERLAY, can_run, inside,
+};
 
 /// A back end in one of its forms.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -144,6 +146,7 @@ fn probes_from_the_node_reach_the_app(kind: Kind) {
         let answer = check(&topology, "node", (APP1, 8080), "app");
         assert_eq!(answer.peer.ip(), NODE);
         check(&topology, "app1", (NODE, 10250), "app");
+        check(&topology, "app1", (UNDERLAY, 10250), "app");
     }
 }
 
@@ -181,6 +184,17 @@ fn works_with_syn_cookies(kind: Kind) {
     check_all_directions(&topology);
 }
 
+/// What the test above would show of a path that cannot do it: Istio's own rules.
+fn fails_with_syn_cookies(kind: Kind) {
+    let topology = Topology::new();
+    topology.sysctl("ztunnel", "net/ipv4/tcp_syncookies", "2");
+    kind.install(&topology);
+    let _servers = kind.listeners(&topology);
+    topology.ask("app1", (REMOTE, 80)).unwrap_err();
+    topology.ask("remote", (APP1, 80)).unwrap_err();
+    check(&topology, "remote", (APP1, 15008), "hbone");
+}
+
 fn pods_come_and_go(kind: Kind) {
     let topology = Topology::new();
     kind.install(&topology);
@@ -202,8 +216,10 @@ fn pods_come_and_go(kind: Kind) {
     });
     check(&topology, "app1", (REMOTE, 80), "outbound");
     // An address has one owner.
-    let mut thief = pod.clone();
-    thief.uid = "thief".into();
+    let thief = Pod {
+        uid: "thief".into(),
+        ..pod
+    };
     let error = kind.on_node(&topology, |redirection| {
         redirection.add_pod(&thief).unwrap_err()
     });
@@ -307,6 +323,7 @@ for_kinds! {
         hardened = super::HARDENED;
     without_ztunnel_nothing_gets_through: ebpf = super::EBPF, hardened = super::HARDENED;
     works_with_syn_cookies: ebpf = super::EBPF, hardened = super::HARDENED;
+    fails_with_syn_cookies: faithful = super::FAITHFUL;
     pods_come_and_go: ebpf = super::EBPF, clsact = super::CLSACT, hardened = super::HARDENED;
     a_second_agent_adopts: ebpf = super::EBPF, clsact = super::CLSACT,
         hardened = super::HARDENED;

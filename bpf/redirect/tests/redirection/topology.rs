@@ -26,6 +26,8 @@ use redirect::{Attach, ListenerMap, Node, Pod, Role, Settings, Variant, Ztunnel}
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 1);
+/// The node's address on the underlay.
+pub(crate) const UNDERLAY: Ipv4Addr = Ipv4Addr::new(172, 31, 9, 1);
 pub(crate) const ZTUNNEL: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 2);
 pub(crate) const APP1: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 11);
 pub(crate) const APP2: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 12);
@@ -144,6 +146,24 @@ impl Topology {
             "node",
             &format!("route add {address}/32 dev {interface} scope link src {NODE}"),
         );
+    }
+
+    /// A new namespace under the same name, as when ztunnel's pod is replaced.
+    pub(crate) fn replace_ztunnel(&self) {
+        run(&format!("ip netns del {}", self.name("ztunnel")));
+        // The kernel takes its interfaces down a little later.
+        while Command::new("ip")
+            .args(["-n", &self.name("node"), "link", "show", "dev", "vz"])
+            .output()
+            .unwrap()
+            .status
+            .success()
+        {
+            thread::sleep(Duration::from_millis(10));
+        }
+        run(&format!("ip netns add {}", self.name("ztunnel")));
+        self.ip("ztunnel", "link set lo up");
+        self.pod("ztunnel", ZTUNNEL, "vz");
     }
 
     pub(crate) fn name(&self, host: &str) -> String {

@@ -1,0 +1,385 @@
+//! The agent as a process, in network namespaces. Needs root; skips by name without.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a helper that fails is a test that fails"
+)]
+
+#[path = "../../../bpf/redirect/tests/redirection/topology.rs"]
+#[allow(dead_code, reason = "shared with the tests of the redirect crate")]
+mod topology;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use redirect::Role;
+use topology::{APP1, REMOTE, Server, Topology, ZTUNNEL, can_run, inside};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One node with its configuration file.
+struct Site {
+    topology: Topology,
+    redirect: &'static str,
+    before: BTreeSet<String>,
+}
+
+/// `node-agent run`, killed when dropped.
+struct Agent(Child);
+
+impl Agent {
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
+    }
+
+    /// Ends it and returns what it wrote to standard error.
+    fn end(mut self, signal: Signal) -> (Option<i32>, String) {
+        self.signal(signal);
+        let status = self.0.wait().unwrap();
+        let mut text = String::new();
+        self.0
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut text)
+            .unwrap();
+        (status.code(), text)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Site {
+    fn new(redirect: &'static str) -> Self {
+        let topology = Topology::new();
+        let before = topology.traces();
+        let site = Self {
+            topology,
+            redirect,
+            before,
+        };
+        site.configure(&["app1", "app2"]);
+        site
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.topology.dir().join("agent.yaml")
+    }
+
+    fn config(&self, pods: &[&str]) -> String {
+        let settings = self.topology.settings();
+        let mut text = format!(
+            "redirect: {}\nnode: {{interfaces: [und], address: 10.244.1.1, \
+             pod_cidrs: [10.244.0.0/16]}}\nztunnel: {{netns: {}, interface: eth0, \
+             host_interface: vz, address: {ZTUNNEL}}}\nstate_dir: {}\nbpffs: {}\npods:\n",
+            self.redirect,
+            settings.ztunnel.netns.display(),
+            settings.state_dir.display(),
+            settings.bpffs.display(),
+        );
+        for pod in self
+            .topology
+            .pods()
+            .iter()
+            .filter(|pod| pods.contains(&pod.uid.as_str()))
+        {
+            text += &format!(
+                "- {{uid: {}, addresses: [{}], netns: {}, host_interface: {}}}\n",
+                pod.uid,
+                pod.addresses[0],
+                pod.netns.display(),
+                pod.host_interface,
+            );
+        }
+        text
+    }
+
+    fn configure(&self, pods: &[&str]) {
+        fs::write(self.config_path(), self.config(pods)).unwrap();
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_node-agent"));
+        command.args(words).arg("--config").arg(self.config_path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn once(&self, words: &[&str]) -> Output {
+        inside(&self.topology.netns("node"), || {
+            self.command(words).output().unwrap()
+        })
+    }
+
+    /// Starts `run` and waits until it is ready.
+    fn run(&self) -> Agent {
+        let mut child = inside(&self.topology.netns("node"), || {
+            self.command(&["run"]).spawn().unwrap()
+        });
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let agent = Agent(child);
+        if line != "node-agent: ready\n" {
+            panic!("not ready but {line:?}: {}", agent.end(Signal::SIGTERM).1);
+        }
+        agent
+    }
+
+    fn cleanup(&self) {
+        let output = self.once(&["cleanup"]);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let after = self.topology.traces();
+        let new: Vec<_> = after.difference(&self.before).collect();
+        let gone: Vec<_> = self.before.difference(&after).collect();
+        assert!(
+            new.is_empty() && gone.is_empty(),
+            "left: {new:#?}, missing: {gone:#?}"
+        );
+        let state = fs::read_dir(self.topology.settings().state_dir).unwrap();
+        assert_eq!(state.count(), 0, "files left in the state directory");
+    }
+
+    fn listener(&self) -> Server {
+        let map = self.topology.settings().bpffs.join("listeners");
+        let map = (self.redirect == "ebpf").then_some((map.as_path(), 0));
+        Server::ztunnel(
+            &self.topology.netns("ztunnel"),
+            Role::Outbound,
+            "captured",
+            map,
+        )
+    }
+
+    /// Who answers app1 when it connects to the remote pod: "captured", "app" or nobody.
+    fn answered_by(&self) -> Option<String> {
+        self.topology
+            .ask("app1", (REMOTE, 80))
+            .ok()
+            .map(|answer| answer.label)
+    }
+
+    #[track_caller]
+    fn wait_until_answered_by(&self, label: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = self.answered_by();
+            if now.as_deref() == Some(label) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{label} was expected, {now:?} answers"
+            );
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+fn lives_dies_and_leaves_no_trace(redirect: &'static str) {
+    let site = Site::new(redirect);
+    let agent = site.run();
+    let _ztunnel = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    assert_eq!(site.answered_by().as_deref(), Some("captured"));
+    // A second one and a clean-up are refused while it runs.
+    let second = site.once(&["run"]);
+    let message = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert_eq!(second.status.code(), Some(1), "{message}");
+    assert!(
+        message.contains(&format!("held by process {}", agent.0.id())),
+        "{message}"
+    );
+    assert_eq!(message.lines().count(), 1, "{message}");
+    let status = site.once(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!(status["agent_pid"], agent.0.id());
+    assert_eq!(status["pods"].as_array().unwrap().len(), 2);
+    let driver = &status["tunnel_driver"];
+    assert!(
+        if redirect == "ebpf" {
+            driver.is_null()
+        } else {
+            driver.is_string()
+        },
+        "{driver}"
+    );
+    assert!(site.once(&["status"]).status.success());
+    // Ended or killed, it leaves capture in place; a new one takes over.
+    let (code, log) = agent.end(Signal::SIGTERM);
+    assert_eq!(code, Some(0), "{log}");
+    assert_eq!(site.answered_by().as_deref(), Some("captured"));
+    site.run().end(Signal::SIGKILL);
+    assert_eq!(site.answered_by().as_deref(), Some("captured"));
+    site.run().end(Signal::SIGKILL);
+    site.cleanup();
+    assert_eq!(site.answered_by().as_deref(), Some("app"));
+    site.cleanup();
+}
+
+fn follows_its_configuration(redirect: &'static str) {
+    let site = Site::new(redirect);
+    let agent = site.run();
+    let _ztunnel = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    site.wait_until_answered_by("captured");
+    site.configure(&["app2"]);
+    site.wait_until_answered_by("app");
+    site.configure(&["app1", "app2"]);
+    site.wait_until_answered_by("captured");
+    // What is malformed, or cannot be done without a restart, changes nothing.
+    fs::write(site.config_path(), "redirect: [").unwrap();
+    thread::sleep(Duration::from_millis(2500));
+    let other = if redirect == "ebpf" { "tunnel" } else { "ebpf" };
+    let moved = site.config(&[]).replace(redirect, other);
+    fs::write(site.config_path(), moved).unwrap();
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(site.answered_by().as_deref(), Some("captured"));
+    site.configure(&["app1"]);
+    thread::sleep(Duration::from_millis(1500));
+    let (_, log) = agent.end(Signal::SIGTERM);
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
+    assert_eq!(lines.len(), 2, "{log}");
+    assert!(
+        lines
+            .iter()
+            .all(|line| line.contains("old configuration stays")),
+        "{log}"
+    );
+    site.cleanup();
+}
+
+fn follows_a_new_ztunnel(redirect: &'static str) {
+    let site = Site::new(redirect);
+    let _agent = site.run();
+    let old = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    site.wait_until_answered_by("captured");
+    drop(old);
+    site.topology.replace_ztunnel();
+    // Never around ztunnel, whether the agent has noticed yet or not.
+    let deadline = Instant::now() + Duration::from_millis(2500);
+    while Instant::now() < deadline {
+        assert_eq!(site.answered_by(), None);
+    }
+    let _new = site.listener();
+    site.wait_until_answered_by("captured");
+}
+
+fn bad_input_is_one_line_and_leaves_nothing(redirect: &'static str) {
+    let site = Site::new(redirect);
+    let config = site.config(&["app1", "app2"]);
+    let cases = [
+        ("redirect: [".to_owned(), "configuration"),
+        (
+            config.replace("interfaces: [und]", "interfaces: []"),
+            "node.interfaces",
+        ),
+        (
+            config.replace("host_interface: va2", "host_interface: nosuch"),
+            "nosuch not found",
+        ),
+        (
+            config.replace("[und]", "[nosuch]"),
+            if redirect == "ebpf" { "nosuch" } else { "" },
+        ),
+        (
+            config.replace("host_interface: vz", "host_interface: nosuch"),
+            "nosuch not found",
+        ),
+        (config.replace("-ztunnel,", "-nosuch,"), "-nosuch"),
+    ];
+    for (text, expected) in cases {
+        if expected.is_empty() {
+            continue;
+        }
+        fs::write(site.config_path(), &text).unwrap();
+        let output = site.once(&["run"]);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{text}{message}");
+        assert!(message.contains(expected), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert_eq!(site.before, site.topology.traces(), "{message}");
+    }
+    fs::remove_file(site.config_path()).unwrap();
+    let output = site.once(&["status"]);
+    assert_eq!(output.status.code(), Some(1));
+    site.configure(&["app1"]);
+    let output = inside(&site.topology.netns("node"), || {
+        let agent = site.command(&["run"]);
+        Command::new("setpriv")
+            .args(["--bounding-set", "-all", "--inh-caps", "-all"])
+            .arg(agent.get_program())
+            .args(agent.get_args())
+            .output()
+            .unwrap()
+    });
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        message.contains("CAP_NET_ADMIN, CAP_SYS_ADMIN"),
+        "{message}"
+    );
+    assert_eq!(
+        (output.status.code(), message.lines().count()),
+        (Some(1), 1),
+        "{message}"
+    );
+    assert_eq!(site.before, site.topology.traces());
+}
+
+/// A probe of the node to a pod is not captured by the agent's redirection either.
+fn probes_pass(redirect: &'static str) {
+    let site = Site::new(redirect);
+    let _agent = site.run();
+    let _app = Server::app(&site.topology.netns("app1"), 8080);
+    let answer = site.topology.ask("node", (APP1, 8080)).unwrap();
+    assert_eq!(answer.label, "app");
+}
+
+macro_rules! for_both {
+    ($($test:ident),+) => {
+        $(mod $test {
+            #[test]
+            fn ebpf() {
+                if super::can_run(concat!(stringify!($test), "::ebpf")) {
+                    super::$test("ebpf");
+                }
+            }
+
+            #[test]
+            fn tunnel() {
+                if super::can_run(concat!(stringify!($test), "::tunnel")) {
+                    super::$test("tunnel");
+                }
+            }
+        })+
+    };
+}
+
+for_both!(
+    lives_dies_and_leaves_no_trace,
+    follows_its_configuration,
+    follows_a_new_ztunnel,
+    bad_input_is_one_line_and_leaves_nothing,
+    probes_pass
+);
