@@ -108,9 +108,10 @@ fn output(settings: &Settings) -> Vec<String> {
     let mut rules = Vec::new();
     let hardened = settings.variant == Variant::Hardened;
     if hardened {
-        // Packets without a struct socket: children not accepted yet, orphans, TIME_WAIT.
+        // What pods dialled, whichever of its addresses the node answers with; it may be without
+        // a struct socket: children not accepted yet, orphans, TIME_WAIT.
         rules.push(format!(
-            "-m conntrack --ctdir REPLY {to_pods} -j MARK --set-mark 0x220"
+            "-m conntrack --ctdir REPLY -m set --match-set {POD_SET} dst -j MARK --set-mark 0x220"
         ));
         rules.push("-m connmark --mark 0x220/0x220 -j MARK --set-mark 0x220".to_owned());
     }
