@@ -165,7 +165,8 @@ fn assert_names(line: &str, words: &[&str]) {
 
 /// The control: what the other cases spoil does start.
 fn good_input_starts(lab: &mut TestLab) {
-    let ztunnel = Input::good().spawn(lab);
+    let input = Input::good();
+    let ztunnel = input.spawn(lab);
     let netns = lab.lab.netns("ztunnel-a").unwrap();
     support::eventually("ztunnel is ready", || {
         let server = ([127, 0, 0, 1], 15021).into();
@@ -230,7 +231,8 @@ fn broken_ca(lab: &mut TestLab) {
 fn occupied_ports(lab: &mut TestLab) {
     for port in [15001_u16, 15006, 15008, 15020, 15021] {
         let occupied = lab.listen("ztunnel-a", port);
-        let mut ztunnel = Input::good().spawn(lab);
+        let input = Input::good();
+        let mut ztunnel = input.spawn(lab);
         let start = Instant::now();
         let status = loop {
             if let Some(status) = ztunnel.0.try_wait().unwrap() {
