@@ -10,9 +10,11 @@
 //! `pistioin`, `pistioout`, tables 100 to 102, preferences 20000 and 20003. What others put into
 //! these is not preserved.
 //!
-//! With ztunnel gone, packets find no listener and are dropped. Limits: IPv4 only, IPv6 is not
-//! captured; UDP is exempt; a pod may use another's source address (there is no check); a pod's
-//! open connections break when it is added or removed.
+//! With ztunnel gone, packets find no listener and are dropped; with its interface gone too, the
+//! hardened variant has routes that end there, where the faithful one lets what is left of open
+//! connections out by the main table. Limits: IPv4 only, IPv6 is not captured; UDP is exempt; a
+//! pod may use another's source address (there is no check); a pod's open connections break when
+//! it is added or removed.
 
 pub(crate) mod links;
 pub(crate) mod rules;
@@ -28,6 +30,9 @@ use links::Transport;
 use rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
 
 const NAME: &str = "tunnel";
+
+/// Used only when there is no other route.
+const LAST_METRIC: u32 = 4_278_198_272;
 
 /// The `tunnel` back end.
 #[derive(Debug)]
@@ -139,6 +144,15 @@ impl IptablesTunnel {
         self.route(node, 101, &out, "default")?;
         let back = format!("default via {zip} dev {zv} onlink");
         self.route(node, 102, &back, "default")?;
+        if self.settings.variant == Variant::Hardened {
+            // The routes above go with ztunnel's interface. Without these, what is marked for
+            // ztunnel would then take the main table, around the mesh.
+            let zip = zip.to_string();
+            for (table, to) in [(100, zip.as_str()), (101, &zip), (102, "default")] {
+                let dead = format!("unreachable {to} metric {LAST_METRIC}");
+                self.route(node, table, &dead, &dead)?;
+            }
+        }
         self.rule(node, "pref 100 fwmark 0x200/0x200 goto 32766")?;
         self.rule(node, "pref 101 fwmark 0x100/0x100 lookup 101")?;
         self.rule(node, "pref 102 fwmark 0x040/0x040 lookup 102")?;

@@ -246,6 +246,55 @@ fn fragments_and_options_are_dropped() {
     }
 }
 
+/// An ICMP "fragmentation needed" from a router about a packet `from` sent to `to`.
+fn packet_too_big(router: Ipv4Addr, from: Ipv4Addr, to: Ipv4Addr, protocol: u8) -> Vec<u8> {
+    let mut inner = syn(from, to, 0, &[]);
+    inner[9] = protocol;
+    let mut message = vec![3, 4, 0, 0, 0, 0, 0x05, 0x00];
+    message.extend(&inner[..28]);
+    let sum: u32 = message
+        .chunks(2)
+        .map(|w| u32::from(w[0]) << 8 | u32::from(w[1]))
+        .sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut packet = vec![0x45, 0, 0, 0, 0, 1, 0, 0, 64, 1, 0, 0];
+    packet.extend(router.octets());
+    packet.extend(from.octets());
+    packet.extend(message);
+    packet
+}
+
+/// The path's MTU is ztunnel's to know: its socket has the pod's address.
+#[test]
+fn icmp_errors_about_tcp_go_to_ztunnel() {
+    if !can_run("icmp_errors_about_tcp_go_to_ztunnel") {
+        return;
+    }
+    let topology = Topology::new();
+    EBPF.install(&topology);
+    let count = || counter(&topology, "underlay_ingress", "icmp_error");
+    let send = |about: Ipv4Addr, protocol| {
+        let packet = packet_too_big(REMOTE, APP1, about, protocol);
+        send_raw(&topology, "remote", &packet, APP1);
+    };
+    send(REMOTE, 6);
+    assert_eq!(count(), 1);
+    // About UDP, or about the pod's own connection with the node: the pod's.
+    send(REMOTE, 17);
+    send(NODE, 6);
+    assert_eq!(count(), 1);
+    // What the node's own stack reports for a packet of ztunnel's, too.
+    let from_stack = || counter(&topology, "app_inbound", "icmp_error");
+    send_raw(
+        &topology,
+        "node",
+        &packet_too_big(NODE, APP1, REMOTE, 6),
+        APP1,
+    );
+    assert_eq!(from_stack(), 1);
+}
+
 #[test]
 fn udp_passes() {
     if !can_run("udp_passes") {

@@ -8,7 +8,7 @@ use redirect::iptables_tunnel::IptablesTunnel;
 use redirect::{Attach, Pod, Redirection, Role, Settings, Variant};
 
 use crate::topology::{
-    APP1, APP2, Answer, NODE, REMOTE, Server, Topology, UNDERLAY, can_run, inside,
+    APP1, APP2, Answer, NODE, REMOTE, Server, Topology, UNDERLAY, ZTUNNEL, can_run, inside,
 };
 
 /// A back end in one of its forms.
@@ -174,6 +174,19 @@ fn without_ztunnel_nothing_gets_through(kind: Kind) {
     expect_failure("app1", (REMOTE, 80));
     expect_failure("remote", (APP1, 80));
     expect_failure("plain", (APP1, 80));
+    if kind == HARDENED {
+        // Nor do later packets of connections that were open, or the tunnels' own.
+        for (mark, to) in [("0x40", REMOTE), ("0x100", ZTUNNEL), ("0", ZTUNNEL)] {
+            let route = format!("ip -n {} route get {to} mark {mark}", topology.name("node"));
+            let words: Vec<_> = route.split_whitespace().collect();
+            let output = std::process::Command::new(words[0])
+                .args(&words[1..])
+                .output()
+                .unwrap();
+            let message = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(message.contains("No route to host"), "{route}: {output:?}");
+        }
+    }
 }
 
 fn works_with_syn_cookies(kind: Kind) {
