@@ -104,7 +104,9 @@ pub fn run(options: &CompareOptions) -> Result<PathBuf> {
         warmup: Duration::from_millis(if options.quick { 200 } else { 500 }),
         pin,
     };
-    let begun = OffsetDateTime::now_utc();
+    let begun = OffsetDateTime::now_utc()
+        .replace_nanosecond(0)
+        .context("taking the time")?;
     let _lock = lock()?;
     let interrupt = Interrupt::hold()?;
     let started = Instant::now();

@@ -2,9 +2,11 @@
 
 use std::fmt::Write as _;
 
-use super::schema::{Document, Ratio, Row, cpu_metrics, throughput_metric};
+use super::schema::{Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
 use super::units::with_unit;
 
+/// Columns that notes are wrapped at.
+const WIDTH: usize = 98;
 const HEADERS: [&str; 6] = [
     "throughput",
     "p50",
@@ -32,28 +34,23 @@ pub fn render(document: &Document) -> String {
                 label.clear();
             }
         }
-        for verdict in verdicts(document, scope, workload, connections) {
-            let _ = writeln!(text, "  {:13} {verdict}", "");
-        }
+        compare(&mut text, document, (scope, workload, connections));
     }
     let _ = writeln!(
         text,
-        "noise threshold {:.1} %",
+        "a/b: median ratio of paired trials; + better, - worse, ~ no difference shown (95 % \
+         interval\nreaches into the noise of {:.1} %)",
         document.noise_threshold * 100.0
     );
-    for note in &document.notes {
-        let _ = writeln!(text, "- {note}");
-    }
+    document.notes.iter().for_each(|note| item(&mut text, note));
     text
 }
 
 fn line(text: &mut String, label: &str, path: &str, cells: &[String; 6]) {
     let [throughput, p50, p99, ztunnel, machine, errors] = cells;
-    let _ = writeln!(
-        text,
-        "  {label:13} {path:8} {throughput:>13} {p50:>9} {p99:>9} {ztunnel:>12} {machine:>12} \
-         {errors:>7}"
-    );
+    let cells =
+        format!("{throughput:>13} {p50:>9} {p99:>9} {ztunnel:>12} {machine:>12} {errors:>7}");
+    let _ = writeln!(text, "  {label:14} {path:8} {}", cells.trim_end());
 }
 
 fn figures(row: &Row) -> [String; 6] {
@@ -85,44 +82,66 @@ fn dash_for_streams(row: &Row, text: String) -> String {
     }
 }
 
-/// One line per pair of paths: throughput, median latency and machine CPU.
-fn verdicts(document: &Document, scope: &str, workload: &str, connections: u32) -> Vec<String> {
-    let mut pairs: Vec<(&str, &str)> = Vec::new();
-    let here = |ratio: &&Ratio| {
-        ratio.scope == scope && ratio.workload == workload && ratio.connections == connections
-    };
-    for ratio in document.ratios.iter().filter(here) {
-        let pair = (ratio.of.as_str(), ratio.to.as_str());
-        if !pairs.contains(&pair) && pair.1 != "none" {
-            pairs.push(pair);
-        }
-    }
+/// One line per pair of paths, `none` being no rival, in the columns of the figures.
+fn compare(text: &mut String, document: &Document, cell: (&str, &str, u32)) {
+    let (scope, workload, connections) = cell;
+    let here: Vec<&Ratio> = document
+        .ratios
+        .iter()
+        .filter(|r| r.scope == scope && r.workload == workload && r.connections == connections)
+        .filter(|r| r.to != "none")
+        .collect();
+    let mut pairs: Vec<_> = here
+        .iter()
+        .map(|r| (r.of.as_str(), r.to.as_str()))
+        .collect();
+    pairs.dedup();
     let [ztunnel, total] = cpu_metrics(workload);
-    let metrics = [
-        (throughput_metric(workload), "throughput"),
-        ("p50_us", "p50"),
-        (ztunnel, "ztunnel CPU"),
-        (total, "machine CPU"),
-    ];
-    let describe = |(of, to): (&str, &str)| {
-        let parts: Vec<String> = metrics
-            .iter()
-            .filter_map(|(metric, name)| {
-                let ratio = document
-                    .ratios
-                    .iter()
-                    .filter(here)
-                    .find(|r| r.of == of && r.to == to && r.metric == *metric)?;
-                Some(format!(
-                    "{name} x{:.2} ({})",
-                    ratio.ratio,
-                    ratio.verdict.name()
-                ))
+    for (of, to) in pairs {
+        let show = |metric: &str| {
+            let ratio = here
+                .iter()
+                .find(|r| r.metric == metric && r.of == of && r.to == to);
+            ratio.map_or_else(String::new, |r| {
+                format!("x{:.2} {}", r.ratio, mark(r.verdict))
             })
-            .collect();
-        format!("{of} against {to}: {}", parts.join(", "))
-    };
-    pairs.into_iter().map(describe).collect()
+        };
+        let figures = [
+            throughput_metric(workload),
+            "p50_us",
+            "p99_us",
+            ztunnel,
+            total,
+        ]
+        .map(show);
+        let [throughput, p50, p99, ztunnel, machine] = figures;
+        let figures = [throughput, p50, p99, ztunnel, machine, String::new()];
+        line(text, &format!("{of}/{to}"), "", &figures);
+    }
+}
+
+fn mark(verdict: Verdict) -> char {
+    match verdict {
+        Verdict::Better => '+',
+        Verdict::Worse => '-',
+        Verdict::NoDifference => '~',
+    }
+}
+
+/// A note as a list item, wrapped.
+fn item(text: &mut String, note: &str) {
+    let mut column = 1;
+    text.push('-');
+    for word in note.split_whitespace() {
+        if column + 1 + word.len() > WIDTH {
+            text.push_str("\n ");
+            column = 1;
+        }
+        text.push(' ');
+        text.push_str(word);
+        column += 1 + word.len();
+    }
+    text.push('\n');
 }
 
 #[cfg(test)]
@@ -134,13 +153,13 @@ mod tests {
     fn every_row_has_a_line_and_none_is_no_rival() {
         let text = render(&example());
         assert!(text.contains("cross-node"), "{text}");
-        assert!(text.contains("rr x32        none"), "{text}");
+        assert!(text.contains("rr x32         none"), "{text}");
         assert!(
-            text.contains("ebpf against tunnel: throughput x1.30 (better)"),
+            text.contains("  ebpf/tunnel                   x1.30 +\n"),
             "{text}"
         );
-        assert!(!text.contains("against none"), "{text}");
+        assert!(!text.contains("ebpf/none"), "{text}");
         assert!(text.contains("- A note."), "{text}");
-        assert!(text.lines().take(6).all(|line| line.len() <= 100), "{text}");
+        assert!(text.lines().all(|line| line.len() <= 100), "{text}");
     }
 }
