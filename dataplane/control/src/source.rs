@@ -35,6 +35,8 @@ pub struct ConfigSource {
 struct Shared {
     status: Status,
     callbacks: Vec<OnChange>,
+    /// Replaced snapshots that a worker may still hold.
+    replaced: Vec<Arc<Snapshot>>,
 }
 
 impl ConfigSource {
@@ -48,7 +50,7 @@ impl ConfigSource {
             current: Arc::new(ArcSwap::from_pointee(first)),
             shared: Arc::new(Mutex::new(Shared {
                 status,
-                callbacks: Vec::new(),
+                ..Shared::default()
             })),
         }
     }
@@ -60,7 +62,8 @@ impl ConfigSource {
         let mut shared = self.lock();
         shared.status.generation += 1;
         shared.status.last_error = None;
-        self.current.store(snapshot.clone());
+        let replaced = self.current.swap(snapshot.clone());
+        shared.replaced.push(replaced);
         for callback in &shared.callbacks {
             callback(snapshot.clone());
         }
@@ -91,6 +94,14 @@ impl ConfigSource {
         let mut shared = self.lock();
         shared.callbacks.push(callback);
         self.current.load_full()
+    }
+
+    /// Frees replaced snapshots that no worker holds any longer. A large mesh takes long to
+    /// free; here it holds up no connection. Called by [`crate::Watcher`] at every look.
+    pub fn reclaim(&self) {
+        self.lock()
+            .replaced
+            .retain(|snapshot| Arc::strong_count(snapshot) > 1);
     }
 
     /// Generation and last error.
@@ -156,6 +167,21 @@ mod tests {
                 errors: 1
             }
         );
+    }
+
+    #[test]
+    fn replaced_snapshots_are_freed_here_and_not_where_they_were_used() {
+        let source = ConfigSource::new(Snapshot::empty());
+        let in_use = source.snapshot();
+        let freed = Arc::downgrade(&in_use);
+        source.publish(Snapshot::empty());
+        source.reclaim();
+        assert_eq!(freed.strong_count(), 2);
+        drop(in_use);
+        assert_eq!(freed.strong_count(), 1);
+        source.reclaim();
+        assert_eq!(freed.strong_count(), 0);
+        assert_eq!(Arc::strong_count(&source.snapshot()), 2);
     }
 
     #[test]

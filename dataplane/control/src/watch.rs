@@ -83,6 +83,7 @@ impl Watcher {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            self.source.reclaim();
             if self.changed() {
                 let config = LocalConfig::File(self.path.clone());
                 let loaded = tokio::task::spawn_blocking(move || config.load()).await;

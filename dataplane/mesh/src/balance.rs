@@ -6,7 +6,7 @@
 //! group, then an endpoint: by index where weights are equal, else by binary search. Nothing
 //! is allocated.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::service::{Endpoint, LoadBalancerMode, Scope, ServiceConfig};
@@ -62,7 +62,8 @@ type Table = Box<[Group]>;
 pub(crate) struct Balancer {
     mode: LoadBalancerMode,
     preferences: Box<[Scope]>,
-    by_port: HashMap<u16, Table>,
+    /// Sorted by port.
+    by_port: Box<[(u16, Table)]>,
     /// Endpoints whose application tunnel takes any port. Only waypoints are reached by a port
     /// their service does not list.
     any_port: Table,
@@ -112,7 +113,11 @@ impl Balancer {
         workloads: &[Arc<Workload>],
         draw: &mut Draw,
     ) -> Option<Candidate> {
-        self.draw_from(self.by_port.get(&port)?, source, workloads, draw)
+        let position = self
+            .by_port
+            .binary_search_by_key(&port, |(port, _)| *port)
+            .ok()?;
+        self.draw_from(&self.by_port[position].1, source, workloads, draw)
     }
 
     /// As `pick`, for a waypoint: its application tunnel may take ports the service does not

@@ -10,7 +10,7 @@ use crate::error::{ItemKind, ItemRef, ModelError};
 use crate::identity::Identity;
 use crate::policy::{Action, Policy, PolicyScope};
 use crate::service::{Endpoint, HealthPolicy, Service, ServiceConfig};
-use crate::snapshot::{Network, PolicySet, Snapshot, WaypointTarget};
+use crate::snapshot::{Network, PolicySet, Positions, Snapshot, WaypointTarget};
 use crate::validate;
 use crate::workload::{HealthStatus, NetworkMode, Workload, WorkloadConfig};
 
@@ -56,7 +56,7 @@ struct Parts {
     services: Vec<ServiceConfig>,
     policies: Vec<Arc<Policy>>,
     by_uid: HashMap<Arc<str>, u32>,
-    by_hostname: HashMap<Arc<str>, Vec<u32>>,
+    by_hostname: HashMap<Arc<str>, Positions>,
     by_policy_key: HashMap<String, u32>,
     global_policies: Vec<u32>,
     namespace_policies: HashMap<Arc<str>, Vec<u32>>,

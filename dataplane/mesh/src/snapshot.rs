@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -23,7 +24,7 @@ pub struct Snapshot {
     pub(crate) services: Box<[Arc<Service>]>,
     pub(crate) policies: Box<[Arc<Policy>]>,
     pub(crate) by_uid: HashMap<Arc<str>, u32>,
-    pub(crate) by_hostname: HashMap<Arc<str>, Vec<u32>>,
+    pub(crate) by_hostname: HashMap<Arc<str>, Positions>,
     pub(crate) networks: HashMap<Arc<str>, Network>,
     pub(crate) warnings: Vec<String>,
 }
@@ -32,9 +33,19 @@ pub struct Snapshot {
 #[derive(Debug, Default)]
 pub(crate) struct Network {
     pub(crate) workloads: HashMap<IpAddr, u32>,
-    pub(crate) vips: HashMap<IpAddr, Vec<u32>>,
+    pub(crate) vips: HashMap<IpAddr, Positions>,
     /// Virtual address ranges by prefix length, longest first.
-    pub(crate) ranges: Vec<(u8, HashMap<IpNet, Vec<u32>>)>,
+    pub(crate) ranges: Vec<(u8, HashMap<IpNet, Positions>)>,
+}
+
+/// Positions of the services that share a key: nearly always one, so that one is stored in
+/// place and costs no further cache line.
+#[derive(Debug, Default)]
+pub(crate) enum Positions {
+    #[default]
+    None,
+    One(u32),
+    Several(Vec<u32>),
 }
 
 /// Policies of a workload. Workloads with the same ones share a set.
@@ -232,6 +243,28 @@ impl Snapshot {
                 .is_some(),
             WaypointTarget::Workload { index, .. } => *index == workload.index,
             WaypointTarget::Unknown { .. } => false,
+        }
+    }
+}
+
+impl Positions {
+    pub(crate) fn push(&mut self, position: u32) {
+        match self {
+            Self::None => *self = Self::One(position),
+            Self::One(first) => *self = Self::Several(vec![*first, position]),
+            Self::Several(positions) => positions.push(position),
+        }
+    }
+}
+
+impl Deref for Positions {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        match self {
+            Self::None => &[],
+            Self::One(position) => std::slice::from_ref(position),
+            Self::Several(positions) => positions,
         }
     }
 }
