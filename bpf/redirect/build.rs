@@ -4,7 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
-/// Stops the build with one line; cargo prints it after "error: failed to run custom build command".
+/// Stops the build with one line, which cargo prints.
 fn fail(message: &str) -> ! {
     println!("cargo::error={message}");
     eprintln!("{message}");

@@ -367,6 +367,16 @@ impl Journal {
         self.remove_file()
     }
 
+    /// Removes filters that belong to no pod and are on none of these interfaces.
+    pub(crate) fn retain_filters(&mut self, interfaces: &[&str]) -> Result<()> {
+        self.undo_where(|entry| match &entry.undo {
+            Undo::Filter { interface, .. } | Undo::Clsact { interface, .. } => {
+                entry.owner.is_none() && !interfaces.contains(&interface.as_str())
+            }
+            _ => false,
+        })
+    }
+
     fn undo_where(&mut self, matches: impl Fn(&Entry) -> bool) -> Result<()> {
         let Some(content) = &mut self.content else {
             return Ok(());

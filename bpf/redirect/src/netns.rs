@@ -129,8 +129,8 @@ pub(crate) fn addresses(interfaces: &[String]) -> Vec<Ipv4Addr> {
         .collect()
 }
 
-/// What redirection depends on and others may replace: interfaces, their addresses and namespaces. Two that
-/// differ mean that it must be installed anew.
+/// What redirection depends on and others may replace: interfaces, their addresses, namespaces.
+/// Two that differ mean that it must be installed anew.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Observation {
     ztunnel: Option<u64>,

@@ -19,6 +19,10 @@ use crate::lock::{self, Lock};
 const POLL_EVERY: Duration = Duration::from_secs(1);
 /// How long the configuration file must not change before it is believed.
 const SETTLE: Duration = Duration::from_millis(100);
+/// Most polls between two attempts to do what failed.
+const RETRY_POLLS_MAX: u32 = 32;
+/// How long `run` waits for the lock, which `status` may hold for a moment.
+const RUN_PATIENCE: Duration = Duration::from_millis(200);
 /// How long `cleanup` waits for a `run` that is just ending.
 const CLEANUP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -28,7 +32,7 @@ pub(crate) fn run(path: &Path) -> Result<()> {
     redirect::check_privileges(config.redirect == Kind::Ebpf)?;
     // Before any thread is started: all of them inherit the mask.
     let signals = watch_signals()?;
-    let _lock = Lock::take(&config.state_dir, Duration::ZERO)?;
+    let _lock = Lock::take(&config.state_dir, RUN_PATIENCE)?;
     let mut agent = Agent::start(path, config)?;
     let mut stdout = std::io::stdout();
     writeln!(stdout, "node-agent: ready")
@@ -70,6 +74,16 @@ struct Agent {
     observed: Observation,
     /// Last failure of a poll, so that one that lasts is logged once.
     complaint: Option<String>,
+    retry: Option<Retry>,
+}
+
+/// Of what could not be applied: an interface may yet come, a lock may yet be free.
+#[derive(Debug)]
+struct Retry {
+    /// Polls from the last attempt to the next.
+    pause: u32,
+    /// Polls left.
+    left: u32,
 }
 
 impl Agent {
@@ -90,13 +104,18 @@ impl Agent {
             config,
             redirection,
             complaint: None,
+            retry: None,
         })
     }
 
     /// Follows changes of the file, of interfaces and of ztunnel's network namespace.
     fn poll(&mut self) {
-        let result = self.follow_file().and_then(|()| self.follow_system());
+        let result = self
+            .follow_file()
+            .and_then(|()| self.follow_system())
+            .and_then(|()| self.try_again());
         match result {
+            Ok(()) if self.retry.is_some() => {}
             Ok(()) => self.complaint = None,
             Err(error) => {
                 let text = error.to_string();
@@ -155,9 +174,30 @@ impl Agent {
         self.apply()
     }
 
+    fn try_again(&mut self) -> Result<()> {
+        let Some(retry) = &mut self.retry else {
+            return Ok(());
+        };
+        retry.left -= 1;
+        if retry.left > 0 {
+            return Ok(());
+        }
+        self.apply()?;
+        tracing::info!("what had failed is applied now");
+        Ok(())
+    }
+
     fn apply(&mut self) -> Result<()> {
         self.observed = Observation::take(&self.config.settings(), &self.config.pods);
-        apply(self.redirection.as_mut(), &self.config)
+        let result = apply(self.redirection.as_mut(), &self.config);
+        self.retry = result.is_err().then(|| {
+            let pause = self
+                .retry
+                .as_ref()
+                .map_or(1, |last| (last.pause * 2).min(RETRY_POLLS_MAX));
+            Retry { pause, left: pause }
+        });
+        result
     }
 }
 

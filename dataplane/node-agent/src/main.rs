@@ -22,12 +22,25 @@ use tracing_subscriber::EnvFilter;
 use crate::config::Config;
 use crate::error::Result;
 
+const EXAMPLE: &str = "\
+Configuration:
+  redirect: ebpf              # or tunnel
+  variant: hardened           # tunnel only; or faithful: Istio 1.20's rules as they were
+  attach: auto                # ebpf only; tcx where the kernel has it (6.6), else clsact
+  node: {interfaces: [eth0], address: 10.244.1.1, pod_cidrs: [10.244.0.0/16]}
+  ztunnel: {netns: /run/netns/ztunnel, interface: eth0, host_interface: veth1, address: 10.244.1.2}
+  state_dir: /run/node-agent  # journal and lock; what is needed to clean up
+  bpffs: /sys/fs/bpf/ztunnel  # ebpf only; ztunnel finds its map at <bpffs>/listeners
+  pods:
+  - {uid: a, addresses: [10.244.1.11], netns: /run/netns/a, host_interface: veth2}
+RUST_LOG sets what is logged to standard error (default info).";
+
 /// Enrols this node's mesh pods and redirects their TCP through ztunnel.
 ///
 /// Runs in the node's network namespace with CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_BPF (eBPF) or
 /// CAP_NET_RAW (tunnel). Needs ip, for the tunnel also iptables-restore, iptables-save and ipset.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, after_help = EXAMPLE)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

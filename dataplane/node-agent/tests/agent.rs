@@ -286,6 +286,25 @@ fn follows_a_new_ztunnel(redirect: &'static str) {
     site.wait_until_answered_by("captured");
 }
 
+/// A pod that is listed before its interface is there, and one whose interface goes.
+fn waits_for_interfaces(redirect: &'static str) {
+    let site = Site::new(redirect);
+    site.topology.ip("node", "link set va1 down");
+    site.topology.ip("node", "link set va1 name later");
+    site.configure(&["app2"]);
+    let agent = site.run();
+    let _ztunnel = site.listener();
+    site.configure(&["app1", "app2"]);
+    thread::sleep(Duration::from_millis(2500));
+    site.topology.ip("node", "link set later name va1");
+    site.topology.ip("node", "link set va1 up");
+    site.topology
+        .ip("node", &format!("route add {APP1}/32 dev va1 scope link"));
+    site.wait_until_answered_by("captured");
+    let (_, log) = agent.end(Signal::SIGTERM);
+    assert_eq!(log.matches("interface va1 not found").count(), 1, "{log}");
+}
+
 fn bad_input_is_one_line_and_leaves_nothing(redirect: &'static str) {
     let site = Site::new(redirect);
     let config = site.config(&["app1", "app2"]);
@@ -380,6 +399,7 @@ for_both!(
     lives_dies_and_leaves_no_trace,
     follows_its_configuration,
     follows_a_new_ztunnel,
+    waits_for_interfaces,
     bad_input_is_one_line_and_leaves_nothing,
     probes_pass
 );

@@ -102,6 +102,8 @@ impl Ebpf {
         for hook in &hooks {
             attacher.attach(*hook)?;
         }
+        let interfaces: Vec<_> = hooks.iter().map(|hook| hook.interface).collect();
+        self.journal.retain_filters(&interfaces)?;
         remove_stale_hooks(&self.settings.bpffs, &hooks)
     }
 

@@ -398,6 +398,39 @@ fn a_pod_with_a_new_interface_is_captured_again() {
 }
 
 #[test]
+fn an_underlay_that_is_no_longer_one_is_left_alone() {
+    if !can_run("an_underlay_that_is_no_longer_one_is_left_alone") {
+        return;
+    }
+    let topology = Topology::new();
+    for attach in [redirect::Attach::Auto, redirect::Attach::Clsact] {
+        let kind = Kind::Ebpf(attach);
+        let mut settings = kind.settings(&topology);
+        settings.node.interfaces.push("vp".into());
+        inside(&topology.netns("node"), || {
+            kind.create(settings).install().unwrap();
+        });
+        let count = || {
+            let shown = inside(&topology.netns("node"), || {
+                crate::topology::run("bpftool net show")
+            });
+            // bpftool of old does not show tcx; its pins do.
+            let pins = std::fs::read_dir(topology.settings().bpffs).unwrap();
+            let name = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+            let pinned = pins
+                .flatten()
+                .map(name)
+                .filter(|n| n.starts_with("underlay_ingress_"));
+            shown.matches("underlay_ingress").count() + pinned.count()
+        };
+        assert!(count() >= 2);
+        kind.install(&topology);
+        assert_eq!(count(), 1);
+        kind.on_node(&topology, |redirection| redirection.cleanup().unwrap());
+    }
+}
+
+#[test]
 fn wrong_listeners_and_maps_are_refused() {
     if !can_run("wrong_listeners_and_maps_are_refused") {
         return;
