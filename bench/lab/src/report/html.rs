@@ -38,6 +38,7 @@ pub(super) fn page(document: &Document) -> Result<String> {
     head(&mut html, document);
     html.push_str("<h2>Result</h2>\n");
     key(&mut html, document);
+    tally(&mut html, document);
     results(&mut html, document);
     notes(&mut html, document);
     throughput(&mut html, document)?;
@@ -90,6 +91,49 @@ fn key(html: &mut String, document: &Document) {
         );
     }
     html.push_str("</p>\n");
+}
+
+/// One sentence per pair of paths: where the one is better. `none` is no rival.
+fn tally(html: &mut String, document: &Document) {
+    let rivals = || document.ratios.iter().filter(|ratio| ratio.to != "none");
+    let mut pairs: Vec<(&str, &str)> = Vec::new();
+    for ratio in rivals() {
+        let pair = (ratio.of.as_str(), ratio.to.as_str());
+        if !pairs.contains(&pair) {
+            pairs.push(pair);
+        }
+    }
+    for (of, to) in pairs {
+        let count = |wanted: &dyn Fn(&Ratio) -> bool, verdict: Option<Verdict>| {
+            rivals()
+                .filter(|r| r.of == of && r.to == to && wanted(r))
+                .filter(|r| verdict.is_none_or(|verdict| verdict == r.verdict))
+                .count()
+        };
+        let part = |name: &str, wanted: &dyn Fn(&Ratio) -> bool| {
+            format!(
+                "{name} better in {}, worse in {} of {}",
+                count(wanted, Some(Verdict::Better)),
+                count(wanted, Some(Verdict::Worse)),
+                count(wanted, None)
+            )
+        };
+        let parts = [
+            part("throughput", &|r| {
+                r.metric == throughput_metric(&r.workload)
+            }),
+            part("median latency", &|r| r.metric == "p50_us"),
+            part("p99", &|r| r.metric == "p99_us"),
+            part("ztunnel CPU", &|r| r.metric == cpu_metrics(&r.workload)[0]),
+            part("machine CPU", &|r| r.metric == cpu_metrics(&r.workload)[1]),
+        ];
+        let (of, to) = (escape(of), escape(to));
+        let _ = writeln!(
+            html,
+            "<p><b>{of} against {to}</b>: {}.</p>",
+            parts.join("; ")
+        );
+    }
 }
 
 /// The table to read first: medians, and the verdict against the path before.
@@ -159,6 +203,8 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         .ratios
         .iter()
         .filter(|r| r.of == row.path && r.metric == throughput && same_cell(r, row))
+        // What the whole mesh costs is in the figures; this column is about rivals.
+        .filter(|r| r.to != "none" || document.paths.len() == 2)
         .map(|r| format!("{}: {}", escape(&r.to), verdict(r)))
         .collect();
     let _ = writeln!(
@@ -196,7 +242,7 @@ fn notes(html: &mut String, document: &Document) {
         "<li>A trial counts as one observation. Intervals are bootstrap 95 % intervals of medians; \
          ratios are paired by round. A verdict other than \"no difference shown\" needs the \
          interval to lie beyond the noise threshold, which is how far medians of even and odd \
-         rounds of the same path differ in nine of ten rows, at least 2 %.</li>\n</ul>"
+         rounds of the same path differ in the typical row, at least 2 %.</li>\n</ul>"
     );
 }
 
@@ -373,6 +419,7 @@ mod tests {
             assert!(!html.contains(outside), "{outside}");
         }
         assert!(html.contains("×1.30 better"));
+        assert!(html.contains("throughput better in 1, worse in 0 of 1"));
         assert!(html.contains("A note."));
     }
 

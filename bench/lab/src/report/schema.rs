@@ -24,8 +24,8 @@ pub struct Document {
     pub tunnel_driver: Option<String>,
     /// The command line.
     pub command: String,
-    /// Relative difference that halves of the same path's trials reach among themselves: smaller
-    /// differences between paths are not told apart.
+    /// Typical relative difference between halves of the same path's trials: intervals must lie
+    /// beyond it for a verdict.
     pub noise_threshold: f64,
     /// One per path, scope, workload and number of connections.
     pub rows: Vec<Row>,
