@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Stdio;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab::{Lab, Node, Redirect, UNDERLAY_INTERFACE};
 use nix::sys::signal::{Signal, kill};
@@ -45,6 +45,16 @@ const CASES: &[Case] = &[
     ),
     ("one_log_line_per_connection", one_log_line_per_connection),
     ("source_port_reuse", source_port_reuse),
+    ("bulk_both_ways_side_by_side", bulk_both_ways_side_by_side),
+    ("a_server_that_does_not_read", a_server_that_does_not_read),
+    (
+        "stalled_connections_do_not_stop_others",
+        stalled_connections_do_not_stop_others,
+    ),
+    (
+        "draining_lets_connections_finish",
+        draining_lets_connections_finish,
+    ),
     (
         "without_the_clients_ztunnel_nothing_passes",
         without_the_clients_ztunnel,
@@ -432,8 +442,8 @@ fn metrics_agree_with_the_traffic(lab: &mut TestLab) {
     let expected = [COUNT, COUNT, COUNT * DOWN, COUNT * UP].map(|n| n as u64);
     for (report, before) in reports.into_iter().zip(before) {
         let mut seen = [0; 4];
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while seen != expected && std::time::Instant::now() < deadline {
+        let deadline = Instant::now() + PATIENCE;
+        while seen != expected && Instant::now() < deadline {
             let now = read(report);
             seen = std::array::from_fn(|index| now[index] - before[index]);
             thread::sleep(Duration::from_millis(50));
@@ -519,6 +529,152 @@ fn source_port_reuse(lab: &mut TestLab) {
         served.write_all(b"!").unwrap();
         stream.read_exact(&mut byte).unwrap();
         drop(served);
+    }
+}
+
+fn bulk_both_ways_side_by_side(lab: &mut TestLab) {
+    const CONNECTIONS: usize = 8;
+    let pattern = Pattern::new(13);
+    for server in ["server-b", "server-a"] {
+        let echo = echo_server(lab.listen(server, 8080), CONNECTIONS);
+        let open: Vec<TcpStream> = (0..CONNECTIONS)
+            .map(|_| lab.connect("client-a", at(server, 8080)))
+            .collect();
+        thread::scope(|scope| {
+            for (seed, stream) in (0..).zip(&open) {
+                let pattern = &pattern;
+                scope.spawn(move || check_echo(stream, pattern, 8 * MIB, seed));
+            }
+        });
+        echo.join().unwrap();
+    }
+}
+
+/// Writes the pattern to `stream` until nothing more is taken for a second; returns how much was.
+fn fill(stream: &TcpStream, pattern: &Pattern, limit: u64) -> u64 {
+    stream
+        .set_write_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    let mut written = 0;
+    let mut to = stream;
+    while written < limit {
+        match to.write(pattern.at(written, 64 << 10)) {
+            Ok(n) => written += n as u64,
+            Err(error) if is_timeout(&error) => break,
+            Err(error) => panic!("writing at {written}: {error}"),
+        }
+    }
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    written
+}
+
+/// Resident memory of the ztunnels together, in bytes.
+fn ztunnel_memory(lab: &TestLab) -> u64 {
+    let resident = |pid: u32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        line.split_ascii_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            * 1024
+    };
+    lab.lab.ztunnel_pids().into_iter().map(resident).sum()
+}
+
+/// What a server does not read stays with the client, and arrives whole once it does.
+fn a_server_that_does_not_read(lab: &mut TestLab) {
+    const LIMIT: u64 = 256 * MIB;
+    let pattern = Pattern::new(14);
+    for server in ["server-b", "server-a"] {
+        let listener = lab.listen(server, 8080);
+        let client = lab.connect("client-a", at(server, 8080));
+        let (served, _) = accept(&listener);
+        let before = ztunnel_memory(lab);
+        let written = fill(&client, &pattern, LIMIT);
+        assert!(
+            written < LIMIT / 2,
+            "{server}: {written} bytes were taken for nobody"
+        );
+        let grown = ztunnel_memory(lab).saturating_sub(before);
+        assert!(
+            grown < 64 * MIB,
+            "{server}: the ztunnels grew by {grown} bytes"
+        );
+        client.shutdown(Shutdown::Write).unwrap();
+        pattern.receive(&served, written);
+    }
+}
+
+/// Connections share tunnels; those that nobody reads must not take the others with them. That
+/// holds for as many as leave something of the tunnel's window, which is four times a stream's.
+fn stalled_connections_do_not_stop_others(lab: &mut TestLab) {
+    const STALLED: usize = 3;
+    let pattern = Pattern::new(15);
+    let listener = lab.listen("server-b", 8080);
+    let mut stalled = Vec::new();
+    for _ in 0..STALLED {
+        let client = lab.connect("client-a", at("server-b", 8080));
+        let (served, _) = accept(&listener);
+        fill(&client, &pattern, 64 * MIB);
+        stalled.push((client, served));
+    }
+    drop(listener);
+    let echo = echo_server(lab.listen("server-b", 8081), 4);
+    for seed in 0..4 {
+        let client = lab.connect("client-a", at("server-b", 8081));
+        check_echo(&client, &pattern, 8 * MIB, seed);
+    }
+    echo.join().unwrap();
+}
+
+/// A ztunnel that is told to end takes nothing new, but lets what is open come to its end.
+fn draining_lets_connections_finish(lab: &mut TestLab) {
+    let pattern = Pattern::new(16);
+    for (ztunnel, index) in [("ztunnel-a", 0), ("ztunnel-b", 1)] {
+        let echo = echo_server(lab.listen("server-b", 8080), 1);
+        let client = lab.connect("client-a", at("server-b", 8080));
+        let pid = lab.lab.ztunnel_pids()[index];
+        pattern.send(&client, 1000, 1, 100);
+        let mut first = vec![0; 1000];
+        (&client).read_exact(&mut first).unwrap();
+        assert_eq!(first, pattern.at(0, 1000));
+        kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGTERM).unwrap();
+        // Under way when the signal comes, and going on for longer than anything else here.
+        for _ in 0..10 {
+            thread::sleep(Duration::from_millis(100));
+            (&client).write_all(b"still here").unwrap();
+            let mut answer = [0; 10];
+            (&client).read_exact(&mut answer).unwrap();
+            assert_eq!(&answer, b"still here", "{ztunnel}");
+        }
+        let new = outcome(
+            lab,
+            "client-a",
+            at("server-b", 7998),
+            Duration::from_secs(1),
+        );
+        assert!(!matches!(new, Ok(1..)), "{ztunnel}: {new:?}");
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!((&client).read(&mut [0; 1]).unwrap(), 0);
+        echo.join().unwrap();
+        // Nothing is left to wait for: it ends well before the drain's deadline of 5 s.
+        let start = Instant::now();
+        lab.lab.stop_ztunnel(ztunnel).unwrap();
+        assert!(
+            start.elapsed() < Duration::from_secs(3),
+            "{ztunnel} lingers"
+        );
+        lab.lab.start_ztunnel(ztunnel).unwrap();
+        // The pids are in order of their start; keep node A's first.
+        if ztunnel == "ztunnel-a" {
+            lab.lab.stop_ztunnel("ztunnel-b").unwrap();
+            lab.lab.start_ztunnel("ztunnel-b").unwrap();
+        }
     }
 }
 

@@ -333,7 +333,7 @@ impl Pattern {
     }
 
     /// The bytes from `offset` on, at most `limit` of them and at least one if `limit` is.
-    fn at(&self, offset: u64, limit: usize) -> &[u8] {
+    pub(crate) fn at(&self, offset: u64, limit: usize) -> &[u8] {
         let start = usize::try_from(offset % Self::LENGTH as u64).unwrap();
         let end = self.block.len().min(start + limit);
         &self.block[start..end]
