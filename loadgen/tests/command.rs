@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
 use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -194,13 +195,15 @@ fn serve_ends_on_sigterm_and_says_what_it_did() {
     assert!(status.success(), "{status:?}");
 }
 
+/// An address nobody listens on.
+fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
 #[test]
 fn failures_are_one_line_and_a_status() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let free = free.to_string();
+    let free = free_address();
     let serving = Serving::start();
     let cases: [(&[&str], i32, &str); 8] = [
         (

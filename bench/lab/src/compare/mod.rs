@@ -43,7 +43,9 @@ use trial::{Setup, Trial};
 
 /// A quick comparison begins no round that would end after this.
 const QUICK_LIMIT: Duration = Duration::from_secs(165);
-const LOCK: &str = "/run/zt-lab-compare.lock";
+const TRIALS: &str = "trials.jsonl";
+/// Labs are named `<prefix>-<path>`.
+const PREFIX: &str = "cmp";
 
 /// What to compare and how.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -84,6 +86,10 @@ type Trials = Vec<Vec<Vec<Trial>>>;
 /// Options that cannot be met, a lab that does not come up, a trial that cannot run at all.
 /// Requests that fail are not errors but figures of the report.
 pub fn run(options: &CompareOptions) -> Result<PathBuf> {
+    run_as(PREFIX, options)
+}
+
+fn run_as(prefix: &str, options: &CompareOptions) -> Result<PathBuf> {
     if let Some(peer) = options.peers.first() {
         bail!("--peer {peer}: peers cannot be measured yet; leave the option out");
     }
@@ -91,9 +97,12 @@ pub fn run(options: &CompareOptions) -> Result<PathBuf> {
     let pin = options.pin.as_deref().map(parse_pin).transpose()?;
     let loadgen = workspace_binary("loadgen")?;
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
-    let duration = options
-        .duration
-        .unwrap_or(if options.quick { 0.5 } else { 2.0 });
+    let (usual_s, warmup_ms) = if options.quick {
+        (0.5, 200)
+    } else {
+        (2.0, 500)
+    };
+    let duration = options.duration.unwrap_or(usual_s);
     if !(0.1..=600.0).contains(&duration) {
         bail!("--duration is {duration}, must be 0.1 to 600");
     }
@@ -101,58 +110,83 @@ pub fn run(options: &CompareOptions) -> Result<PathBuf> {
         loadgen: &loadgen,
         scratch: scratch.path(),
         duration: Duration::from_secs_f64(duration),
-        warmup: Duration::from_millis(if options.quick { 200 } else { 500 }),
+        warmup: Duration::from_millis(warmup_ms),
         pin,
     };
-    let begun = OffsetDateTime::now_utc()
-        .replace_nanosecond(0)
-        .context("taking the time")?;
-    let _lock = lock()?;
-    let interrupt = Interrupt::hold()?;
-    let started = Instant::now();
-    let labs = Labs::up(&plan, &interrupt)?;
+    let _lock = lock(prefix)?;
+    let begun = OffsetDateTime::now_utc();
     let (machine, git) = (machine::machine(), machine::git());
     let directory = match &options.out {
         Some(directory) => directory.clone(),
         None => machine::results_directory(&begun.date().to_string(), &machine, &git),
     };
-    fs::create_dir_all(&directory).with_context(|| format!("creating {}", directory.display()))?;
-    let rounds = options.trials.unwrap_or(if options.quick { 5 } else { 10 });
+    let measured = measure(prefix, options, &plan, &setup, &directory)?;
+    let begun = begun.replace_nanosecond(0).context("taking the time")?;
+    let about = summary::Circumstances {
+        when: begun.format(&Rfc3339).context("formatting the time")?,
+        git,
+        machine,
+        tunnel_driver: measured.tunnel_driver,
+        command: command_line(),
+        settings: measured.settings,
+    };
+    finish(
+        &summary::document(&plan, &measured.trials, about),
+        &directory,
+    )?;
+    Ok(directory)
+}
+
+/// What measuring brought.
+#[derive(Debug)]
+struct Measured {
+    trials: Trials,
+    tunnel_driver: Option<String>,
+    settings: Settings,
+}
+
+/// Brings the labs up, runs the rounds and takes the labs down.
+fn measure(
+    prefix: &str,
+    options: &CompareOptions,
+    plan: &Plan,
+    setup: &Setup<'_>,
+    directory: &Path,
+) -> Result<Measured> {
+    let interrupt = Interrupt::hold()?;
+    let started = Instant::now();
+    let labs = Labs::up(prefix, plan, &interrupt)?;
+    fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
+    let rounds_wanted = options.trials.unwrap_or(if options.quick { 5 } else { 10 });
     let idle_busy_share = idle_busy_share()?;
     let mut runner = Runner {
-        plan: &plan,
-        setup: &setup,
+        plan,
+        setup,
         labs: &labs,
         interrupt: &interrupt,
-        log: TrialLog::create(&directory)?,
+        log: TrialLog::create(directory)?,
         deadline: options.quick.then(|| started + QUICK_LIMIT),
     };
-    let (trials, rounds_done) = runner.run(rounds)?;
-    if rounds_done == 0 {
-        bail!("interrupted in the first round: there is nothing to report");
+    let (trials, rounds) = runner.run(rounds_wanted)?;
+    if rounds == 0 {
+        // The directory goes only if it is empty: other files are none of ours.
+        let _ = fs::remove_file(directory.join(TRIALS));
+        let _ = fs::remove_dir(directory);
+        bail!("ended before the first round was complete: there is nothing to report");
     }
-    let document = summary::document(
-        &plan,
-        &trials,
-        summary::Circumstances {
-            when: begun.format(&Rfc3339).context("formatting the time")?,
-            git,
-            machine,
-            tunnel_driver: labs.tunnel_driver(),
-            command: command_line(),
-            settings: Settings {
-                duration_s: duration,
-                warmup_s: setup.warmup.as_secs_f64(),
-                placement: placement(pin),
-                rounds_wanted: rounds,
-                rounds: rounds_done,
-                idle_busy_share,
-            },
-        },
-    );
-    drop(labs);
-    finish(&document, &directory)?;
-    Ok(directory)
+    let settings = Settings {
+        duration_s: setup.duration.as_secs_f64(),
+        warmup_s: setup.warmup.as_secs_f64(),
+        placement: placement(setup.pin),
+        rounds_wanted,
+        rounds,
+        idle_busy_share,
+    };
+    Ok(Measured {
+        trials,
+        tunnel_driver: labs.tunnel_driver(),
+        settings,
+    })
 }
 
 fn finish(document: &Document, directory: &Path) -> Result<()> {
@@ -166,11 +200,12 @@ fn finish(document: &Document, directory: &Path) -> Result<()> {
 }
 
 /// Only one comparison at a time: two would measure each other.
-fn lock() -> Result<Flock<File>> {
-    let file = File::create(LOCK).with_context(|| format!("creating {LOCK}: are you root?"))?;
+fn lock(prefix: &str) -> Result<Flock<File>> {
+    let path = format!("/run/zt-lab-{prefix}.lock");
+    let file = File::create(&path).with_context(|| format!("creating {path}: are you root?"))?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => anyhow::anyhow!("another `lab compare` is running; wait for its end"),
-        errno => anyhow::anyhow!("locking {LOCK}: {errno}"),
+        errno => anyhow::anyhow!("locking {path}: {errno}"),
     })
 }
 
@@ -213,10 +248,10 @@ fn idle_busy_share() -> Result<f64> {
 struct Labs(Vec<Lab>);
 
 impl Labs {
-    fn up(plan: &Plan, interrupt: &Interrupt) -> Result<Self> {
+    fn up(prefix: &str, plan: &Plan, interrupt: &Interrupt) -> Result<Self> {
         let mut labs = Self(Vec::new());
         for path in &plan.paths {
-            let name = format!("cmp-{}", path.name());
+            let name = format!("{prefix}-{}", path.name());
             // Left up by a comparison that was killed: the lock says that none is running.
             Lab::down(&name).with_context(|| format!("removing an old lab {name}"))?;
             eprintln!("bringing up lab {name}");
@@ -260,7 +295,7 @@ struct TrialLog(File);
 
 impl TrialLog {
     fn create(directory: &Path) -> Result<Self> {
-        let path = directory.join("trials.jsonl");
+        let path = directory.join(TRIALS);
         File::create(&path)
             .map(Self)
             .with_context(|| format!("creating {}", path.display()))
@@ -353,6 +388,45 @@ mod tests {
             let error = parse_pin(wrong).unwrap_err().to_string();
             assert!(error.contains("must be CPUs/CPUs"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_comparison_reports_and_leaves_nothing() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: a_comparison_reports_and_leaves_nothing: needs root");
+            return;
+        }
+        if let Err(error) = workspace_binary("loadgen") {
+            eprintln!("skipped: a_comparison_reports_and_leaves_nothing: {error}");
+            return;
+        }
+        let out = tempfile::tempdir().unwrap();
+        let options = CompareOptions {
+            paths: vec!["none".to_owned()],
+            workloads: vec!["rr".to_owned(), "stream".to_owned()],
+            trials: Some(2),
+            duration: Some(0.1),
+            quick: true,
+            out: Some(out.path().join("report")),
+            ..CompareOptions::default()
+        };
+        let prefix = format!("c{}", std::process::id());
+        let directory = run_as(&prefix, &options).unwrap();
+        let document = report::read(&directory).unwrap();
+        assert_eq!(document.rows.len(), 8);
+        for row in &document.rows {
+            let metric = report::schema::throughput_metric(&row.workload);
+            assert_eq!(row.metrics[metric].values.len(), 2, "{row:?}");
+            assert!(row.median(metric).unwrap() > 0.0, "{row:?}");
+            assert_eq!(row.median("errors"), Some(0.0), "{row:?}");
+        }
+        assert!(document.tunnel_driver.is_none());
+        let html = fs::read_to_string(directory.join("report.html")).unwrap();
+        assert!(html.contains("<svg"));
+        let trials = fs::read_to_string(directory.join(TRIALS)).unwrap();
+        assert_eq!(trials.lines().count(), 16);
+        assert!(!Lab::names().iter().any(|name| name.starts_with(&prefix)));
+        let _ = fs::remove_file(format!("/run/zt-lab-{prefix}.lock"));
     }
 
     #[test]
