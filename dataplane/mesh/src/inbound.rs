@@ -63,23 +63,41 @@ impl InboundError {
     }
 }
 
+/// An authority, borrowed from its text.
+enum Requested<'a> {
+    Address(SocketAddr),
+    Host(&'a str, u16),
+}
+
+impl<'a> Requested<'a> {
+    fn parse(text: &'a str) -> Result<Self, InboundError> {
+        let parsed = match text.parse::<SocketAddr>() {
+            Ok(address) => {
+                let ip = address.ip().to_canonical();
+                Some(Self::Address(SocketAddr::new(ip, address.port())))
+            }
+            Err(_) => host_and_port(text).map(|(hostname, port)| Self::Host(hostname, port)),
+        };
+        parsed
+            .filter(|requested| match requested {
+                Self::Address(address) => address.port() != 0,
+                Self::Host(_, port) => *port != 0,
+            })
+            .ok_or_else(|| InboundError::Authority(shown(text)))
+    }
+}
+
 impl FromStr for Authority {
     type Err = InboundError;
 
     fn from_str(text: &str) -> Result<Self, InboundError> {
-        let parsed = match text.parse::<SocketAddr>() {
-            Ok(address) => Some(Self::Address(SocketAddr::new(
-                address.ip().to_canonical(),
-                address.port(),
-            ))),
-            Err(_) => host_and_port(text).map(|(hostname, port)| Self::Host {
+        Ok(match Requested::parse(text)? {
+            Requested::Address(address) => Self::Address(address),
+            Requested::Host(hostname, port) => Self::Host {
                 hostname: hostname.into(),
                 port,
-            }),
-        };
-        parsed
-            .filter(|authority| authority.port() != 0)
-            .ok_or_else(|| InboundError::Authority(shown(text)))
+            },
+        })
     }
 }
 
@@ -118,8 +136,8 @@ impl Snapshot {
         authority: &str,
     ) -> Result<SocketAddr, InboundError> {
         let connected = conn_dst.ip().to_canonical();
-        let port = match authority.parse::<Authority>()? {
-            Authority::Address(address) => {
+        let port = match Requested::parse(authority)? {
+            Requested::Address(address) => {
                 let requested = address.ip();
                 let ours = connected == requested
                     || local.application_tunnel.is_some()
@@ -132,9 +150,7 @@ impl Snapshot {
                 }
                 local.application_port(address.port())
             }
-            Authority::Host { hostname, port } => {
-                self.inbound_port(context, local, &hostname, port)?
-            }
+            Requested::Host(hostname, port) => self.inbound_port(context, local, hostname, port)?,
         };
         let target = SocketAddr::new(connected, port);
         if context.is_own_port(port) {

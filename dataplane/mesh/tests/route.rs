@@ -423,3 +423,25 @@ fn a_route_outlives_its_snapshot() {
         id("spiffe://cluster.local/ns/ns1/sa/waypoint")
     );
 }
+
+#[test]
+fn a_waypoint_behind_a_shared_vip_is_the_canonical_one() {
+    let mesh = snapshot(
+        r#"
+workloads:
+- {uid: client, name: client, namespace: n, workloadIps: ["10.0.0.1"]}
+- {uid: w1, name: w1, namespace: a, workloadIps: ["10.0.0.2"], protocol: HBONE,
+   services: {"a/wp.example": {15008: 15008}}}
+- {uid: w2, name: w2, namespace: b, workloadIps: ["10.0.0.3"], protocol: HBONE,
+   services: {"b/wp.example": {15008: 15008}}}
+services:
+- {name: wp, namespace: a, hostname: wp.example, vips: ["/10.96.0.9"], ports: {15008: 15008}}
+- {name: wp, namespace: b, hostname: wp.example, vips: ["/10.96.0.9"], ports: {15008: 15008},
+   canonical: true}
+- {name: s, namespace: n, hostname: s.example, vips: ["/10.96.0.1"], ports: {80: 80},
+   waypoint: {destination: "/10.96.0.9"}}
+"#,
+    );
+    let expected = "waypoint 10.0.0.3:15008 10.96.0.1:80 w2";
+    assert_eq!(routed(&mesh, "client", "10.96.0.1:80", 0), expected);
+}
