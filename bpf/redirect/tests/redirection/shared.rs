@@ -64,7 +64,11 @@ impl Kind {
 
     /// ztunnel's three listeners. For eBPF they stand in for CPU 0: other CPUs fall back to it.
     pub(crate) fn listeners(self, topology: &Topology) -> Vec<Server> {
-        let map = topology.settings().bpffs.join("listeners");
+        self.listeners_in(topology, &topology.settings())
+    }
+
+    fn listeners_in(self, topology: &Topology, settings: &Settings) -> Vec<Server> {
+        let map = settings.bpffs.join("listeners");
         let map = (self != FAITHFUL && self != HARDENED).then_some((map.as_path(), 0));
         [
             (Role::Outbound, "outbound"),
@@ -263,6 +267,33 @@ fn a_second_agent_adopts(kind: Kind) {
     assert_same(&before, &topology.traces());
 }
 
+/// As after a killed lab or a reboot with kept directories: the journal and the pins are of
+/// namespaces that are gone.
+fn another_nodes_leftovers_do_not_matter(kind: Kind) {
+    let (gone, topology) = (Topology::new(), Topology::new());
+    kind.install(&gone);
+    gone.remove_namespaces();
+    let before = topology.traces();
+    let mut settings = kind.settings(&topology);
+    settings.state_dir = gone.settings().state_dir;
+    settings.bpffs = gone.settings().bpffs;
+    let _ztunnel = inside(&topology.netns("node"), || {
+        let mut redirection = kind.create(settings.clone());
+        redirection.install().unwrap();
+        assert_eq!(redirection.enrolled(), []);
+        for pod in topology.pods() {
+            redirection.add_pod(&pod).unwrap();
+        }
+        kind.listeners_in(&topology, &settings)
+    });
+    check_all_directions(&topology);
+    inside(&topology.netns("node"), || {
+        kind.create(settings).cleanup().unwrap();
+    });
+    assert_same(&before, &topology.traces());
+    assert_eq!(gone.pins(), [""; 0]);
+}
+
 fn a_failure_leaves_nothing(kind: Kind) {
     let topology = Topology::new();
     let before = topology.traces();
@@ -339,6 +370,8 @@ for_kinds! {
     fails_with_syn_cookies: faithful = super::FAITHFUL;
     pods_come_and_go: ebpf = super::EBPF, clsact = super::CLSACT, hardened = super::HARDENED;
     a_second_agent_adopts: ebpf = super::EBPF, clsact = super::CLSACT,
+        hardened = super::HARDENED;
+    another_nodes_leftovers_do_not_matter: ebpf = super::EBPF, clsact = super::CLSACT,
         hardened = super::HARDENED;
     a_failure_leaves_nothing: ebpf = super::EBPF, hardened = super::HARDENED;
 }

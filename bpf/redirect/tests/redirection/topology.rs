@@ -40,7 +40,11 @@ const CONNECT_PATIENCE: Duration = Duration::from_millis(1500);
 pub(crate) fn can_run(test: &str) -> bool {
     let allowed = nix::unistd::geteuid().is_root() && redirect::check_privileges(true).is_ok();
     if !allowed {
-        eprintln!("SKIPPED {test}: needs root (network namespaces and BPF)");
+        // Not eprintln, which the test harness keeps to itself.
+        let _ = writeln!(
+            std::io::stderr(),
+            "skipped: {test}: needs root for network namespaces and BPF"
+        );
     }
     allowed
 }
@@ -258,6 +262,17 @@ impl Topology {
         })
     }
 
+    /// Names in the BPF file system's root, without the kernel's own.
+    pub(crate) fn pins(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.bpffs_root()).unwrap();
+        let name = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+        entries
+            .flatten()
+            .map(name)
+            .filter(|name| !name.ends_with(".debug"))
+            .collect()
+    }
+
     /// Everything redirection could leave behind, by line, for comparing before and after.
     pub(crate) fn traces(&self) -> BTreeSet<String> {
         let mut all = String::new();
@@ -312,28 +327,25 @@ impl Topology {
             let key = format!("net/ipv4/conf/{name}/rp_filter");
             all += &format!("ztunnel {name} {}\n", self.read_sysctl("ztunnel", &key));
         }
-        let own = |entry: &std::fs::DirEntry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            (!name.ends_with(".debug")).then_some(name)
-        };
-        let pins = std::fs::read_dir(self.bpffs_root()).unwrap();
-        all += &format!(
-            "pins {:?}\n",
-            pins.flatten().filter_map(|e| own(&e)).collect::<Vec<_>>()
-        );
+        all += &format!("pins {:?}\n", self.pins());
         all.lines().map(str::to_owned).collect()
     }
 }
 
 const HOSTS: [&str; 6] = ["node", "ztunnel", "app1", "app2", "plain", "remote"];
 
+impl Topology {
+    pub(crate) fn remove_namespaces(&self) {
+        for host in HOSTS {
+            let name = self.name(host);
+            let _ = Command::new("ip").args(["netns", "del", &name]).output();
+        }
+    }
+}
+
 impl Drop for Topology {
     fn drop(&mut self) {
-        for host in HOSTS {
-            let _ = Command::new("ip")
-                .args(["netns", "del", &self.name(host)])
-                .output();
-        }
+        self.remove_namespaces();
         let _ = umount2(&self.bpffs_root(), MntFlags::MNT_DETACH);
     }
 }
