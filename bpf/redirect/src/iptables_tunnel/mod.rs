@@ -2,7 +2,7 @@
 //!
 //! A pod's TCP is marked in the mangle table and routed into a tunnel to ztunnel's namespace, where
 //! TPROXY gives it to a listener; later packets of the connection go straight to ztunnel's
-//! interface by the connection's mark. [`Variant::Hardened`](crate::Variant::Hardened) is the same
+//! interface by the connection's mark. [`Variant::Hardened`] is the same
 //! path with three defects fixed.
 //!
 //! Uses, on the node: ipset `ztunnel-pods-ips`, chains `ztunnel-*`, interfaces `istioin` and
