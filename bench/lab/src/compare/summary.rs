@@ -147,7 +147,12 @@ fn ratios(document: &Document) -> Vec<Ratio> {
 }
 
 fn notes(document: &Document) -> Vec<String> {
-    let mut notes = Vec::new();
+    let mut notes = vec![
+        "cross-node is client-a on node A to server-b on node B; same-node is client-a to server-a, \
+         both on node A. rr: requests and responses of 64 bytes on kept connections; stream: bulk \
+         bytes from client to server; connect: connect, one request of 64 bytes, close."
+            .to_owned(),
+    ];
     let has = |path: &str| document.paths.iter().any(|p| p == path);
     if has("none") {
         notes.push(

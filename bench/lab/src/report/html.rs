@@ -10,7 +10,7 @@ use super::units::with_unit;
 
 const STYLE: &str = "
 :root{color-scheme:light}
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2026;max-width:1080px;margin:2rem auto;
+body{font:15px/1.5 system-ui,sans-serif;color:#1c2026;max-width:1180px;margin:2rem auto;
 padding:0 1rem;background:#fff}
 h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}
 .about{color:#5a6069;margin:.1rem 0}
@@ -18,6 +18,7 @@ table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:ta
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e4e7ec;white-space:nowrap}
 th{color:#5a6069;font-weight:600}
 th:first-child,td:first-child,td.l,th.l{text-align:left}
+table.main td:last-child{white-space:normal;min-width:11em}
 tr.first td{border-top:2px solid #cbd0d8}
 .better{color:#05704d;font-weight:600}.worse{color:#b42318;font-weight:600}.same{color:#5a6069}
 .key span{display:inline-block;margin-right:1.2rem}
@@ -139,7 +140,7 @@ fn tally(html: &mut String, document: &Document) {
 /// The table to read first: medians, and the verdict against the path before.
 fn results(html: &mut String, document: &Document) {
     html.push_str(
-        "<div class=\"wide\"><table><tr><th class=\"l\">scope</th><th class=\"l\">workload</th>\
+        "<div class=\"wide\"><table class=\"main\"><tr><th class=\"l\">scope</th><th class=\"l\">workload</th>\
          <th class=\"l\">path</th><th>throughput</th><th>p50</th><th>p99</th><th>ztunnel CPU</th>\
          <th>machine CPU</th><th>ztunnel memory</th><th>errors</th>\
          <th class=\"l\">throughput against</th></tr>\n",
