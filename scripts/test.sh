@@ -14,13 +14,6 @@ logs=$target/test-logs
 rm -rf "$logs"
 mkdir -p "$logs"
 
-# One profile for the tests and for the programs they start: optimised, because the network tests
-# move gigabytes, but with every check on, and without the link-time optimisation of a release.
-export CARGO_PROFILE_LAB_CODEGEN_UNITS=16
-export CARGO_PROFILE_LAB_DEBUG_ASSERTIONS=true
-export CARGO_PROFILE_LAB_LTO=off
-export CARGO_PROFILE_LAB_OVERFLOW_CHECKS=true
-export CARGO_PROFILE_LAB_PANIC=unwind
 # The tests take the programs from here.
 export LAB_BIN_DIR=$target/lab
 

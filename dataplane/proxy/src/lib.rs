@@ -12,8 +12,8 @@
 //! namespace: a pod is known by its source address (which redirection guarantees), the original
 //! destination is the accepted socket's own address, and connections go out with the pod's address.
 //!
-//! Failure behaviour: every refusal is logged with who, what and why, and counted; the client sees a
-//! reset, never an empty success. Whatever is not allowed for certain is refused.
+//! Failure behaviour: every refusal is logged with who, what and why, and counted; the client
+//! sees a reset, never an empty success. Whatever is not allowed for certain is refused.
 
 #![forbid(unsafe_code)]
 

@@ -1,8 +1,8 @@
 //! Tunnels to other proxies, kept and shared by the connections of one worker.
 //!
 //! The key is upstream's: who we are, where we dial, whom we accept there, and the source address.
-//! While a tunnel is being set up others with the same key wait for it instead of opening more; when
-//! a tunnel carries as many streams as it may, the next connection opens another. Streams that end
+//! While a tunnel is being set up others with the same key wait for it instead of opening more;
+//! when a tunnel carries as many streams as it may, the next connection opens another. Streams that end
 //! make room again. Unused tunnels are closed by [`Pool::close_unused`].
 
 use std::cell::RefCell;

@@ -4,8 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::task::{Context, Poll, Waker};
 
-/// A one-slot signal: [`Signal::set`] wakes the one task that waits in [`Signal::wait`]; a signal set
-/// before the wait is not lost.
+/// A one-slot signal: [`Signal::set`] wakes the one task that waits in [`Signal::wait`]; a signal
+/// set before the wait is not lost.
 #[derive(Debug, Default)]
 pub struct Signal {
     set: Cell<bool>,

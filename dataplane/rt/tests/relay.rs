@@ -1,6 +1,5 @@
 //! A relay on the runtime between real sockets: bytes, half-close, resets, cancellation.
 
-
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
 use std::collections::VecDeque;
 use std::future::poll_fn;

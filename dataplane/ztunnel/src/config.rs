@@ -210,7 +210,7 @@ fn keepalive(environment: &Environment<'_>) -> Result<Option<Keepalive>, ConfigE
         Ok::<_, BadSetting>(
             environment
                 .duration(name)?
-                .unwrap_or(Duration::from_secs(default)),
+                .unwrap_or_else(|| Duration::from_secs(default)),
         )
     };
     Ok(Some(Keepalive {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use control::{ConfigSource, Watcher};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use proxy::Command;
-use telemetry::{Admin, HttpLimits, Logging, LoggingError, Ready, Registry, Shutdown};
+use telemetry::{Admin, HttpLimits, Logging, LoggingError, MetricKind, Ready, Registry, Shutdown};
 use tls::{Authority, AuthorityError, CertificateStore, LocalIssuer};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -67,6 +67,17 @@ pub(crate) fn run() -> Result<(), RunError> {
         None => None,
     };
     let registry = Registry::new(env!("CARGO_PKG_VERSION"));
+    let sink = logging.sink().clone();
+    let dropped = registry.register(
+        "ztunnel_log_lines_dropped_total",
+        "log lines dropped because output was too slow",
+        MetricKind::Counter,
+        &[],
+        move || sink.dropped(),
+    );
+    if let Err(error) = dropped {
+        tracing::warn!("dropped log lines are not exported: {error}");
+    }
     let common = Common {
         config: Arc::clone(&settings.proxy),
         snapshot: source.snapshot(),

@@ -12,7 +12,9 @@ pub(crate) struct BadSetting {
 }
 
 /// The environment, or a test's idea of it.
-pub(crate) struct Environment<'a>(Box<dyn Fn(&str) -> Option<String> + 'a>);
+pub(crate) struct Environment<'a>(Box<Lookup<'a>>);
+
+type Lookup<'a> = dyn Fn(&str) -> Option<String> + 'a;
 
 impl std::fmt::Debug for Environment<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

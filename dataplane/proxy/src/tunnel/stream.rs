@@ -141,6 +141,8 @@ pub(crate) struct TunnelStream {
     tunnel: Rc<Tunnel>,
     shared: Rc<StreamShared>,
     finished: Cell<bool>,
+    /// The answer was the last we had to say.
+    refused: Cell<bool>,
 }
 
 impl TunnelStream {
@@ -149,6 +151,7 @@ impl TunnelStream {
             tunnel,
             shared,
             finished: Cell::new(false),
+            refused: Cell::new(false),
         }
     }
 
@@ -165,6 +168,7 @@ impl TunnelStream {
             .respond(self.shared.id, status, baggage, end)?;
         if end {
             self.finished.set(true);
+            self.refused.set(true);
         }
         self.tunnel.pump();
         Ok(())
@@ -291,7 +295,14 @@ impl Drop for TunnelStream {
     fn drop(&mut self) {
         let id = self.shared.id;
         if !(self.finished.get() && self.shared.ended.get()) {
-            self.tunnel.reset(id, ErrorCode::CANCEL);
+            // RFC 9113 8.1: NO_ERROR after a complete answer asks the client to stop sending.
+            let refused = self.refused.get();
+            let code = if refused {
+                ErrorCode::NO_ERROR
+            } else {
+                ErrorCode::CANCEL
+            };
+            self.tunnel.reset(id, code);
         }
         let mut left = std::mem::take(&mut *self.shared.incoming.borrow_mut());
         self.tunnel.discard(id, &mut left);

@@ -39,7 +39,8 @@ impl Listener {
     /// Waits for the next connection. Cancel safe.
     ///
     /// # Errors
-    /// Those of `accept(2)`; after `EMFILE`, `ENFILE` or `ENOMEM` wait a little before the next call.
+    /// Those of `accept(2)`; after `EMFILE`, `ENFILE` or `ENOMEM` wait a little before the next
+    /// call.
     pub async fn accept(&mut self) -> io::Result<TcpStream> {
         poll_fn(|cx| {
             loop {
