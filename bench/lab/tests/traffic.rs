@@ -48,6 +48,10 @@ const CASES: &[Case] = &[
     ("bulk_both_ways_side_by_side", bulk_both_ways_side_by_side),
     ("a_server_that_does_not_read", a_server_that_does_not_read),
     (
+        "aborted_connections_cost_the_others_nothing",
+        aborted_connections_cost_nothing,
+    ),
+    (
         "stalled_connections_do_not_stop_others",
         stalled_connections_do_not_stop_others,
     ),
@@ -607,6 +611,61 @@ fn a_server_that_does_not_read(lab: &mut TestLab) {
         );
         client.shutdown(Shutdown::Write).unwrap();
         pattern.receive(&served, written);
+    }
+}
+
+/// Connections that end with data nobody has read must give back what they hold of the window of
+/// the tunnel they share, whichever end gives up.
+fn aborted_connections_cost_nothing(lab: &mut TestLab) {
+    const ABORTED: usize = 10;
+    let pattern = Pattern::new(17);
+    let reset = |stream: TcpStream| {
+        let socket = socket2::Socket::from(stream);
+        socket.set_linger(Some(Duration::ZERO)).unwrap();
+    };
+    for who in [
+        "client",
+        "server",
+        "client while the server sends",
+        "server that sends",
+    ] {
+        let listener = lab.listen("server-b", 8080);
+        for _ in 0..ABORTED {
+            let client = lab.connect("client-a", at("server-b", 8080));
+            let (served, _) = accept(&listener);
+            let sender = if who.contains("send") {
+                &served
+            } else {
+                &client
+            };
+            sender
+                .set_write_timeout(Some(Duration::from_millis(100)))
+                .unwrap();
+            let mut to = sender;
+            let mut written = 0;
+            while written < 64 * MIB {
+                match to.write(pattern.at(written, 64 << 10)) {
+                    Ok(n) => written += n as u64,
+                    Err(_) => break,
+                }
+            }
+            let (first, second) = if who.starts_with("client") {
+                (client, served)
+            } else {
+                (served, client)
+            };
+            reset(first);
+            // The other end gets to know by itself.
+            thread::sleep(Duration::from_millis(20));
+            drop(second);
+        }
+        drop(listener);
+        let echo = echo_server(lab.listen("server-b", 8081), 6);
+        for seed in 0..6 {
+            let client = lab.connect("client-a", at("server-b", 8081));
+            check_echo(&client, &pattern, 2 * MIB, seed);
+        }
+        echo.join().unwrap();
     }
 }
 
