@@ -121,9 +121,12 @@ fn seed(worker: usize) -> u64 {
 fn export_counters(worker: usize, registry: &Registry, counters: &Arc<SharedCounters>) {
     type Read = fn(&SharedCounters) -> u64;
     let exported: [(&str, &str, MetricKind, Read); 7] = [
-        ("enters", "io_uring_enter calls", MetricKind::Counter, |c| {
-            c.ring().enters
-        }),
+        (
+            "enters_total",
+            "io_uring_enter calls",
+            MetricKind::Counter,
+            |c| c.ring().enters,
+        ),
         (
             "completions",
             "io_uring completions",

@@ -103,11 +103,29 @@ impl RecvWindow {
         self.credit += len;
     }
 
+    /// Whether slow receivers hold three quarters of the window.
+    pub(super) fn is_held(&self) -> bool {
+        self.unreleased > self.size / 4 * 3
+    }
+
     /// The increment to announce, once it is half the window.
     #[inline]
     pub(super) fn take_update(&mut self) -> Option<u32> {
         if self.credit == 0 || self.credit < self.size / 2 {
             return None;
+        }
+        self.remaining += self.credit as i32;
+        Some(std::mem::take(&mut self.credit))
+    }
+
+    /// As [`Self::take_update`], for the window that streams share: also announces credit as soon
+    /// as it is half of what is left to use. Streams whose receivers are slow may hold more than
+    /// half the window for good, and the others would wait for credit that never adds up to half.
+    #[inline]
+    pub(super) fn take_shared_update(&mut self) -> Option<u32> {
+        let scarce = self.credit > 0 && i64::from(self.credit) >= i64::from(self.remaining);
+        if !scarce {
+            return self.take_update();
         }
         self.remaining += self.credit as i32;
         Some(std::mem::take(&mut self.credit))
@@ -169,6 +187,33 @@ mod tests {
         assert_eq!(window.total(), 100);
         assert!(window.debit(50));
         assert!(!window.debit(1));
+    }
+
+    #[test]
+    fn a_window_is_held_when_most_of_it_is_not_released() {
+        let mut window = RecvWindow::new(100);
+        assert!(window.debit(76));
+        window.deliver(76);
+        assert!(window.is_held());
+        window.release(1);
+        assert!(!window.is_held());
+    }
+
+    #[test]
+    fn shared_credit_is_announced_although_most_of_the_window_is_held() {
+        let mut window = RecvWindow::new(100);
+        assert!(window.debit(75));
+        window.deliver(75);
+        // Held by a stream that nobody reads; the other streams live on the rest.
+        assert!(window.debit(13));
+        window.deliver(13);
+        window.release(11);
+        assert_eq!(window.take_shared_update(), None);
+        window.release(2);
+        assert_eq!(window.take_update(), None);
+        assert_eq!(window.take_shared_update(), Some(13));
+        assert_eq!(window.take_shared_update(), None);
+        assert_eq!(window.total(), 100);
     }
 
     #[test]

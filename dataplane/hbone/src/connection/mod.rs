@@ -29,6 +29,10 @@ use receive::Parser;
 use send::Output;
 use streams::{RecentIds, Stream, Streams};
 
+/// A shared send window with less than this left counts as crowded. Less than the window every
+/// connection starts with, so that a new one is not crowded.
+const CROWDED_BELOW: u32 = 16 * 1024;
+
 /// The state machine of one HTTP/2 connection that carries CONNECT tunnels. See the crate
 /// documentation for the contract with the caller.
 #[derive(Debug)]
@@ -218,6 +222,12 @@ impl Connection {
         self.check_open().is_ok()
     }
 
+    /// Whether streams that do not progress hold so much of a window all streams share that a new
+    /// stream would have to wait for them. A client then does better to open a connection more.
+    pub fn is_crowded(&self) -> bool {
+        self.recv.is_held() || self.send.available() < CROWDED_BELOW
+    }
+
     /// Nothing more will happen: the connection has failed, or `go_away` was called, or either side
     /// has finished a graceful shutdown and no stream is left. Flush the output and close.
     pub fn is_closed(&self) -> bool {
@@ -230,7 +240,7 @@ impl Connection {
     }
 
     fn announce_connection_credit(&mut self) {
-        if let Some(increment) = self.recv.take_update() {
+        if let Some(increment) = self.recv.take_shared_update() {
             self.output.window_update(0, increment);
         }
     }
