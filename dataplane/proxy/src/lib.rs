@@ -26,6 +26,8 @@ mod outbound;
 mod plaintext;
 mod pool;
 mod relay;
+#[cfg(test)]
+mod tests;
 mod tunnel;
 mod worker;
 

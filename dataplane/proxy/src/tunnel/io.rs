@@ -5,6 +5,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -96,7 +97,7 @@ async fn shake(
 async fn write_loop(tunnel: Rc<Tunnel>) {
     loop {
         tunnel.flush.wait().await;
-        if flush(&tunnel).await.is_err() {
+        if flush_unless_failed(&tunnel).await.is_err() {
             return;
         }
         if tunnel.closing.get() {
@@ -120,11 +121,33 @@ async fn write_loop(tunnel: Rc<Tunnel>) {
     }
 }
 
+/// As [`flush`], but gives up waiting when the tunnel fails: a peer that does not read must not
+/// keep what belongs to a tunnel that is over. What is left then has [`LAST_FLUSH`].
+async fn flush_unless_failed(tunnel: &Rc<Tunnel>) -> Result<(), ()> {
+    let mut flushed = pin!(flush(tunnel));
+    poll_fn(|cx| {
+        if let Poll::Ready(result) = flushed.as_mut().poll(cx) {
+            return Poll::Ready(result);
+        }
+        while tunnel.failed.poll_wait(cx).is_ready() {
+            if tunnel.error.borrow().is_some() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
 /// Seals and sends all that is queued now and meanwhile.
 async fn flush(tunnel: &Rc<Tunnel>) -> Result<(), ()> {
     let result = poll_fn(|cx| {
         let mut out = tunnel.out.borrow_mut();
-        if let Err(error) = out.seal(&mut tunnel.session.borrow_mut()) {
+        let mut session = tunnel.session.borrow_mut();
+        out.control(&mut session);
+        let sealed = out.seal(&mut session);
+        drop(session);
+        if let Err(error) = sealed {
             return Poll::Ready(Err(TunnelError::Tls(error.to_string().into())));
         }
         let polled = out.write().poll_flush(cx);
@@ -146,7 +169,8 @@ async fn keepalive(tunnel: Weak<Tunnel>) {
         let Some(tunnel) = tunnel.upgrade() else {
             return;
         };
-        if tunnel.closing.get() {
+        // A tunnel that only has to send its last still has to have somebody at the other end.
+        if tunnel.error.borrow().is_some() {
             return;
         }
         let silent = tunnel.last_heard.get().elapsed();
@@ -172,6 +196,9 @@ async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>,
     let mut bufs = early;
     loop {
         while let Some(buf) = bufs.pop_front() {
+            if tunnel.error.borrow().is_some() {
+                return;
+            }
             if let Err(error) = reader.bytes(buf) {
                 tunnel.fail(error);
                 return;
@@ -263,9 +290,9 @@ impl Reader<'_> {
         match opened {
             Ok(Opened::Data(range)) => self.plaintext(record, range),
             Ok(Opened::Handled) => {
-                if self.tunnel.session.borrow().has_control_output() {
-                    self.send_control();
-                }
+                // The writer takes the answer when it sends next: a peer that asks for key updates
+                // and reads nothing gets one, not one for each.
+                self.tunnel.flush.set();
                 Ok(())
             }
             Ok(Opened::Closed) => Err(TunnelError::Closed),

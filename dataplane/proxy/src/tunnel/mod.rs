@@ -9,15 +9,15 @@
 //! Received payload is never copied unless a slow application lets it queue up, when small pieces
 //! are packed together so that they do not pin whole receive blocks.
 //!
-//! Bounds: a stream queues at most its window; what waits to be sent is bounded by [`SEND_HIGH`]
-//! plus one chunk per stream; the codec bounds the rest.
+//! Bounds: a stream queues at most its window; payload that waits to be sent is bounded by
+//! [`SEND_HIGH`] plus one frame, and a peer that lets answers pile up to [`SEND_MAX`] is given up.
 
 mod io;
 mod outgoing;
 mod stream;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::SocketAddr;
@@ -39,6 +39,9 @@ pub(crate) use stream::{StreamFailure, TunnelStream};
 pub(crate) const SEND_HIGH: usize = 512 * 1024;
 /// Bytes below which they go on.
 const SEND_LOW: usize = 256 * 1024;
+/// Bytes waiting to be sent at which the peer is given up: streams stop long before, so the rest
+/// are answers to a peer that asks and does not read.
+const SEND_MAX: usize = SEND_HIGH + 1024 * 1024;
 
 /// Why a tunnel ended. Shared by all its streams, hence cheap to clone.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -58,6 +61,9 @@ pub(crate) enum TunnelError {
     /// No answer to pings.
     #[error("tunnel lost: no answer to PING for 20 s")]
     KeepaliveTimeout,
+    /// The peer makes us answer and takes no answers.
+    #[error("tunnel given up: {0} bytes wait to be sent, the peer asks for more and reads nothing")]
+    Unread(usize),
     /// Shut down by this side.
     #[error("connection closed due to connection drain")]
     Drained,
@@ -113,6 +119,8 @@ pub(crate) struct Tunnel {
     flush: Signal,
     /// The reader shall look at `error`.
     stop: Signal,
+    /// The writer shall look at `error`, also while it sends.
+    failed: Signal,
     /// Less than [`SEND_LOW`] waits to be sent.
     drained: Broadcast,
     error: RefCell<Option<TunnelError>>,
@@ -152,6 +160,7 @@ impl Tunnel {
             changed: Broadcast::default(),
             flush: Signal::default(),
             stop: Signal::default(),
+            failed: Signal::default(),
             drained: Broadcast::default(),
             error: RefCell::default(),
             closing: Cell::new(false),
@@ -257,6 +266,7 @@ impl Tunnel {
         }
         self.changed.notify();
         self.drained.notify();
+        self.failed.set();
         self.finish();
     }
 
@@ -280,6 +290,10 @@ impl Tunnel {
         codec.consume_output(n);
         drop(codec);
         self.sealed(sealed);
+        let waiting = self.out.borrow().pending_bytes();
+        if waiting > SEND_MAX && self.error.borrow().is_none() {
+            self.fail(TunnelError::Unread(waiting));
+        }
     }
 
     /// After queueing: wakes the writer, or ends the tunnel when sealing is no longer possible.
@@ -328,16 +342,14 @@ impl Tunnel {
         self.pump();
     }
 
+    /// The worker's buffer memory.
+    #[cfg(test)]
+    pub(crate) fn pool(&self) -> rt::buf::Pool {
+        self.out.borrow_mut().write().pool().clone()
+    }
+
     fn reset(&self, id: StreamId, code: ErrorCode) {
         self.codec.borrow_mut().reset(id, code);
         self.pump();
-    }
-
-    /// Payload that arrived for a stream nobody reads any more still counts against the window.
-    fn discard(&self, id: StreamId, queue: &mut VecDeque<Buf>) {
-        let n = queue.drain(..).map(|buf| buf.len()).sum();
-        if n > 0 {
-            self.release(id, n);
-        }
     }
 }

@@ -143,6 +143,8 @@ pub(crate) struct TunnelStream {
     finished: Cell<bool>,
     /// The answer was the last we had to say.
     refused: Cell<bool>,
+    /// Bytes taken by `recv` and not given back yet.
+    taken: Cell<usize>,
 }
 
 impl TunnelStream {
@@ -152,6 +154,7 @@ impl TunnelStream {
             shared,
             finished: Cell::new(false),
             refused: Cell::new(false),
+            taken: Cell::new(0),
         }
     }
 
@@ -197,11 +200,13 @@ impl TunnelStream {
     }
 
     /// Takes all queued payload; 0 bytes is the end of the peer's direction. Every byte taken is to
-    /// be given back by [`TunnelStream::release`] once it has reached its receiver.
+    /// be given back by [`TunnelStream::release`] once it has reached its receiver; what is not is
+    /// given back when the stream is dropped, because the window is shared with other streams.
     pub(crate) async fn recv(&self, out: &mut VecDeque<Buf>) -> Result<usize, StreamFailure> {
         poll_fn(|cx| {
             let queued = self.shared.queued.replace(0);
             if queued > 0 {
+                self.taken.set(self.taken.get() + queued);
                 out.append(&mut self.shared.incoming.borrow_mut());
                 return Poll::Ready(Ok(queued));
             }
@@ -226,6 +231,8 @@ impl TunnelStream {
 
     /// Gives the peer credit for `n` bytes.
     pub(crate) fn release(&self, n: usize) {
+        let n = n.min(self.taken.get());
+        self.taken.set(self.taken.get() - n);
         self.tunnel.release(self.shared.id, n);
     }
 
@@ -304,8 +311,12 @@ impl Drop for TunnelStream {
             };
             self.tunnel.reset(id, code);
         }
-        let mut left = std::mem::take(&mut *self.shared.incoming.borrow_mut());
-        self.tunnel.discard(id, &mut left);
+        // Payload that nobody takes any more still counts against the connection's window.
+        let left = std::mem::take(&mut *self.shared.incoming.borrow_mut());
+        let left = left.iter().map(|buf| buf.len()).sum::<usize>() + self.taken.get();
+        if left > 0 {
+            self.tunnel.release(id, left);
+        }
         self.tunnel.detach(id);
     }
 }

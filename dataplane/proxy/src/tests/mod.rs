@@ -1,0 +1,200 @@
+//! The data path against itself, over loopback sockets: certificates from an authority made for
+//! the test, both ends in one process.
+#![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
+
+mod credit;
+mod hostile;
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hbone::{Config, ConnectRequest, RequestHead, Role};
+use mesh::Identity;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
+use rt::buf::Buf;
+use rt::net::{ConnectOptions, Listener, TcpStream};
+use rt::sync::Signal;
+use rt::{Runtime, RuntimeConfig};
+use tls::{Authority, CertificateStore, Handshake, LocalIssuer, WorkloadTls};
+
+use crate::tunnel::{self, ClientSide, Tunnel, TunnelOwner, TunnelStream};
+
+/// A test that takes longer than this hangs.
+const HANG: Duration = Duration::from_secs(30);
+
+/// Runs `main` on a runtime of its own, for [`HANG`] at most.
+fn run<T>(main: impl Future<Output = T>) -> T {
+    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    runtime
+        .run(async { rt::time::timeout(HANG, main).await })
+        .unwrap()
+        .expect("the test hangs")
+}
+
+fn store() -> Arc<CertificateStore> {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.self_signed(&key).unwrap().pem();
+    let authority =
+        Authority::from_pem(certificate.as_bytes(), key.serialize_pem().as_bytes()).unwrap();
+    let issuer = LocalIssuer::new(authority, Duration::from_secs(3600));
+    Arc::new(CertificateStore::new(Arc::new(issuer)))
+}
+
+fn identity(account: &str) -> Identity {
+    Identity::new("cluster.local", "default", account).unwrap()
+}
+
+fn certificate(store: &CertificateStore) -> Arc<WorkloadTls> {
+    store.get(&identity("app")).unwrap()
+}
+
+fn listen() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let addr = listener.local_addr().unwrap();
+    (listener, addr)
+}
+
+/// Hands a server tunnel's streams to the test.
+#[derive(Debug, Default)]
+struct Requests {
+    queue: RefCell<VecDeque<(TunnelStream, RequestHead)>>,
+    arrived: Signal,
+}
+
+impl Requests {
+    async fn next(&self) -> (TunnelStream, RequestHead) {
+        loop {
+            if let Some(request) = self.queue.borrow_mut().pop_front() {
+                return request;
+            }
+            self.arrived.wait().await;
+        }
+    }
+
+    /// The next stream, answered with 200.
+    async fn accept(&self) -> TunnelStream {
+        let (stream, _) = self.next().await;
+        stream.respond(200, None, false).unwrap();
+        stream
+    }
+}
+
+#[derive(Debug)]
+struct Owner(Rc<Requests>);
+
+impl TunnelOwner for Owner {
+    fn request(&self, _: &Rc<Tunnel>, stream: TunnelStream, head: RequestHead) {
+        self.0.queue.borrow_mut().push_back((stream, head));
+        self.0.arrived.set();
+    }
+}
+
+/// Two ends of one tunnel.
+struct Pair {
+    client: Rc<Tunnel>,
+    server: Rc<Tunnel>,
+    requests: Rc<Requests>,
+}
+
+impl fmt::Debug for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pair").finish_non_exhaustive()
+    }
+}
+
+/// The server's end of a tunnel over `stream`.
+async fn serve(
+    stream: TcpStream,
+    tls: &WorkloadTls,
+    config: &Config,
+) -> (Rc<Tunnel>, Rc<Requests>) {
+    let requests = Rc::new(Requests::default());
+    let owner = Box::new(Owner(Rc::clone(&requests)));
+    let peer = stream.peer_addr().unwrap();
+    let handshake = Handshake::server(&tls.server).unwrap();
+    let server = tunnel::run(stream, peer, handshake, Role::Server, config, owner);
+    (server.await.unwrap(), requests)
+}
+
+async fn pair(client: Config, server: Config) -> Pair {
+    let tls = certificate(&store());
+    let (listener, addr) = listen();
+    let mut listener = Listener::from_std(listener);
+    let options = ConnectOptions::default();
+    let stream = rt::net::connect(addr, &options).await.unwrap();
+    let accepted = listener.accept().await.unwrap();
+    let ready = Rc::new(Signal::default());
+    let slot = Rc::new(RefCell::new(None));
+    rt::spawn({
+        let (ready, slot, tls) = (Rc::clone(&ready), Rc::clone(&slot), Arc::clone(&tls));
+        async move {
+            *slot.borrow_mut() = Some(serve(accepted, &tls, &server).await);
+            ready.set();
+        }
+    });
+    let handshake = Handshake::client(&tls.client, &identity("app")).unwrap();
+    let owner = Box::new(ClientSide);
+    let client = tunnel::run(stream, addr, handshake, Role::Client, &client, owner);
+    let client = client.await.unwrap();
+    ready.wait().await;
+    let (server, requests) = slot.borrow_mut().take().unwrap();
+    Pair {
+        client,
+        server,
+        requests,
+    }
+}
+
+fn request() -> ConnectRequest<'static> {
+    ConnectRequest {
+        authority: "10.0.0.1:80",
+        forwarded: None,
+        baggage: None,
+        traceparent: None,
+        x_forwarded_network: None,
+    }
+}
+
+impl Pair {
+    /// A stream that is open on both sides: client's, server's.
+    async fn open(&self) -> (TunnelStream, TunnelStream) {
+        let client = self.client.open(&request()).unwrap();
+        let server = self.requests.accept().await;
+        assert_eq!(client.response().await.unwrap().status, 200);
+        (client, server)
+    }
+}
+
+/// Bytes that differ from place to place.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut random = Random(seed);
+    (0..len).map(|_| random.below(256) as u8).collect()
+}
+
+/// xorshift64: reproducible by its seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 |= 1 << 32;
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 8) % end
+    }
+}
+
+/// `bytes` in pool memory.
+fn bufs(pool: &rt::buf::Pool, bytes: &[u8]) -> VecDeque<Buf> {
+    let mut queue = VecDeque::new();
+    pool.copy_from(bytes, |buf| queue.push_back(buf));
+    queue
+}
