@@ -28,8 +28,10 @@ test: ## run every test, network ones included
 	@scripts/setup.sh --best-effort
 	@scripts/test.sh
 
-bench: setup ## run every micro-benchmark
-	cargo bench --workspace
+bench: setup ## run every micro-benchmark; BENCH_QUICK=1 in under 3 minutes after the build
+	rm -rf $(TARGET)/bench-parts
+	cargo bench -p benches $(ARGS)
+	$(TARGET)/release/bench-table
 
 lint: setup fmt clippy deny ## formatting, clippy and BPF warnings as errors, dependencies
 

@@ -1,0 +1,46 @@
+//! Metrics and access log of one connection.
+#![forbid(unsafe_code)]
+
+use anyhow::Result;
+use benches::accounting::{Ours, Reference, formatting};
+use benches::criteria::{criterion, median_ns};
+use benches::document;
+use benches::rows::{Part, Row};
+
+const BENCHES: [(&str, bool, &str); 2] = [
+    ("telemetry/metrics", false, "prometheus-client"),
+    ("telemetry/log", true, "prometheus-client + tracing"),
+];
+
+fn main() -> Result<()> {
+    let mut criterion = criterion()?;
+    let mut part = Part::default();
+    for (bench, with_log, baseline) in BENCHES {
+        let mut group = criterion.benchmark_group(bench);
+        let ours = Ours::new(with_log)?;
+        group.bench_function("telemetry", |bencher| {
+            bencher.iter_custom(|count| ours.time(count).expect("no line is lost"));
+        });
+        let reference = Reference::default();
+        tracing::subscriber::with_default(formatting(), || {
+            group.bench_function("reference", |bencher| {
+                bencher.iter(|| reference.connection(with_log));
+            });
+        });
+        group.finish();
+        let medians = (
+            median_ns(bench, "telemetry")?,
+            median_ns(bench, "reference")?,
+        );
+        if let (Some(ours), Some(theirs)) = medians {
+            let subject = ("telemetry", ours);
+            let row = Row::new(bench, "ns_per_connection", subject, (baseline, theirs));
+            let note = "wall time of the worker; with the log: metrics included";
+            part.rows.push(row.with_note(note));
+        }
+    }
+    criterion.final_summary();
+    part.store("telemetry")?;
+    print!("{}", document::table(&part));
+    Ok(())
+}
