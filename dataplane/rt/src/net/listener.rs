@@ -58,6 +58,8 @@ impl Listener {
                 };
                 match ready!(driver.ops.poll_many(op, cx)) {
                     None => self.op = None, // the kernel ended it: arm it again
+                    // Stopped because many connections came at once, or one that is gone already.
+                    Some(done) if is_passing(-done.result) => {}
                     Some(done) if done.result < 0 => {
                         return Poll::Ready(Err(io::Error::from_raw_os_error(-done.result)));
                     }
@@ -71,6 +73,11 @@ impl Listener {
         })
         .await
     }
+}
+
+/// Whether an error says nothing about the next connection.
+fn is_passing(code: i32) -> bool {
+    matches!(code, libc::ECANCELED | libc::ECONNABORTED | libc::EINTR)
 }
 
 impl Drop for Listener {

@@ -1,0 +1,58 @@
+//! Accepting: bursts, and what happens to connections nobody accepts.
+
+#![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
+use std::io::Read;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use rt::net::Listener;
+use rt::{Runtime, RuntimeConfig};
+
+/// Far more connections at once than one operation may queue: each is accepted, none is an error.
+#[test]
+fn a_burst_is_accepted_without_an_error() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let bursts = async move {
+        let mut listener = Listener::from_std(listener);
+        for _ in 0..3 {
+            let connect = |_| TcpStream::connect(addr).unwrap();
+            let clients: Vec<TcpStream> = (0..120).map(connect).collect();
+            for _ in &clients {
+                drop(listener.accept().await?);
+            }
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    let limit = Duration::from_secs(10);
+    let result = runtime.run(async { rt::time::timeout(limit, bursts).await });
+    result.unwrap().unwrap().unwrap();
+}
+
+/// A listener that goes away closes what the kernel had accepted for it and nobody took.
+#[test]
+fn connections_nobody_took_are_closed_with_the_listener() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let clients: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(addr).unwrap()).collect();
+    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    runtime
+        .run(async move {
+            let mut listener = Listener::from_std(listener);
+            drop(listener.accept().await.unwrap());
+            drop(listener);
+            rt::time::sleep(Duration::from_millis(20)).await;
+        })
+        .unwrap();
+    for mut client in clients {
+        client
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
+        // The end of the stream or a reset, but not silence.
+        match client.read(&mut [0; 1]) {
+            Ok(n) => assert_eq!(n, 0),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+        }
+    }
+}
