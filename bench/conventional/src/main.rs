@@ -94,7 +94,7 @@ fn data_path(workers: usize, proxy: &Arc<Proxy>, sets: &[Listeners]) -> Result<R
         .thread_name("conventional")
         .enable_all()
         .build()?;
-    let _entered = runtime.enter();
+    let entered = runtime.enter();
     for set in sets {
         proxy.serve(Listeners {
             outbound: set.outbound.try_clone()?,
@@ -103,7 +103,7 @@ fn data_path(workers: usize, proxy: &Arc<Proxy>, sets: &[Listeners]) -> Result<R
         })?;
     }
     tracing::info!("{workers} worker threads");
-    drop(_entered);
+    drop(entered);
     Ok(runtime)
 }
 
@@ -123,7 +123,9 @@ async fn keep_registered(map: PathBuf, sets: Vec<Listeners>, pending: PendingTas
             match register(&map, &sets) {
                 Ok(()) => {
                     registered = current;
-                    pending.take().map(PendingTask::ready).unwrap_or_default();
+                    if let Some(pending) = pending.take() {
+                        pending.ready();
+                    }
                 }
                 Err(error) => tracing::warn!("listeners not registered: {error}; trying again"),
             }
