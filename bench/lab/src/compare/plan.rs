@@ -1,35 +1,86 @@
 //! What is measured and in which order. Pure data.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, bail};
 
+use super::placement::Placement;
 use crate::state::Redirect;
 
-/// Paths that are measured unless others are asked for.
-const DEFAULT_PATHS: [Path; 3] = [
-    Path(Redirect::None),
-    Path(Redirect::Tunnel),
-    Path(Redirect::Ebpf),
-];
+/// Redirections of this project's own ztunnel, all measured unless others are asked for.
+const OWN: [Redirect; 3] = [Redirect::None, Redirect::Tunnel, Redirect::Ebpf];
+/// Longest name of a path: the labs' names are made from it.
+const NAME_MAX: usize = 16;
 
 /// A way traffic takes between the pods.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Path(pub(super) Redirect);
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Path {
+    /// As in reports.
+    pub(super) name: String,
+    pub(super) redirect: Redirect,
+    /// The path that this one is measured a second time as.
+    pub(super) again: Option<String>,
+    /// A ztunnel that is not ours.
+    pub(super) peer: Option<PathBuf>,
+}
 
 impl Path {
-    /// As in reports.
-    pub(super) fn name(self) -> &'static str {
-        self.0.name()
+    fn own(redirect: Redirect) -> Self {
+        Self {
+            name: redirect.name().to_owned(),
+            redirect,
+            again: None,
+            peer: None,
+        }
+    }
+
+    /// A peer's path on `redirect`.
+    pub(super) fn peer(name: &str, binary: PathBuf, redirect: Redirect) -> Self {
+        Self {
+            name: name.to_owned(),
+            redirect,
+            again: None,
+            peer: Some(binary),
+        }
     }
 
     fn parse(name: &str) -> Result<Self> {
         if name == "ebpf+sockmap" {
             bail!("path ebpf+sockmap: the sockmap short-cut does not exist yet; leave it out");
         }
-        DEFAULT_PATHS
-            .into_iter()
-            .find(|path| path.name() == name)
-            .map_or_else(|| bail!("path `{name}` is none of none, tunnel, ebpf"), Ok)
+        OWN.into_iter()
+            .find(|redirect| redirect.name() == name)
+            .map_or_else(
+                || bail!("path `{name}` is none of none, tunnel, ebpf"),
+                |redirect| Ok(Self::own(redirect)),
+            )
     }
+
+    /// The same path once more, in a lab of its own.
+    fn repeated(&self) -> Self {
+        Self {
+            name: format!("{}#2", self.name),
+            again: Some(self.name.clone()),
+            ..self.clone()
+        }
+    }
+
+    /// The path's part of its lab's name.
+    pub(super) fn slug(&self) -> String {
+        self.name.replace('#', "-")
+    }
+}
+
+/// Whether `name` can stand for a peer in reports and lab names.
+pub(super) fn check_peer_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(allowed) {
+        bail!("--peer `{name}`: a name has 1 to {NAME_MAX} of a-z, 0-9 and `-`");
+    }
+    if OWN.iter().any(|redirect| redirect.name() == name) {
+        bail!("--peer `{name}`: this is a path's own name; choose another");
+    }
+    Ok(())
 }
 
 /// Where the server is, seen from the client on node A.
@@ -62,52 +113,128 @@ pub(super) enum Workload {
     Rr,
     Stream,
     Connect,
+    RrOpen,
 }
 
 impl Workload {
-    const ALL: [Self; 3] = [Self::Rr, Self::Stream, Self::Connect];
+    const ALL: [Self; 4] = [Self::Rr, Self::Stream, Self::Connect, Self::RrOpen];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Rr => "rr",
             Self::Stream => "stream",
             Self::Connect => "connect",
+            Self::RrOpen => "rr-open",
+        }
+    }
+
+    /// The load generator's command.
+    pub(super) fn command(self) -> &'static str {
+        match self {
+            Self::RrOpen => "rr",
+            other => other.name(),
         }
     }
 
     /// The server's mode.
     pub(super) fn server_mode(self) -> &'static str {
         match self {
-            Self::Rr | Self::Connect => "echo",
             Self::Stream => "sink",
+            Self::Rr | Self::RrOpen | Self::Connect => "echo",
         }
     }
 
-    fn connections(self, quick: bool) -> &'static [u32] {
-        match self {
-            Self::Rr => &[1, 32, 256],
-            Self::Stream if quick => &[8],
-            Self::Stream => &[1, 8],
-            Self::Connect => &[16],
+    /// Numbers of connections it is measured at.
+    fn connections(self, scope: Scope, quick: bool) -> &'static [u32] {
+        match (self, scope) {
+            (Self::Rr, Scope::SameNode) if quick => &[32],
+            (Self::Rr, _) => &[1, 32, 256],
+            (Self::Stream, Scope::CrossNode) if !quick => &[1, 8],
+            (Self::Stream, _) => &[8],
+            (Self::Connect, _) => &[16],
+            (Self::RrOpen, _) => &[OPEN_CONNECTIONS],
         }
     }
 
     fn size_bytes(self) -> u32 {
         match self {
-            Self::Rr | Self::Connect => 64,
+            Self::Rr | Self::RrOpen | Self::Connect => 64,
             Self::Stream => 0,
         }
     }
 }
 
+/// Connections of the open loop and of the closed one that finds its rates.
+pub(super) const OPEN_CONNECTIONS: u32 = 32;
+
+/// Shares of the highest closed-loop rate that an open loop is measured at, in percent.
+fn open_loads(quick: bool) -> &'static [u32] {
+    if quick { &[40, 80] } else { &[30, 60, 80, 95] }
+}
+
+/// An open loop's load.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Load {
+    /// Percent of the highest closed-loop rate of the session.
+    pub(super) percent: u32,
+    /// Requests per second; known once that rate is.
+    pub(super) per_s: f64,
+}
+
 /// A workload between two places: what every path is measured at.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Cell {
     pub(super) scope: Scope,
     pub(super) workload: Workload,
     pub(super) connections: u32,
     /// Bytes per request and response.
     pub(super) size_bytes: u32,
+    /// Where it runs; `Free` stands for what the whole comparison is set to.
+    pub(super) placement: Placement,
+    /// Of an open loop.
+    pub(super) load: Option<Load>,
+}
+
+impl Cell {
+    /// A request and response cell, closed loop, placed freely.
+    pub(super) fn closed_rr(connections: u32) -> Self {
+        Self {
+            scope: Scope::CrossNode,
+            workload: Workload::Rr,
+            connections,
+            size_bytes: Workload::Rr.size_bytes(),
+            placement: Placement::Free,
+            load: None,
+        }
+    }
+
+    /// Whether a path measured twice is measured a second time here: cells of every kind, but
+    /// not all of them, for the sake of time.
+    fn repeated(&self) -> bool {
+        match self.workload {
+            Workload::Rr => self.connections == 32 || self.placement == Placement::OneCpu,
+            Workload::Stream => self.connections > 1,
+            Workload::Connect => true,
+            Workload::RrOpen => self.load.is_some_and(|load| load.percent == 80),
+        }
+    }
+
+    /// For people: `cross-node rr x32`.
+    pub(super) fn label(&self) -> String {
+        let mut label = format!(
+            "{} {} x{}",
+            self.scope.name(),
+            self.workload.name(),
+            self.connections
+        );
+        if self.placement != Placement::Free {
+            label = format!("{label} {}", self.placement.name());
+        }
+        match self.load {
+            Some(load) => format!("{label} {}%", load.percent),
+            None => label,
+        }
+    }
 }
 
 /// The whole of it.
@@ -118,17 +245,23 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Empty lists stand for the defaults.
+    /// Empty lists stand for the defaults. A path named twice is measured against itself.
     pub(super) fn new(paths: &[String], workloads: &[String], quick: bool) -> Result<Self> {
-        let paths = match paths {
-            [] => DEFAULT_PATHS.to_vec(),
-            given => given
+        let mut chosen_paths: Vec<Path> = Vec::new();
+        for name in paths {
+            let path = Path::parse(name)?;
+            match chosen_paths
                 .iter()
-                .map(|name| Path::parse(name))
-                .collect::<Result<_>>()?,
-        };
-        if let Some(i) = (1..paths.len()).find(|&i| paths[..i].contains(&paths[i])) {
-            bail!("--paths names {} twice", paths[i].name());
+                .filter(|p| p.redirect == path.redirect)
+                .count()
+            {
+                0 => chosen_paths.push(path),
+                1 => chosen_paths.push(path.repeated()),
+                _ => bail!("--paths names {name} more than twice"),
+            }
+        }
+        if chosen_paths.is_empty() {
+            chosen_paths = OWN.map(Path::own).to_vec();
         }
         let mut chosen = Vec::new();
         for name in workloads {
@@ -136,7 +269,7 @@ impl Plan {
                 .into_iter()
                 .find(|workload| workload.name() == name);
             let Some(workload) = found else {
-                bail!("--workloads: `{name}` is none of rr, stream, connect");
+                bail!("--workloads: `{name}` is none of rr, stream, connect, rr-open");
             };
             chosen.push(workload);
         }
@@ -146,34 +279,122 @@ impl Plan {
         let mut cells = Vec::new();
         for scope in [Scope::CrossNode, Scope::SameNode] {
             for workload in &chosen {
-                cells.extend(workload.connections(quick).iter().map(|&connections| Cell {
-                    scope,
-                    workload: *workload,
-                    connections,
-                    size_bytes: workload.size_bytes(),
-                }));
+                add_cells(&mut cells, scope, *workload, quick);
             }
         }
-        Ok(Self { paths, cells })
+        let mut plan = Self {
+            paths: chosen_paths,
+            cells,
+        };
+        plan.order_paths();
+        Ok(plan)
+    }
+
+    /// Measures the path `name` a second time, unless it is already.
+    pub(super) fn repeat(&mut self, name: &str) -> Result<()> {
+        if self.paths.iter().any(|p| p.again.as_deref() == Some(name)) {
+            return Ok(());
+        }
+        let Some(path) = self.paths.iter().find(|path| path.name == name) else {
+            bail!("--aa {name}: no such path is measured");
+        };
+        self.paths.push(path.repeated());
+        Ok(())
+    }
+
+    /// Adds a peer.
+    pub(super) fn add_peer(&mut self, path: Path) {
+        self.paths.push(path);
+        self.order_paths();
+    }
+
+    /// `none` first, then peers, then our own: ratios are of later paths to earlier ones.
+    fn order_paths(&mut self) {
+        self.paths.sort_by_key(|path| match path {
+            Path { again: Some(_), .. } => 3,
+            Path { peer: Some(_), .. } => 1,
+            Path {
+                redirect: Redirect::None,
+                ..
+            } => 0,
+            _ => 2,
+        });
+    }
+
+    /// Sets the open loops' rates from the highest closed-loop rate.
+    pub(super) fn set_rates(&mut self, highest_per_s: f64) {
+        for load in self.cells.iter_mut().filter_map(|cell| cell.load.as_mut()) {
+            let rate = highest_per_s * f64::from(load.percent) / 100.0;
+            // Two digits are enough and read better.
+            let step = 10f64.powf(rate.max(1.0).log10().floor() - 1.0);
+            load.per_s = ((rate / step).round() * step).max(1.0);
+        }
     }
 
     /// The trials of one round as indices of cell and path: a cell's paths one right after the
-    /// other, so that they meet the same state of the machine; their order flips every round.
+    /// other, so that they meet the same state of the machine. Every odd round runs the order of
+    /// the round before it backwards, and every pair of rounds begins with another path: over
+    /// the rounds no path has a place in the order of its own.
     pub(super) fn round(&self, round: u32) -> Vec<(usize, usize)> {
         let mut order = Vec::with_capacity(self.trials_per_round());
-        for cell in 0..self.cells.len() {
-            let paths = 0..self.paths.len();
-            if round.is_multiple_of(2) {
-                order.extend(paths.map(|path| (cell, path)));
-            } else {
-                order.extend(paths.rev().map(|path| (cell, path)));
+        for (index, cell) in self.cells.iter().enumerate() {
+            let mut paths: Vec<usize> = (0..self.paths.len())
+                .filter(|&path| self.paths[path].again.is_none() || cell.repeated())
+                .collect();
+            let count = paths.len();
+            paths.rotate_left((round / 2) as usize % count.max(1));
+            if !round.is_multiple_of(2) {
+                paths.reverse();
             }
+            order.extend(paths.into_iter().map(|path| (index, path)));
         }
         order
     }
 
     pub(super) fn trials_per_round(&self) -> usize {
-        self.cells.len() * self.paths.len()
+        let twice = self
+            .paths
+            .iter()
+            .filter(|path| path.again.is_some())
+            .count();
+        let repeated = self.cells.iter().filter(|cell| cell.repeated()).count();
+        self.cells.len() * (self.paths.len() - twice) + repeated * twice
+    }
+}
+
+fn add_cells(cells: &mut Vec<Cell>, scope: Scope, workload: Workload, quick: bool) {
+    for &connections in workload.connections(scope, quick) {
+        let cell = Cell {
+            scope,
+            workload,
+            connections,
+            size_bytes: workload.size_bytes(),
+            placement: Placement::Free,
+            load: None,
+        };
+        if workload == Workload::RrOpen {
+            // The knee is looked for once: between nodes, where both ztunnels work.
+            if scope == Scope::CrossNode {
+                cells.extend(open_loads(quick).iter().map(|&percent| Cell {
+                    load: Some(Load {
+                        percent,
+                        per_s: 0.0,
+                    }),
+                    ..cell
+                }));
+            }
+            continue;
+        }
+        cells.push(cell);
+        // Where a lone connection's few threads happen to run decides its latency.
+        if workload == Workload::Rr && connections == 1 && scope == Scope::CrossNode {
+            let pinned: &[Placement] = if quick {
+                &[Placement::OneCpu]
+            } else {
+                &[Placement::OneCpu, Placement::CpuPerNode]
+            };
+            cells.extend(pinned.iter().map(|&placement| Cell { placement, ..cell }));
+        }
     }
 }
 
@@ -186,19 +407,61 @@ mod tests {
     }
 
     #[test]
-    fn every_path_meets_every_cell_once_a_round_in_flipping_order() {
+    fn every_path_meets_every_cell_once_a_round_in_flipping_and_rotating_order() {
         let plan = Plan::new(&[], &[], true).unwrap();
-        assert_eq!(plan.trials_per_round(), 30);
+        let count = plan.trials_per_round();
+        assert_eq!(count, plan.cells.len() * 3);
         let (even, odd) = (plan.round(0), plan.round(1));
         assert_eq!(even[..3], [(0, 0), (0, 1), (0, 2)]);
         assert_eq!(odd[..3], [(0, 2), (0, 1), (0, 0)]);
-        let sorted = |mut round: Vec<(usize, usize)>| {
-            round.sort_unstable();
-            round.dedup();
-            round
-        };
-        assert_eq!(sorted(even).len(), 30);
-        assert_eq!(sorted(odd).len(), 30);
+        assert_eq!(plan.round(2)[..3], [(0, 1), (0, 2), (0, 0)]);
+        for round in 0..6 {
+            let mut order = plan.round(round);
+            order.sort_unstable();
+            order.dedup();
+            assert_eq!(order.len(), count);
+        }
+        // Over six rounds every path has been first, second and last equally often.
+        for place in 0..3 {
+            for path in 0..3 {
+                let times = (0..6).filter(|&r| plan.round(r)[place].1 == path).count();
+                assert_eq!(times, 2);
+            }
+        }
+    }
+
+    #[test]
+    fn a_path_named_twice_or_repeated_is_measured_twice_in_some_cells_of_every_kind() {
+        let twice = Plan::new(&strings(&["ebpf", "ebpf"]), &[], false).unwrap();
+        let mut repeated = Plan::new(&strings(&["ebpf"]), &[], false).unwrap();
+        repeated.repeat("ebpf").unwrap();
+        repeated.repeat("ebpf").unwrap();
+        assert_eq!(twice.paths, repeated.paths);
+        assert_eq!(twice.paths[1].name, "ebpf#2");
+        assert_eq!(twice.paths[1].slug(), "ebpf-2");
+        let round = twice.round(0);
+        assert_eq!(round.len(), twice.trials_per_round());
+        for workload in Workload::ALL {
+            let again = round
+                .iter()
+                .any(|&(cell, path)| path == 1 && twice.cells[cell].workload == workload);
+            assert!(again, "{workload:?}");
+        }
+        assert!(round.len() < twice.cells.len() * 2);
+        assert!(repeated.repeat("tunnel").is_err());
+    }
+
+    #[test]
+    fn peers_come_between_none_and_our_own() {
+        let mut plan = Plan::new(&[], &[], false).unwrap();
+        plan.repeat("ebpf").unwrap();
+        plan.add_peer(Path::peer("other", "/bin/true".into(), Redirect::Ebpf));
+        let names: Vec<&str> = plan.paths.iter().map(|path| path.name.as_str()).collect();
+        assert_eq!(names, ["none", "other", "tunnel", "ebpf", "ebpf#2"]);
+        for wrong in ["", "ebpf", "Other", "a/b", "a-name-that-is-too-long"] {
+            assert!(check_peer_name(wrong).is_err(), "{wrong}");
+        }
+        assert!(check_peer_name("other-1").is_ok());
     }
 
     #[test]
@@ -210,14 +473,45 @@ mod tests {
         };
         assert!(refused(&["ebpf+sockmap"], &[]).contains("does not exist yet"));
         assert!(refused(&["magic"], &[]).contains("none of none, tunnel, ebpf"));
-        assert!(refused(&["none", "none"], &[]).contains("twice"));
-        assert!(refused(&[], &["udp"]).contains("none of rr, stream, connect"));
+        assert!(refused(&["none", "none", "none"], &[]).contains("more than twice"));
+        assert!(refused(&[], &["udp"]).contains("none of rr, stream, connect, rr-open"));
     }
 
     #[test]
-    fn chosen_workloads_are_measured_in_both_scopes() {
+    fn chosen_workloads_are_measured_in_both_scopes_and_lone_connections_pinned_as_well() {
         let plan = Plan::new(&strings(&["ebpf"]), &strings(&["connect"]), false).unwrap();
         let scopes: Vec<&str> = plan.cells.iter().map(|cell| cell.scope.name()).collect();
         assert_eq!(scopes, ["cross-node", "same-node"]);
+        let plan = Plan::new(&[], &strings(&["rr"]), false).unwrap();
+        let labels: Vec<String> = plan.cells.iter().map(Cell::label).collect();
+        assert_eq!(labels[0], "cross-node rr x1");
+        assert_eq!(labels[1], "cross-node rr x1 one-cpu");
+        assert_eq!(labels[2], "cross-node rr x1 cpu-per-node");
+    }
+
+    #[test]
+    fn open_loops_rates_are_shares_of_the_highest_closed_rate() {
+        let mut plan = Plan::new(&[], &strings(&["rr-open"]), false).unwrap();
+        plan.set_rates(20_000.0);
+        let rates: Vec<f64> = plan
+            .cells
+            .iter()
+            .filter_map(|c| c.load)
+            .map(|l| l.per_s)
+            .collect();
+        assert_eq!(rates, [6000.0, 12_000.0, 16_000.0, 19_000.0]);
+    }
+
+    #[test]
+    fn a_default_comparison_takes_about_twelve_minutes() {
+        let mut plan = Plan::new(&[], &[], false).unwrap();
+        plan.repeat("ebpf").unwrap();
+        // 1.1 s of load and some 0.15 s around it, ten rounds.
+        let minutes = plan.trials_per_round() as f64 * 10.0 * 1.25 / 60.0;
+        assert!((11.0..12.6).contains(&minutes), "{minutes}");
+        let mut plan = Plan::new(&[], &[], true).unwrap();
+        plan.repeat("ebpf").unwrap();
+        let seconds = plan.trials_per_round() as f64 * 5.0 * 0.7;
+        assert!(seconds < 145.0, "{seconds}");
     }
 }

@@ -28,7 +28,7 @@ impl Progress {
     }
 
     /// A trial begins.
-    pub(super) fn running(&self, round: u32, path: Path, cell: &Cell) {
+    pub(super) fn running(&self, round: u32, path: &Path, cell: &Cell) {
         if self.terminal {
             let left = self
                 .left()
@@ -46,7 +46,7 @@ impl Progress {
     }
 
     /// A trial has ended.
-    pub(super) fn finished(&mut self, round: u32, path: Path, cell: &Cell, trial: &Trial) {
+    pub(super) fn finished(&mut self, round: u32, path: &Path, cell: &Cell, trial: &Trial) {
         self.done += 1;
         let metric = throughput_metric(cell.workload.name());
         let mut found = vec![units::with_unit(metric, trial.metric(metric))];
@@ -59,7 +59,7 @@ impl Progress {
         }
         let left = self.left().map_or_else(String::new, short);
         let text = format!(
-            "[{}/{}] round {}  {:<34} {}  ({left} left)",
+            "[{}/{}] round {}  {:<40} {}  ({left} left)",
             self.done,
             self.total,
             round + 1,
@@ -88,13 +88,8 @@ impl Progress {
     }
 }
 
-fn name(path: Path, cell: &Cell) -> String {
-    let (scope, workload) = (cell.scope.name(), cell.workload.name());
-    format!(
-        "{:<6} {scope} {workload} x{}",
-        path.name(),
-        cell.connections
-    )
+fn name(path: &Path, cell: &Cell) -> String {
+    format!("{:<6} {}", path.name, cell.label())
 }
 
 fn short(time: Duration) -> String {

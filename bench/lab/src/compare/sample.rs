@@ -9,9 +9,16 @@ use nix::unistd::{SysconfVar, sysconf};
 /// Counters at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct Sample {
-    /// ns on a CPU, by process and thread.
-    threads: BTreeMap<(u32, u32), u64>,
+    threads: BTreeMap<(u32, u32), ThreadTime>,
     machine: MachineTime,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct ThreadTime {
+    /// ns on a CPU.
+    ns: u64,
+    /// Context switches, voluntary or not.
+    switches: u64,
 }
 
 /// What passed between two samples.
@@ -19,8 +26,12 @@ pub(super) struct Sample {
 pub(super) struct Spent {
     /// CPU time of the processes, in s.
     pub(super) processes_s: f64,
+    /// Context switches of the processes.
+    pub(super) switches: u64,
     /// Busy CPU time of the whole machine, interrupts included, in s.
     pub(super) machine_s: f64,
+    /// CPU time of the whole machine in soft interrupts, in s: network receive, for the most part.
+    pub(super) softirq_s: f64,
     /// Busy share of the machine's CPU time.
     pub(super) busy_share: f64,
 }
@@ -40,7 +51,12 @@ impl Sample {
                     continue;
                 };
                 let tid = task.file_name().to_string_lossy().parse().unwrap_or(0);
-                threads.insert((pid, tid), first_number(&text));
+                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+                let time = ThreadTime {
+                    ns: first_number(&text),
+                    switches: switches(&status),
+                };
+                threads.insert((pid, tid), time);
             }
         }
         Ok(Self {
@@ -51,18 +67,20 @@ impl Sample {
 
     /// What passed since `earlier`.
     pub(super) fn since(&self, earlier: &Self) -> Spent {
-        let ns: u64 = self
-            .threads
-            .iter()
-            .map(|(thread, &ns)| {
-                ns.saturating_sub(earlier.threads.get(thread).copied().unwrap_or(0))
-            })
-            .sum();
+        let (mut ns, mut switches) = (0, 0);
+        for (thread, now) in &self.threads {
+            let then = earlier.threads.get(thread).copied().unwrap_or_default();
+            ns += now.ns.saturating_sub(then.ns);
+            switches += now.switches.saturating_sub(then.switches);
+        }
+        let softirq = self.machine.softirq.saturating_sub(earlier.machine.softirq) as f64;
         let busy = self.machine.busy.saturating_sub(earlier.machine.busy) as f64;
         let all = self.machine.all.saturating_sub(earlier.machine.all) as f64;
         Spent {
             processes_s: ns as f64 / 1e9,
+            switches,
             machine_s: busy / ticks_per_s(),
+            softirq_s: softirq / ticks_per_s(),
             busy_share: if all > 0.0 { busy / all } else { 0.0 },
         }
     }
@@ -71,6 +89,7 @@ impl Sample {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct MachineTime {
     busy: u64,
+    softirq: u64,
     all: u64,
 }
 
@@ -94,9 +113,18 @@ impl MachineTime {
         let busy = user + nice + system + irq + softirq;
         Some(Self {
             busy,
+            softirq,
             all: busy + idle + iowait + ticks.get(7).copied().unwrap_or(0),
         })
     }
+}
+
+/// The switches in a thread's `status`.
+fn switches(status: &str) -> u64 {
+    let lines = status
+        .lines()
+        .filter_map(|line| line.split_once("voluntary_ctxt_switches:"));
+    lines.map(|(_, value)| first_number(value)).sum()
 }
 
 fn ticks_per_s() -> f64 {
@@ -146,7 +174,11 @@ mod tests {
         let stat = "cpu  10 1 20 400 50 3 4 7 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n";
         assert_eq!(
             MachineTime::parse(stat),
-            Some(MachineTime { busy: 38, all: 495 })
+            Some(MachineTime {
+                busy: 38,
+                softirq: 4,
+                all: 495
+            })
         );
         assert_eq!(MachineTime::parse("intr 1 2\n"), None);
     }
@@ -164,6 +196,18 @@ mod tests {
         assert!(spent.processes_s > 0.19, "{spent:?}");
         assert!(spent.machine_s > 0.05, "{spent:?}");
         assert!((0.0..=1.0).contains(&spent.busy_share));
+    }
+
+    #[test]
+    fn both_kinds_of_context_switches_count() {
+        let status = "Name:\tx\nvoluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t5\n";
+        assert_eq!(switches(status), 12);
+        let own = [std::process::id()];
+        let before = Sample::take(&own).unwrap();
+        for _ in 0..5 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(Sample::take(&own).unwrap().since(&before).switches >= 5);
     }
 
     #[test]

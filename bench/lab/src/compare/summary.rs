@@ -3,17 +3,24 @@
 use std::collections::BTreeMap;
 
 use super::Trials;
+use super::placement::Placement;
 use super::plan::{Cell, Plan};
 use super::stats;
 use super::trial::Trial;
 use crate::report::schema::{
-    Document, Git, Machine, Ratio, Row, SCHEMA, Settings, cpu_metrics, throughput_metric,
+    self, AgainstItself, Document, Estimate, Git, Machine, Peer, Ratio, Row, SCHEMA, Settings,
+    SkippedPeer, Verdict, noise_kind,
 };
 
 /// More CPU busy than this with nothing measured is named in the notes.
 const QUIET: f64 = 0.05;
 /// With fewer rounds verdicts cannot be given.
 const ROUNDS_FOR_VERDICTS: u32 = 5;
+/// With fewer A/A ratios of a kind of metric its noise is judged by halves of rows.
+const RATIOS_FOR_NOISE: usize = 3;
+/// Open loops that skip more of their schedule than this are saturated: the load generator's own
+/// bound.
+const SATURATED: f64 = 0.01;
 
 /// What the document says beside the figures.
 #[derive(Clone, Debug)]
@@ -24,6 +31,8 @@ pub(super) struct Circumstances {
     pub(super) tunnel_driver: Option<String>,
     pub(super) command: String,
     pub(super) settings: Settings,
+    pub(super) peers: Vec<Peer>,
+    pub(super) skipped_peers: Vec<SkippedPeer>,
 }
 
 /// Builds the document.
@@ -31,15 +40,23 @@ pub(super) fn document(plan: &Plan, trials: &Trials, about: Circumstances) -> Do
     let mut rows = Vec::new();
     for (cell, by_path) in plan.cells.iter().zip(trials) {
         for (path, trials) in plan.paths.iter().zip(by_path) {
-            rows.push(row(path.name(), cell, trials));
+            // A path measured twice is so in some cells only.
+            if !trials.is_empty() {
+                rows.push(row(&path.name, cell, trials));
+            }
         }
     }
-    let noise_threshold = stats::noise_threshold(rows.iter().flat_map(headline));
-    let paths: Vec<String> = plan
-        .paths
-        .iter()
-        .map(|path| path.name().to_owned())
-        .collect();
+    let twice = plan.paths.iter().find_map(|path| {
+        let of = path.again.clone()?;
+        Some((of, path.name.clone()))
+    });
+    let against_itself = twice.map(|(path, again)| AgainstItself {
+        path,
+        again,
+        ratios: 0,
+        differing: 0,
+    });
+    let single = plan.paths.iter().filter(|path| path.again.is_none());
     let mut document = Document {
         schema: SCHEMA,
         when: about.when,
@@ -47,16 +64,80 @@ pub(super) fn document(plan: &Plan, trials: &Trials, about: Circumstances) -> Do
         machine: about.machine,
         tunnel_driver: about.tunnel_driver,
         command: about.command,
-        noise_threshold,
+        noise_threshold: f64::NAN,
         ratios: Vec::new(),
         rows,
-        paths,
+        paths: single.map(|path| path.name.clone()).collect(),
         settings: about.settings,
+        noise: BTreeMap::new(),
+        noise_source: String::new(),
+        against_itself,
+        peers: about.peers,
+        skipped_peers: about.skipped_peers,
         notes: Vec::new(),
     };
-    document.ratios = ratios(&document);
+    judge(&mut document);
     document.notes = notes(&document);
     document
+}
+
+/// Sets the ratios, the noise thresholds and the verdicts.
+fn judge(document: &mut Document) {
+    let (mut ratios, own) = ratios(document);
+    let mut from_halves: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for row in document
+        .rows
+        .iter()
+        .filter(|row| document.paths.contains(&row.path))
+    {
+        for (metric, estimate) in row.metrics.iter().filter(|(metric, _)| is_compared(metric)) {
+            let difference = stats::halves_difference(&estimate.values);
+            from_halves
+                .entry(noise_kind(metric))
+                .or_default()
+                .extend(difference);
+        }
+    }
+    let noise_of = |kind: &str, except: Option<usize>| {
+        let from_ratios: Vec<f64> = own
+            .iter()
+            .filter(|&&at| noise_kind(&ratios[at].0.metric) == kind && Some(at) != except)
+            .map(|&at| ratios[at].0.ratio.ln())
+            .collect();
+        if from_ratios.len() >= RATIOS_FOR_NOISE {
+            return stats::noise_threshold(&from_ratios);
+        }
+        stats::noise_threshold(from_halves.get(kind).map_or(&[], Vec::as_slice))
+    };
+    for kind in from_halves.keys() {
+        if let Some(noise) = noise_of(kind, None) {
+            document.noise.insert((*kind).to_owned(), noise);
+        }
+    }
+    let of_throughput = noise_of("throughput", None).or_else(|| stats::noise_threshold(&[0.0]));
+    document.noise_threshold = of_throughput.unwrap_or(0.0);
+    let source = if own.is_empty() { "halves" } else { "a/a" };
+    source.clone_into(&mut document.noise_source);
+    let verdicts: Vec<Verdict> = ratios
+        .iter()
+        .enumerate()
+        .map(|(at, (ratio, pairs))| {
+            // A ratio of a path to itself must not be what it is judged by.
+            let except = own.contains(&at).then_some(at);
+            let noise =
+                noise_of(noise_kind(&ratio.metric), except).unwrap_or(document.noise_threshold);
+            stats::verdict(pairs, noise, ratio.metric.ends_with("_per_s"))
+        })
+        .collect();
+    for ((ratio, _), verdict) in ratios.iter_mut().zip(&verdicts) {
+        ratio.verdict = *verdict;
+    }
+    if let Some(itself) = &mut document.against_itself {
+        itself.ratios = own.len();
+        let differs = |at: &&usize| verdicts[**at] != Verdict::NoDifference;
+        itself.differing = own.iter().filter(differs).count();
+    }
+    document.ratios = ratios.into_iter().map(|(ratio, _)| ratio).collect();
 }
 
 fn row(path: &str, cell: &Cell, trials: &[Trial]) -> Row {
@@ -78,6 +159,8 @@ fn row(path: &str, cell: &Cell, trials: &[Trial]) -> Row {
         workload: cell.workload.name().to_owned(),
         connections: cell.connections,
         size_bytes: cell.size_bytes,
+        placement: (cell.placement != Placement::Free).then(|| cell.placement.name().to_owned()),
+        offered_per_s: cell.load.map(|load| load.per_s),
         trials: trials.len(),
         metrics,
         spectrum_us: spectrum(trials),
@@ -97,53 +180,70 @@ fn spectrum(trials: &[Trial]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// The figures noise is judged by: throughput, median latency and CPU cost. Tails vary more, but
-/// their own intervals show that.
-fn headline(row: &Row) -> impl Iterator<Item = &[f64]> {
-    let [_, total] = cpu_metrics(&row.workload);
-    [throughput_metric(&row.workload), "p50_us", total]
-        .into_iter()
-        .filter_map(|name| row.metrics.get(name))
-        .map(|estimate| estimate.values.as_slice())
+/// Whether ratios of a metric mean anything: shares and levels of the machine, and counts of
+/// errors, have no better half.
+fn is_compared(metric: &str) -> bool {
+    !matches!(
+        metric,
+        "errors" | "machine_busy_share" | "skipped_share" | "conntrack_entries"
+    )
 }
 
-/// Every later path against every earlier one, at every metric both have.
-fn ratios(document: &Document) -> Vec<Ratio> {
+/// Every later path against every earlier one, at every metric both have, with the pairs it is
+/// from; and which of them are of a path against itself. Verdicts are still to come.
+fn ratios(document: &Document) -> (Vec<(Ratio, Estimate)>, Vec<usize>) {
     let mut ratios = Vec::new();
-    for (scope, workload, connections) in document.cells() {
-        let row = |path: &str| document.row(path, scope, workload, connections);
+    let mut own = Vec::new();
+    for cell in document.cells() {
         for (i, to) in document.paths.iter().enumerate() {
             for of in &document.paths[i + 1..] {
-                let (Some(of), Some(to)) = (row(of), row(to)) else {
-                    continue;
-                };
-                for (metric, values) in &of.metrics {
-                    let Some(other) = to.metrics.get(metric) else {
-                        continue;
-                    };
-                    // Counts of errors and the share of a busy machine have no better half.
-                    if metric == "errors" || metric == "machine_busy_share" {
-                        continue;
-                    }
-                    let pairs = stats::paired_ratio(&values.values, &other.values);
-                    let Some(ratio) = pairs else { continue };
-                    let more_is_better = metric.ends_with("_per_s");
-                    ratios.push(Ratio {
-                        metric: metric.clone(),
-                        of: of.path.clone(),
-                        to: to.path.clone(),
-                        scope: scope.to_owned(),
-                        workload: workload.to_owned(),
-                        connections,
-                        ratio: ratio.median,
-                        ci95: ratio.ci95,
-                        verdict: stats::verdict(&ratio, document.noise_threshold, more_is_better),
-                    });
-                }
+                add_ratios(&mut ratios, document, (of, to), &cell);
             }
         }
+        if let Some(itself) = &document.against_itself {
+            let before = ratios.len();
+            add_ratios(&mut ratios, document, (&itself.again, &itself.path), &cell);
+            own.extend(before..ratios.len());
+        }
     }
-    ratios
+    (ratios, own)
+}
+
+fn add_ratios(
+    ratios: &mut Vec<(Ratio, Estimate)>,
+    document: &Document,
+    (of, to): (&str, &str),
+    cell: &schema::Cell<'_>,
+) {
+    let (Some(of), Some(to)) = (document.row(of, cell), document.row(to, cell)) else {
+        return;
+    };
+    for (metric, values) in of.metrics.iter().filter(|(metric, _)| is_compared(metric)) {
+        let Some(other) = to.metrics.get(metric) else {
+            continue;
+        };
+        let Some(pairs) = stats::paired_ratio(&values.values, &other.values) else {
+            continue;
+        };
+        // Nothing against something is no ratio to tell noise from.
+        if pairs.median <= 0.0 {
+            continue;
+        }
+        let ratio = Ratio {
+            metric: metric.clone(),
+            of: of.path.clone(),
+            to: to.path.clone(),
+            scope: of.scope.clone(),
+            workload: of.workload.clone(),
+            connections: of.connections,
+            placement: of.placement.clone(),
+            offered_per_s: of.offered_per_s,
+            ratio: pairs.median,
+            ci95: pairs.ci95,
+            verdict: Verdict::NoDifference,
+        };
+        ratios.push((ratio, pairs));
+    }
 }
 
 fn notes(document: &Document) -> Vec<String> {
@@ -153,6 +253,7 @@ fn notes(document: &Document) -> Vec<String> {
          bytes from client to server; connect: connect, one request of 64 bytes, close."
             .to_owned(),
     ];
+    notes.push(about_noise(document));
     let has = |path: &str| document.paths.iter().any(|p| p == path);
     if has("none") {
         notes.push(
@@ -175,13 +276,9 @@ fn notes(document: &Document) -> Vec<String> {
         notes.push(note);
     }
     let settings = &document.settings;
-    notes.push(format!("CPU placement: {}.", settings.placement));
-    notes.push(
-        "All loops are closed: a connection sends its next request when the last response is \
-         there, so tail latencies are those at full load and do not count requests a stall kept \
-         from being sent."
-            .to_owned(),
-    );
+    notes.extend(about_peers(document));
+    notes.push(format!("CPU placement: {}. {PLACED}", settings.placement));
+    notes.push(LOOPS.to_owned());
     if settings.idle_busy_share > QUIET {
         notes.push(format!(
             "The machine was not quiet: {:.0} % of its CPU time was busy with all labs up and \
@@ -205,21 +302,83 @@ fn notes(document: &Document) -> Vec<String> {
     notes
 }
 
-/// The rows with errors, so that nobody has to look for them.
+const PLACED: &str = "Rows marked one-cpu have client, server and all ztunnel threads on one \
+    CPU; cpu-per-node gives node A's client and ztunnel one and node B's server and ztunnel \
+    another. Latency of a lone connection depends on it more than on anything else.";
+const LOOPS: &str = "rr, stream and connect are closed loops: a connection sends its next request \
+    when the last response is there, so tail latencies are those at full load and do not count \
+    requests a stall kept from being sent. rr-open sends at a set rate, with Poisson arrivals on \
+    32 connections, the same rate for every path; its latencies count from when a request was \
+    due.";
+
+fn about_noise(document: &Document) -> String {
+    let kinds: Vec<String> = document
+        .noise
+        .iter()
+        .map(|(kind, noise)| format!("{kind} {:.1} %", noise * 100.0))
+        .collect();
+    let kinds = kinds.join(", ");
+    match &document.against_itself {
+        Some(itself) => format!(
+            "A/A: path {} was measured against itself ({}: a second lab, its trials among the \
+             others). {} of {} such ratios show a difference, each judged by the noise of the \
+             others; one in twenty would do so by chance. Noise thresholds, which nine in ten \
+             A/A ratios stay below: {kinds}.",
+            itself.path, itself.again, itself.differing, itself.ratios
+        ),
+        None => format!(
+            "No path was measured against itself (--aa off), so the noise thresholds are from \
+             even against odd rounds of the same path, which cannot see what one lab differs by \
+             from another: {kinds}."
+        ),
+    }
+}
+
+fn about_peers(document: &Document) -> Vec<String> {
+    let measured = document.peers.iter().map(|peer| {
+        format!(
+            "Peer {} is {}, in {} mode on redirection {}.",
+            peer.name, peer.binary, peer.mode, peer.redirect
+        )
+    });
+    let skipped = document
+        .skipped_peers
+        .iter()
+        .map(|peer| format!("Peer {} was skipped: {}.", peer.name, peer.reason));
+    measured.chain(skipped).collect()
+}
+
+/// The rows with errors or beyond what they can serve, so that nobody has to look for them.
 fn losses(document: &Document) -> Vec<String> {
     let with_errors = document.rows.iter().filter_map(|row| {
         let errors: f64 = row.metrics.get("errors")?.values.iter().sum();
         (errors > 0.0).then(|| {
             format!(
-                "Errors: {errors:.0} on path {}, {} {} x{}, in {} trials.",
-                row.path, row.scope, row.workload, row.connections, row.trials
+                "Errors: {errors:.0} on path {}, {} {}, in {} trials.",
+                row.path,
+                row.scope,
+                row.cell().label(),
+                row.trials
             )
         })
     });
-    let lines: Vec<String> = with_errors.collect();
+    let mut lines: Vec<String> = with_errors.collect();
     if lines.is_empty() {
-        return vec!["No request, connection or stream failed in any trial.".to_owned()];
+        lines.push("No request, connection or stream failed in any trial.".to_owned());
     }
+    lines.extend(document.rows.iter().filter_map(|row| {
+        let skipped = row
+            .median("skipped_share")
+            .filter(|&share| share > SATURATED)?;
+        Some(format!(
+            "Saturated: path {} skipped {:.0} % of what was due at {} {}; its latencies there grow \
+             with the length of the trial.",
+            row.path,
+            skipped * 100.0,
+            row.scope,
+            row.cell().label()
+        ))
+    }));
     lines
 }
 
@@ -244,8 +403,12 @@ mod tests {
     }
 
     fn compared(rates: [f64; 2], errors: f64) -> Document {
+        of_paths(&["tunnel", "ebpf"], rates, errors)
+    }
+
+    fn of_paths(paths: &[&str], rates: [f64; 2], errors: f64) -> Document {
         let names = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
-        let plan = Plan::new(&names(&["tunnel", "ebpf"]), &names(&["rr"]), true).unwrap();
+        let plan = Plan::new(&names(paths), &names(&["rr"]), true).unwrap();
         let jitter = [1.0, 1.01, 0.99, 1.0, 1.005, 0.995];
         let row = |rate: f64| jitter.map(|j| trial(rate * j, errors)).to_vec();
         let trials = plan.cells.iter().map(|_| rates.map(row).to_vec()).collect();
@@ -263,6 +426,11 @@ mod tests {
                 rounds_wanted: 6,
                 ..Settings::default()
             },
+            peers: Vec::new(),
+            skipped_peers: vec![SkippedPeer {
+                name: "other".to_owned(),
+                reason: "it is not there".to_owned(),
+            }],
         };
         document(&plan, &trials, about)
     }
@@ -270,8 +438,8 @@ mod tests {
     #[test]
     fn rows_and_ratios_of_every_cell_are_there_and_read_back() {
         let document = compared([1000.0, 1300.0], 0.0);
-        assert_eq!(document.rows.len(), 12);
-        assert_eq!(document.ratios.len(), 6 * 2);
+        assert_eq!(document.rows.len(), 10);
+        assert_eq!(document.ratios.len(), 5 * 2);
         let json = serde_json::to_string(&document).unwrap();
         let back: Document = serde_json::from_str(&json).unwrap();
         assert_eq!(back.ratios.len(), document.ratios.len());
@@ -301,11 +469,50 @@ mod tests {
     }
 
     #[test]
+    fn a_path_against_itself_sets_the_noise_and_is_counted() {
+        let document = of_paths(&["ebpf", "ebpf"], [1000.0, 1000.0], 0.0);
+        let itself = document.against_itself.as_ref().unwrap();
+        assert_eq!(
+            (itself.path.as_str(), itself.again.as_str()),
+            ("ebpf", "ebpf#2")
+        );
+        assert_eq!((itself.ratios, itself.differing), (5 * 2, 0));
+        assert_eq!(document.paths, ["ebpf"]);
+        assert_eq!(document.noise_source, "a/a");
+        assert!((document.noise_threshold - 0.02).abs() < 1e-9);
+        assert!(
+            document
+                .ratios
+                .iter()
+                .all(|ratio| document.is_against_itself(ratio))
+        );
+        // Labs that differ by a tenth throughout raise the threshold to that.
+        let uneven = of_paths(&["ebpf", "ebpf"], [1000.0, 900.0], 0.0);
+        assert!(
+            (uneven.noise_threshold - 1.0 / 9.0).abs() < 0.01,
+            "{}",
+            uneven.noise_threshold
+        );
+        assert_eq!(uneven.against_itself.unwrap().differing, 0);
+        let halves = compared([1000.0, 1000.0], 0.0);
+        assert_eq!(halves.noise_source, "halves");
+    }
+
+    #[test]
+    fn peers_left_out_are_named() {
+        let notes = compared([1000.0, 1000.0], 0.0).notes.join("\n");
+        assert!(
+            notes.contains("Peer other was skipped: it is not there."),
+            "{notes}"
+        );
+    }
+
+    #[test]
     fn errors_and_the_tunnel_driver_are_said() {
         let document = compared([1000.0, 1000.0], 2.0);
         let text = document.notes.join("\n");
         assert!(
-            text.contains("Errors: 12 on path ebpf, same-node rr x256"),
+            text.contains("Errors: 12 on path ebpf, same-node rr x32"),
             "{text}"
         );
         assert!(text.contains("vxlan"), "{text}");

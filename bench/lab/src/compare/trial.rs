@@ -11,7 +11,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use super::plan::{Cell, Workload};
+use super::kernel::Readings;
+use super::placement::{Bound, Cpus, Pin};
+use super::plan::{Cell, Scope, Workload};
 use super::sample::{Sample, Spent, resident_bytes};
 use crate::lab::Lab;
 
@@ -30,8 +32,7 @@ pub(super) struct Setup<'a> {
     pub(super) scratch: &'a Path,
     pub(super) duration: Duration,
     pub(super) warmup: Duration,
-    /// CPU lists of client and server, as `loadgen --cpus` takes them.
-    pub(super) pin: Option<(&'a str, &'a str)>,
+    pub(super) pin: &'a Pin,
 }
 
 /// What a trial found.
@@ -70,14 +71,21 @@ impl Setup<'_> {
         let host = cell.scope.server();
         let port = FIRST_PORT + number % PORTS;
         let to = format!("{}:{port}", Lab::address(host)?);
-        let _server = self.start_server(lab, host, &to, cell)?;
+        let cpus = self
+            .pin
+            .cpus(cell.placement, cell.scope == Scope::SameNode)?;
+        let _server = self.start_server(lab, host, &to, cell, &cpus)?;
         let json = self.scratch.join("trial.json");
         // Yesterday's file must not pass for today's.
         let _ = fs::remove_file(&json);
         let pids = lab.ztunnel_pids();
+        let mut bound = Bound::default();
+        for (pid, cpu) in pids.iter().zip(cpus.ztunnels.into_iter().flatten()) {
+            bound.bind(*pid, cpu)?;
+        }
         let mut command = lab.command(CLIENT, self.loadgen)?;
         command
-            .args(self.client_arguments(cell, &to))
+            .args(self.client_arguments(cell, &to, &cpus))
             .arg("--json")
             .arg(&json);
         command
@@ -86,7 +94,7 @@ impl Setup<'_> {
             .stderr(Stdio::piped());
         let mut client = Killed(command.spawn().context("starting loadgen on client-a")?);
         let stdout = client.0.stdout.take().context("loadgen has no stdout")?;
-        let spent = observe(stdout, &pids)?;
+        let spent = observe(stdout, lab, &pids)?;
         let rss = resident_bytes(&pids);
         let mut complaint = String::new();
         if let Some(stderr) = &mut client.0.stderr {
@@ -102,10 +110,23 @@ impl Setup<'_> {
                 complaint.trim()
             );
         };
-        Ok(evaluate(cell.workload, document, spent, &pids, rss))
+        Ok(evaluate(
+            cell.workload,
+            document,
+            spent.as_ref(),
+            &pids,
+            rss,
+        ))
     }
 
-    fn start_server(&self, lab: &Lab, host: &str, to: &str, cell: &Cell) -> Result<Killed> {
+    fn start_server(
+        &self,
+        lab: &Lab,
+        host: &str,
+        to: &str,
+        cell: &Cell,
+        cpus: &Cpus,
+    ) -> Result<Killed> {
         let mut command = lab.command(host, self.loadgen)?;
         command.args([
             "serve",
@@ -114,7 +135,7 @@ impl Setup<'_> {
             "--mode",
             cell.workload.server_mode(),
         ]);
-        if let Some((_, cpus)) = self.pin {
+        if let Some(cpus) = &cpus.server {
             command.args(["--cpus", cpus]);
         }
         command
@@ -145,14 +166,14 @@ impl Setup<'_> {
         Ok(server)
     }
 
-    fn client_arguments(&self, cell: &Cell, to: &str) -> Vec<String> {
+    fn client_arguments(&self, cell: &Cell, to: &str, cpus: &Cpus) -> Vec<String> {
         let text = |text: &str| text.to_owned();
         let connections = match cell.workload {
             Workload::Connect => "--concurrency",
             _ => "--connections",
         };
         let mut arguments = vec![
-            text(cell.workload.name()),
+            text(cell.workload.command()),
             text("--to"),
             text(to),
             text("--markers"),
@@ -167,35 +188,50 @@ impl Setup<'_> {
             Workload::Stream => arguments.extend([text("--direction"), text("up")]),
             _ => arguments.extend([text("--size"), cell.size_bytes.to_string()]),
         }
-        if let Some((cpus, _)) = self.pin {
+        if let Some(load) = cell.load {
+            arguments.extend([text("--rate"), load.per_s.to_string()]);
+            // Independent clients do not take turns.
+            arguments.extend([text("--arrivals"), text("poisson")]);
+        }
+        if let Some(cpus) = &cpus.client {
             arguments.extend([text("--cpus"), text(cpus)]);
         }
         arguments
     }
 }
 
-/// Samples as the client marks its window; `None` if there was none.
-fn observe(stdout: ChildStdout, pids: &[u32]) -> Result<Option<Spent>> {
-    let (mut begin, mut spent) = (None, None);
+/// What passed in a trial's measured window.
+#[derive(Clone, Debug)]
+struct Window {
+    spent: Spent,
+    readings: Readings,
+}
+
+/// Samples as the client marks its window; `None` if there was none. CPU time is read first at
+/// both ends: the other readings take a millisecond or two themselves.
+fn observe(stdout: ChildStdout, lab: &Lab, pids: &[u32]) -> Result<Option<Window>> {
+    let (mut begin, mut window) = (None, None);
     for line in BufReader::new(stdout).lines() {
         match line.context("reading from loadgen")?.as_str() {
-            "measuring" => begin = Some(Sample::take(pids)?),
+            "measuring" => begin = Some((Sample::take(pids)?, Readings::take(lab))),
             "measured" => {
-                if let Some(begin) = &begin {
-                    spent = Some(Sample::take(pids)?.since(begin));
+                if let Some((sample, readings)) = &begin {
+                    let spent = Sample::take(pids)?.since(sample);
+                    let readings = Readings::take(lab).since(readings);
+                    window = Some(Window { spent, readings });
                 }
             }
             _ => {}
         }
     }
-    Ok(spent)
+    Ok(window)
 }
 
 /// The report's metrics from the load generator's and the kernel's.
 fn evaluate(
     workload: Workload,
     document: Value,
-    spent: Option<Spent>,
+    window: Option<&Window>,
     pids: &[u32],
     rss: u64,
 ) -> Trial {
@@ -205,6 +241,7 @@ fn evaluate(
     metrics.insert("errors".to_owned(), errors as f64);
     let wanted: &[&str] = match workload {
         Workload::Rr => &["requests_per_s", "bytes_per_s"],
+        Workload::RrOpen => &["requests_per_s", "service_p50_us", "service_p99_us"],
         Workload::Connect => &["connections_per_s"],
         Workload::Stream => &["bytes_per_s"],
     };
@@ -215,21 +252,12 @@ fn evaluate(
             metrics.insert(name.to_owned(), value);
         }
     }
-    let measured_s = document["measured_s"].as_f64().unwrap_or(0.0);
-    // What CPU time is divided by, and by how much the quotient is scaled.
-    let (rate, unit, scale) = match workload {
-        Workload::Rr => ("requests_per_s", "us_per_request", 1e6),
-        Workload::Connect => ("connections_per_s", "us_per_connection", 1e6),
-        Workload::Stream => ("bytes_per_s", "s_per_gb", 1e9),
-    };
-    let amount = figure(rate).unwrap_or(0.0) * measured_s;
-    if let Some(spent) = spent.filter(|_| amount > 0.0) {
-        let per = |seconds: f64| seconds * scale / amount;
-        metrics.insert(format!("total_cpu_{unit}"), per(spent.machine_s));
-        metrics.insert("machine_busy_share".to_owned(), spent.busy_share);
-        if !pids.is_empty() {
-            metrics.insert(format!("ztunnel_cpu_{unit}"), per(spent.processes_s));
-        }
+    if let Some(scheduled) = figure("scheduled").filter(|&scheduled| scheduled > 0.0) {
+        let skipped = document["skipped"].as_f64().unwrap_or(0.0);
+        metrics.insert("skipped_share".to_owned(), skipped / scheduled);
+    }
+    if let Some(window) = window {
+        costs(&mut metrics, workload, &document, window, !pids.is_empty());
     }
     if !pids.is_empty() {
         metrics.insert("ztunnel_rss_bytes".to_owned(), rss as f64);
@@ -242,16 +270,74 @@ fn evaluate(
     }
 }
 
+/// What the window cost, per request, connection or GB.
+fn costs(
+    metrics: &mut BTreeMap<String, f64>,
+    workload: Workload,
+    document: &Value,
+    window: &Window,
+    with_ztunnels: bool,
+) {
+    let Window { spent, readings } = window;
+    if let Some(entries) = readings.conntrack_entries {
+        metrics.insert("conntrack_entries".to_owned(), entries as f64);
+    }
+    // What is divided by; the units of CPU time and of counts, and by how much those scale.
+    let (rate, cpu_unit, cpu_scale, unit, scale) = match workload {
+        Workload::Rr | Workload::RrOpen => {
+            ("requests_per_s", "us_per_request", 1e6, "per_request", 1.0)
+        }
+        Workload::Connect => (
+            "connections_per_s",
+            "us_per_connection",
+            1e6,
+            "per_connection",
+            1.0,
+        ),
+        Workload::Stream => ("bytes_per_s", "s_per_gb", 1e9, "per_gb", 1e9),
+    };
+    let measured_s = document["measured_s"].as_f64().unwrap_or(0.0);
+    let amount = document["metrics"][rate].as_f64().unwrap_or(0.0) * measured_s;
+    if amount <= 0.0 {
+        return;
+    }
+    let mut set = |name: &str, unit: &str, value: f64| {
+        metrics.insert(format!("{name}_{unit}"), value / amount);
+    };
+    set("total_cpu", cpu_unit, spent.machine_s * cpu_scale);
+    set("softirq_cpu", cpu_unit, spent.softirq_s * cpu_scale);
+    if with_ztunnels {
+        set("ztunnel_cpu", cpu_unit, spent.processes_s * cpu_scale);
+        set("ztunnel_switches", unit, spent.switches as f64 * scale);
+    }
+    if let Some(enters) = readings.enters {
+        set("ztunnel_enters", unit, enters as f64 * scale);
+    }
+    if let Some(packets) = readings.tunnel_packets {
+        set("tunnel_packets", unit, packets as f64 * scale);
+    }
+    metrics.insert("machine_busy_share".to_owned(), spent.busy_share);
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
 
-    const SPENT: Spent = Spent {
-        processes_s: 0.5,
-        machine_s: 2.0,
-        busy_share: 0.8,
+    const WINDOW: Window = Window {
+        spent: Spent {
+            processes_s: 0.5,
+            switches: 20_000,
+            machine_s: 2.0,
+            softirq_s: 0.25,
+            busy_share: 0.8,
+        },
+        readings: Readings {
+            enters: Some(5000),
+            tunnel_packets: None,
+            conntrack_entries: Some(12),
+        },
     };
 
     #[test]
@@ -264,9 +350,14 @@ mod tests {
             "outcomes": {"ok": 10000, "errors": 3},
             "spectrum_us": [[0.0, 50.0], [0.5, 90.0]],
         });
-        let trial = evaluate(Workload::Rr, document, Some(SPENT), &[1, 2], 1000);
+        let trial = evaluate(Workload::Rr, document, Some(&WINDOW), &[1, 2], 1000);
         assert_eq!(trial.metric("ztunnel_cpu_us_per_request"), Some(50.0));
         assert_eq!(trial.metric("total_cpu_us_per_request"), Some(200.0));
+        assert_eq!(trial.metric("softirq_cpu_us_per_request"), Some(25.0));
+        assert_eq!(trial.metric("ztunnel_switches_per_request"), Some(2.0));
+        assert_eq!(trial.metric("ztunnel_enters_per_request"), Some(0.5));
+        assert_eq!(trial.metric("conntrack_entries"), Some(12.0));
+        assert_eq!(trial.metric("tunnel_packets_per_request"), None);
         assert_eq!(trial.metric("ztunnel_rss_bytes"), Some(1000.0));
         assert_eq!(trial.metric("errors"), Some(3.0));
         assert_eq!(trial.metric("p50_us"), Some(90.0));
@@ -276,9 +367,22 @@ mod tests {
     }
 
     #[test]
+    fn an_open_loop_says_what_it_skipped() {
+        let document = json!({
+            "measured_s": 1.0,
+            "skipped": 50,
+            "metrics": {"requests_per_s": 950.0, "scheduled": 1000.0, "service_p99_us": 7.0},
+            "outcomes": {"ok": 950, "errors": 0},
+        });
+        let trial = evaluate(Workload::RrOpen, document, None, &[], 0);
+        assert_eq!(trial.metric("skipped_share"), Some(0.05));
+        assert_eq!(trial.metric("service_p99_us"), Some(7.0));
+    }
+
+    #[test]
     fn streams_count_by_the_gigabyte_and_without_ztunnels_there_is_no_ztunnel_cost() {
         let document = json!({"measured_s": 1.0, "metrics": {"bytes_per_s": 4e9}, "outcomes": {}});
-        let trial = evaluate(Workload::Stream, document, Some(SPENT), &[], 0);
+        let trial = evaluate(Workload::Stream, document, Some(&WINDOW), &[], 0);
         assert_eq!(trial.metric("total_cpu_s_per_gb"), Some(0.5));
         assert_eq!(trial.metric("ztunnel_cpu_s_per_gb"), None);
         assert_eq!(trial.metric("ztunnel_rss_bytes"), None);

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 
-use super::plot;
 use super::schema::{Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
 use super::units::with_unit;
+use super::{curve, plot};
 
 const STYLE: &str = "
 :root{color-scheme:light}
@@ -43,6 +43,7 @@ pub(super) fn page(document: &Document) -> Result<String> {
     results(&mut html, document);
     notes(&mut html, document);
     throughput(&mut html, document)?;
+    load(&mut html, document)?;
     spectra(&mut html, document)?;
     cpu(&mut html, document)?;
     ratios(&mut html, document);
@@ -96,7 +97,10 @@ fn key(html: &mut String, document: &Document) {
 
 /// One sentence per pair of paths: where the one is better. `none` is no rival.
 fn tally(html: &mut String, document: &Document) {
-    let rivals = || document.ratios.iter().filter(|ratio| ratio.to != "none");
+    let rivals = || {
+        let ratios = document.ratios.iter();
+        ratios.filter(|ratio| ratio.to != "none" && !document.is_against_itself(ratio))
+    };
     let mut pairs: Vec<(&str, &str)> = Vec::new();
     for ratio in rivals() {
         let pair = (ratio.of.as_str(), ratio.to.as_str());
@@ -145,10 +149,10 @@ fn results(html: &mut String, document: &Document) {
          <th>machine CPU</th><th>ztunnel memory</th><th>errors</th>\
          <th class=\"l\">throughput against</th></tr>\n",
     );
-    for (scope, workload, connections) in document.cells() {
+    for cell in document.cells() {
         let mut first = true;
         for path in &document.paths {
-            let Some(row) = document.row(path, scope, workload, connections) else {
+            let Some(row) = document.row(path, &cell) else {
                 continue;
             };
             result_row(html, document, row, first);
@@ -170,10 +174,7 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         .get("errors")
         .map_or(0.0, |errors| errors.values.iter().sum());
     let (scope, workload) = if first {
-        (
-            row.scope.clone(),
-            format!("{} x{}", row.workload, row.connections),
-        )
+        (row.scope.clone(), row.cell().label())
     } else {
         Default::default()
     };
@@ -203,7 +204,7 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
     let against: Vec<String> = document
         .ratios
         .iter()
-        .filter(|r| r.of == row.path && r.metric == throughput && same_cell(r, row))
+        .filter(|r| r.of == row.path && r.metric == throughput && r.cell() == row.cell())
         // What the whole mesh costs is in the figures; this column is about rivals.
         .filter(|r| r.to != "none" || document.paths.len() == 2)
         .map(|r| format!("{}: {}", escape(&r.to), verdict(r)))
@@ -213,11 +214,6 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         "<td>{errors:.0}</td><td class=\"l\">{}</td></tr>",
         against.join(", ")
     );
-}
-
-fn same_cell(ratio: &Ratio, row: &Row) -> bool {
-    (&ratio.scope, &ratio.workload, ratio.connections)
-        == (&row.scope, &row.workload, row.connections)
 }
 
 fn verdict(ratio: &Ratio) -> String {
@@ -242,8 +238,7 @@ fn notes(html: &mut String, document: &Document) {
         html,
         "<li>A trial counts as one observation. Intervals are bootstrap 95 % intervals of medians; \
          ratios are paired by round. A verdict other than \"no difference shown\" needs the \
-         interval to lie beyond the noise threshold, which is how far medians of even and odd \
-         rounds of the same path differ in the typical row, at least 2 %.</li>\n</ul>"
+         interval to lie beyond the noise threshold of its kind of metric, at least 2 %.</li>\n</ul>"
     );
 }
 
@@ -280,7 +275,7 @@ fn bars(
     let cells: Vec<_> = document
         .cells()
         .into_iter()
-        .filter(|cell| cell.1 == workload)
+        .filter(|cell| cell.workload == workload)
         .collect();
     if let Some(svg) = plot::bars(document, &cells, metric, unit)? {
         html.push_str(&svg);
@@ -288,10 +283,33 @@ fn bars(
     Ok(())
 }
 
+fn load(html: &mut String, document: &Document) -> Result<()> {
+    let mut plots = String::new();
+    for (metric, name) in [
+        ("p50_us", "median latency from when requests were due"),
+        ("p99_us", "99th percentile from when requests were due"),
+    ] {
+        if let Some(svg) = curve::against_load(document, metric, name)? {
+            plots.push_str(&svg);
+        }
+    }
+    if !plots.is_empty() {
+        html.push_str("<h2>Latency against load</h2>\n");
+        key(html, document);
+        let _ = writeln!(
+            html,
+            "<div class=\"plots\">\n{plots}</div>\n<p><small>Open loop between nodes, 32 \
+             connections, Poisson arrivals, the same rates for every path, up to 95 % of the \
+             highest closed-loop rate. Lines: medians. Dots: trials.</small></p>"
+        );
+    }
+    Ok(())
+}
+
 fn spectra(html: &mut String, document: &Document) -> Result<()> {
     let mut plots = String::new();
     for cell in document.cells() {
-        if let Some(svg) = plot::spectrum(document, cell)? {
+        if let Some(svg) = plot::spectrum(document, &cell)? {
             plots.push_str(&svg);
         }
     }
@@ -353,11 +371,10 @@ fn ratios(html: &mut String, document: &Document) {
     for ratio in &document.ratios {
         let _ = writeln!(
             html,
-            "<tr><td>{}</td><td class=\"l\">{} x{}</td><td class=\"l\">{}</td>\
+            "<tr><td>{}</td><td class=\"l\">{}</td><td class=\"l\">{}</td>\
              <td class=\"l\">{}</td><td class=\"l\">{}</td><td>{}</td><td>{:.2} to {:.2}</td></tr>",
             ratio.scope,
-            ratio.workload,
-            ratio.connections,
+            ratio.cell().label(),
             ratio.metric,
             escape(&ratio.of),
             escape(&ratio.to),
@@ -382,11 +399,10 @@ fn figures(html: &mut String, document: &Document) {
             let values: Vec<String> = estimate.values.iter().map(|&v| show(v)).collect();
             let _ = writeln!(
                 html,
-                "<tr><td>{}</td><td class=\"l\">{} x{}</td><td class=\"l\">{}</td>\
+                "<tr><td>{}</td><td class=\"l\">{}</td><td class=\"l\">{}</td>\
                  <td class=\"l\">{}</td><td>{}</td><td>{} to {}</td><td>{}</td></tr>",
                 row.scope,
-                row.workload,
-                row.connections,
+                row.cell().label(),
                 escape(&row.path),
                 escape(metric),
                 show(estimate.median),

@@ -1,9 +1,11 @@
 //! The report of a comparison: its file format, the page and the table made from it.
 
+mod curve;
 mod html;
 pub mod plot;
 pub mod schema;
 pub mod table;
+mod text;
 pub mod units;
 
 use std::fs;
@@ -13,14 +15,24 @@ use anyhow::{Context as _, Result, bail};
 
 use schema::{Document, SCHEMA};
 
-/// Writes `report.html` beside the `report.json` in `directory`, from that file alone.
+/// Writes `report.html`, `report.md`, `trials.csv` and `ratios.csv` beside the `report.json` in
+/// `directory`, from that file alone.
 ///
 /// # Errors
-/// A missing or malformed `report.json`, one of another schema, or a page that cannot be written.
+/// A missing or malformed `report.json`, one of another schema, or a file that cannot be written.
 pub fn render(directory: &Path) -> Result<()> {
     let document = read(directory)?;
-    let path = directory.join("report.html");
-    fs::write(&path, html::page(&document)?).with_context(|| format!("writing {}", path.display()))
+    let files = [
+        ("report.html", html::page(&document)?),
+        ("report.md", text::markdown(&document)),
+        ("trials.csv", text::trials_csv(&document)),
+        ("ratios.csv", text::ratios_csv(&document)),
+    ];
+    for (name, content) in files {
+        let path = directory.join(name);
+        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Reads the `report.json` in `directory`.
@@ -89,10 +101,24 @@ mod tests {
             workload: "rr".to_owned(),
             connections: 32,
             size_bytes: 64,
+            placement: None,
+            offered_per_s: None,
             trials: 3,
             metrics,
             spectrum_us: spectrum.collect(),
         }
+    }
+
+    /// An open loop that gets slower with its rate.
+    fn open(path: &str, rate: f64) -> Row {
+        let mut row = row(path, 26e3);
+        row.workload = "rr-open".to_owned();
+        row.offered_per_s = Some(rate);
+        row.metrics
+            .insert("p99_us".to_owned(), estimate(100.0 + rate / 100.0));
+        row.metrics
+            .insert("service_p99_us".to_owned(), estimate(90.0));
+        row
     }
 
     /// A small but complete report.
@@ -104,6 +130,8 @@ mod tests {
             scope: "cross-node".to_owned(),
             workload: "rr".to_owned(),
             connections: 32,
+            placement: None,
+            offered_per_s: None,
             ratio: 1.3,
             ci95: [1.25, 1.35],
             verdict: Verdict::Better,
@@ -131,10 +159,23 @@ mod tests {
             tunnel_driver: Some("vxlan".to_owned()),
             command: "lab compare".to_owned(),
             noise_threshold: 0.05,
-            rows: vec![row("none", 60e3), row("tunnel", 20e3), row("ebpf", 26e3)],
+            rows: vec![
+                row("none", 60e3),
+                row("tunnel", 20e3),
+                row("ebpf", 26e3),
+                open("tunnel", 10e3),
+                open("tunnel", 20e3),
+                open("ebpf", 10e3),
+                open("ebpf", 20e3),
+            ],
             ratios: vec![ratio, against_none],
             paths: ["none", "tunnel", "ebpf"].map(str::to_owned).to_vec(),
             settings: Settings::default(),
+            noise: BTreeMap::new(),
+            noise_source: String::new(),
+            against_itself: None,
+            peers: Vec::new(),
+            skipped_peers: Vec::new(),
             notes: vec!["A note.".to_owned()],
         }
     }

@@ -4,11 +4,11 @@ use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use super::schema::{Document, Estimate, Row};
+use super::schema::{Cell, Document, Estimate, Row};
 
-const FONT: &str = "sans-serif";
-const AXIS: RGBColor = RGBColor(90, 96, 105);
-const GRID: RGBColor = RGBColor(228, 231, 236);
+pub(super) const FONT: &str = "sans-serif";
+pub(super) const AXIS: RGBColor = RGBColor(90, 96, 105);
+pub(super) const GRID: RGBColor = RGBColor(228, 231, 236);
 /// Colours of the paths in their order; the first is for `none`.
 const COLOURS: [RGBColor; 6] = [
     RGBColor(140, 146, 156),
@@ -22,7 +22,7 @@ const COLOURS: [RGBColor; 6] = [
 const GROUP: f64 = 0.78;
 
 /// Colour of a path.
-fn colour(document: &Document, path: &str) -> RGBColor {
+pub(super) fn colour(document: &Document, path: &str) -> RGBColor {
     if path == "none" {
         return COLOURS[0];
     }
@@ -42,15 +42,12 @@ pub fn css_colour(document: &Document, path: &str) -> String {
 /// the median. `None` if no row has the metric.
 pub(super) fn bars(
     document: &Document,
-    cells: &[(&str, &str, u32)],
+    cells: &[Cell<'_>],
     metric: &str,
     unit: (&str, f64),
 ) -> Result<Option<String>> {
-    let estimate = |cell: &(&str, &str, u32), path: &str| -> Option<&Estimate> {
-        document
-            .row(path, cell.0, cell.1, cell.2)?
-            .metrics
-            .get(metric)
+    let estimate = |cell: &Cell<'_>, path: &str| -> Option<&Estimate> {
+        document.row(path, cell)?.metrics.get(metric)
     };
     let all = cells
         .iter()
@@ -83,7 +80,7 @@ pub(super) fn bars(
             .y_desc(name)
             .draw()?;
         for (i, cell) in cells.iter().enumerate() {
-            let label = [format!("{} x{}", cell.1, cell.2), cell.0.to_owned()];
+            let label = [cell.label(), cell.scope.to_owned()];
             for (line, text) in label.iter().enumerate() {
                 let (px, py) = chart.backend_coord(&(i as f64, 0.0));
                 let shift = 6 + 14 * i32::try_from(line).unwrap_or(0);
@@ -145,12 +142,11 @@ impl Bar {
 
 /// The latency spectrum of one cell: a line per path over a logarithmic axis of the share of
 /// requests above. `None` if no path has one.
-pub(super) fn spectrum(document: &Document, cell: (&str, &str, u32)) -> Result<Option<String>> {
-    let (scope, workload, connections) = cell;
+pub(super) fn spectrum(document: &Document, cell: &Cell<'_>) -> Result<Option<String>> {
     let rows: Vec<&Row> = document
         .paths
         .iter()
-        .filter_map(|path| document.row(path, scope, workload, connections))
+        .filter_map(|path| document.row(path, cell))
         .filter(|row| row.spectrum_us.len() >= 2)
         .collect();
     let points = || rows.iter().flat_map(|row| row.spectrum_us.iter().copied());
@@ -167,7 +163,7 @@ pub(super) fn spectrum(document: &Document, cell: (&str, &str, u32)) -> Result<O
             .margin(8)
             .margin_right(26)
             .caption(
-                format!("{scope}, {workload} x{connections}"),
+                format!("{}, {}", cell.scope, cell.label()),
                 (FONT, 14).into_font().color(&BLACK),
             )
             .x_label_area_size(30)
@@ -225,10 +221,14 @@ fn centred() -> TextStyle<'static> {
         .pos(Pos::new(HPos::Center, VPos::Top))
 }
 
-type Root<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Failed = DrawingAreaErrorKind<std::io::Error>;
+pub(super) type Root<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(super) type Failed = DrawingAreaErrorKind<std::io::Error>;
 
-fn svg(width: u32, height: u32, draw: impl Fn(&Root<'_>) -> Result<(), Failed>) -> Result<String> {
+pub(super) fn svg(
+    width: u32,
+    height: u32,
+    draw: impl Fn(&Root<'_>) -> Result<(), Failed>,
+) -> Result<String> {
     let mut text = String::new();
     {
         let root = SVGBackend::with_string(&mut text, (width, height)).into_drawing_area();
@@ -264,9 +264,8 @@ mod tests {
     #[test]
     fn the_spectrum_has_a_line_per_path_and_percentile_labels() {
         let document = example();
-        let svg = spectrum(&document, ("cross-node", "rr", 32))
-            .unwrap()
-            .unwrap();
+        let cell = document.cells()[0];
+        let svg = spectrum(&document, &cell).unwrap().unwrap();
         for path in &document.paths {
             let RGBColor(r, g, b) = colour(&document, path);
             assert!(
@@ -276,9 +275,15 @@ mod tests {
         }
         assert!(svg.contains("99 %"), "{svg}");
         assert!(
-            spectrum(&document, ("cross-node", "rr", 7))
-                .unwrap()
-                .is_none()
+            spectrum(
+                &document,
+                &Cell {
+                    connections: 7,
+                    ..cell
+                }
+            )
+            .unwrap()
+            .is_none()
         );
     }
 

@@ -24,8 +24,7 @@ pub struct Document {
     pub tunnel_driver: Option<String>,
     /// The command line.
     pub command: String,
-    /// Typical relative difference between halves of the same path's trials: intervals must lie
-    /// beyond it for a verdict.
+    /// What throughput may differ by from itself: intervals must lie beyond it for a verdict.
     pub noise_threshold: f64,
     /// One per path, scope, workload and number of connections.
     pub rows: Vec<Row>,
@@ -37,9 +36,62 @@ pub struct Document {
     /// How it was measured.
     #[serde(default)]
     pub settings: Settings,
+    /// Noise thresholds by kind of metric, see [`noise_kind`]; `noise_threshold` is the one of
+    /// `throughput`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub noise: BTreeMap<String, f64>,
+    /// Where they are from: `a/a` (a path against itself in this session) or `halves` (even
+    /// against odd rounds of the same path).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub noise_source: String,
+    /// A path measured a second time in a lab of its own. Its rows and ratios are among the
+    /// others; `paths` does not name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against_itself: Option<AgainstItself>,
+    /// Other ztunnels that were measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<Peer>,
+    /// Other ztunnels that were asked for and not measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped_peers: Vec<SkippedPeer>,
     /// What a reader must know to judge the numbers, one sentence or two each.
     #[serde(default)]
     pub notes: Vec<String>,
+}
+
+/// What a path measured against itself showed.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct AgainstItself {
+    /// The path.
+    pub path: String,
+    /// Its second name.
+    pub again: String,
+    /// Ratios of the one to the other.
+    pub ratios: usize,
+    /// How many of them a verdict was given on, each judged by the noise of the others.
+    pub differing: usize,
+}
+
+/// Another ztunnel.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Peer {
+    /// Its name as a path.
+    pub name: String,
+    /// File name of its binary.
+    pub binary: String,
+    /// The redirection it ran on.
+    pub redirect: String,
+    /// `shared` or `dedicated`: whose environment it was given.
+    pub mode: String,
+}
+
+/// Another ztunnel that was not measured.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct SkippedPeer {
+    /// Its name.
+    pub name: String,
+    /// Why not.
+    pub reason: String,
 }
 
 /// State of the sources.
@@ -88,12 +140,18 @@ pub struct Row {
     pub path: String,
     /// `cross-node` or `same-node`.
     pub scope: String,
-    /// `rr`, `stream` or `connect`.
+    /// `rr`, `rr-open`, `stream` or `connect`.
     pub workload: String,
     /// Connections at a time.
     pub connections: u32,
     /// Bytes per request and response; 0 for streams.
     pub size_bytes: u32,
+    /// Where it ran, if not where the whole comparison did: `one-cpu` or `cpu-per-node`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<String>,
+    /// Of `rr-open`: requests due per second, over all connections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered_per_s: Option<f64>,
     /// Trials with a result.
     pub trials: usize,
     /// By name.
@@ -129,6 +187,12 @@ pub struct Ratio {
     pub workload: String,
     /// As in [`Row`].
     pub connections: u32,
+    /// As in [`Row`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<String>,
+    /// As in [`Row`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered_per_s: Option<f64>,
     /// Median of the rounds' ratios.
     pub ratio: f64,
     /// Bootstrap 95 % confidence interval of that median.
@@ -163,29 +227,70 @@ impl Verdict {
     }
 }
 
+/// What a path is measured at: a row without its path.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cell<'a> {
+    /// As in [`Row`].
+    pub scope: &'a str,
+    /// As in [`Row`].
+    pub workload: &'a str,
+    /// As in [`Row`].
+    pub connections: u32,
+    /// As in [`Row`].
+    pub placement: Option<&'a str>,
+    /// As in [`Row`].
+    pub offered_per_s: Option<f64>,
+}
+
+impl Cell<'_> {
+    /// The cell within its scope, for people: `rr x32`.
+    #[must_use]
+    pub fn label(&self) -> String {
+        let mut label = format!("{} x{}", self.workload, self.connections);
+        if let Some(rate) = self.offered_per_s {
+            label = format!("{} {}/s", self.workload, super::units::scaled(rate));
+        }
+        match self.placement {
+            Some(placement) => format!("{label} {placement}"),
+            None => label,
+        }
+    }
+}
+
 impl Document {
     /// The row of a path, if it was measured.
     #[must_use]
-    pub fn row(&self, path: &str, scope: &str, workload: &str, connections: u32) -> Option<&Row> {
-        self.rows.iter().find(|row| {
-            row.path == path
-                && row.scope == scope
-                && row.workload == workload
-                && row.connections == connections
-        })
+    pub fn row(&self, path: &str, cell: &Cell<'_>) -> Option<&Row> {
+        self.rows
+            .iter()
+            .find(|row| row.path == path && row.cell() == *cell)
     }
 
-    /// The distinct scope, workload and connections of the rows, in their order.
+    /// The distinct cells of the rows, in their order.
     #[must_use]
-    pub fn cells(&self) -> Vec<(&str, &str, u32)> {
+    pub fn cells(&self) -> Vec<Cell<'_>> {
         let mut cells = Vec::new();
-        for row in &self.rows {
-            let cell = (row.scope.as_str(), row.workload.as_str(), row.connections);
+        for cell in self.rows.iter().map(Row::cell) {
             if !cells.contains(&cell) {
                 cells.push(cell);
             }
         }
         cells
+    }
+
+    /// The noise threshold of a metric.
+    #[must_use]
+    pub fn noise_of(&self, metric: &str) -> f64 {
+        let own = self.noise.get(noise_kind(metric));
+        own.copied().unwrap_or(self.noise_threshold)
+    }
+
+    /// Whether a ratio is one of a path against itself.
+    #[must_use]
+    pub fn is_against_itself(&self, ratio: &Ratio) -> bool {
+        self.against_itself
+            .as_ref()
+            .is_some_and(|twice| twice.again == ratio.of)
     }
 }
 
@@ -194,6 +299,47 @@ impl Row {
     #[must_use]
     pub fn median(&self, metric: &str) -> Option<f64> {
         self.metrics.get(metric).map(|estimate| estimate.median)
+    }
+
+    /// What was measured.
+    #[must_use]
+    pub fn cell(&self) -> Cell<'_> {
+        Cell {
+            scope: &self.scope,
+            workload: &self.workload,
+            connections: self.connections,
+            placement: self.placement.as_deref(),
+            offered_per_s: self.offered_per_s,
+        }
+    }
+}
+
+impl Ratio {
+    /// What was measured.
+    #[must_use]
+    pub fn cell(&self) -> Cell<'_> {
+        Cell {
+            scope: &self.scope,
+            workload: &self.workload,
+            connections: self.connections,
+            placement: self.placement.as_deref(),
+            offered_per_s: self.offered_per_s,
+        }
+    }
+}
+
+/// Metrics that are equally noisy and share a threshold.
+#[must_use]
+pub fn noise_kind(metric: &str) -> &'static str {
+    match metric {
+        m if m.ends_with("_per_s") => "throughput",
+        "p50_us" | "p90_us" | "service_p50_us" => "p50 and p90",
+        "p99_us" | "p999_us" | "service_p99_us" => "p99 and above",
+        m if m.starts_with("ztunnel_cpu") => "ztunnel CPU",
+        m if m.starts_with("total_cpu") => "machine CPU",
+        m if m.starts_with("softirq_cpu") => "softirq CPU",
+        "ztunnel_rss_bytes" => "memory",
+        _ => "counts",
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 
-use super::schema::{Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
+use super::schema::{Cell, Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
 use super::units::with_unit;
 
 /// Columns that notes are wrapped at.
 const WIDTH: usize = 98;
+/// Columns of a cell's label.
+const LABEL: usize = 14;
 const HEADERS: [&str; 6] = [
     "throughput",
     "p50",
@@ -22,24 +24,29 @@ pub fn render(document: &Document) -> String {
     let mut text = String::new();
     line(&mut text, "", "path", &HEADERS.map(str::to_owned));
     let mut last_scope = "";
-    for (scope, workload, connections) in document.cells() {
-        if scope != last_scope {
+    for cell in document.cells() {
+        if cell.scope != last_scope {
+            let scope = cell.scope;
             let _ = writeln!(text, "{scope} (medians; CPU per request, connection or GB)");
             last_scope = scope;
         }
-        let mut label = format!("{workload} x{connections}");
+        let mut label = cell.label();
+        if label.len() > LABEL {
+            let _ = writeln!(text, "  {label}");
+            label.clear();
+        }
         for path in &document.paths {
-            if let Some(row) = document.row(path, scope, workload, connections) {
+            if let Some(row) = document.row(path, &cell) {
                 line(&mut text, &label, path, &figures(row));
                 label.clear();
             }
         }
-        compare(&mut text, document, (scope, workload, connections));
+        compare(&mut text, document, &cell);
     }
     let _ = writeln!(
         text,
         "a/b: median ratio of paired trials; + better, - worse, ~ no difference shown (95 % \
-         interval\nreaches into the noise of {:.1} %)",
+         interval\nreaches into the noise, {:.1} % for throughput)",
         document.noise_threshold * 100.0
     );
     document.notes.iter().for_each(|note| item(&mut text, note));
@@ -50,7 +57,7 @@ fn line(text: &mut String, label: &str, path: &str, cells: &[String; 6]) {
     let [throughput, p50, p99, ztunnel, machine, errors] = cells;
     let cells =
         format!("{throughput:>13} {p50:>9} {p99:>9} {ztunnel:>12} {machine:>12} {errors:>7}");
-    let _ = writeln!(text, "  {label:14} {path:8} {}", cells.trim_end());
+    let _ = writeln!(text, "  {label:LABEL$} {path:8} {}", cells.trim_end());
 }
 
 fn figures(row: &Row) -> [String; 6] {
@@ -83,20 +90,18 @@ fn dash_for_streams(row: &Row, text: String) -> String {
 }
 
 /// One line per pair of paths, `none` being no rival, in the columns of the figures.
-fn compare(text: &mut String, document: &Document, cell: (&str, &str, u32)) {
-    let (scope, workload, connections) = cell;
+fn compare(text: &mut String, document: &Document, cell: &Cell<'_>) {
     let here: Vec<&Ratio> = document
         .ratios
         .iter()
-        .filter(|r| r.scope == scope && r.workload == workload && r.connections == connections)
-        .filter(|r| r.to != "none")
+        .filter(|r| r.cell() == *cell && r.to != "none" && !document.is_against_itself(r))
         .collect();
     let mut pairs: Vec<_> = here
         .iter()
         .map(|r| (r.of.as_str(), r.to.as_str()))
         .collect();
     pairs.dedup();
-    let [ztunnel, total] = cpu_metrics(workload);
+    let [ztunnel, total] = cpu_metrics(cell.workload);
     for (of, to) in pairs {
         let show = |metric: &str| {
             let ratio = here
@@ -107,7 +112,7 @@ fn compare(text: &mut String, document: &Document, cell: (&str, &str, u32)) {
             })
         };
         let figures = [
-            throughput_metric(workload),
+            throughput_metric(cell.workload),
             "p50_us",
             "p99_us",
             ztunnel,

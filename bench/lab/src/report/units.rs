@@ -11,7 +11,7 @@ pub fn with_unit(metric: &str, value: Option<f64>) -> String {
         "connections_per_s" => format!("{} conn/s", scaled(value)),
         "bytes_per_s" => format!("{}B/s", scaled_apart(value)),
         "ztunnel_rss_bytes" => format!("{}B", scaled_apart(value)),
-        "machine_busy_share" => format!("{:.0} %", value * 100.0),
+        "machine_busy_share" | "skipped_share" => format!("{:.0} %", value * 100.0),
         name if name.ends_with("_us") => latency(value),
         name if name.contains("_us_per_") => format!("{} us", digits(value)),
         name if name.ends_with("_s_per_gb") => format!("{} s/GB", digits(value)),

@@ -1,0 +1,105 @@
+//! The labs of a comparison, one for each path.
+
+use anyhow::{Context as _, Result, bail};
+
+use super::interrupt::Interrupt;
+use super::peers::{self, Wanted};
+use super::plan::{Path, Plan};
+use super::trial::Setup;
+use crate::lab::{Lab, LabOptions};
+use crate::report::schema::{Peer, SkippedPeer};
+use crate::state::Redirect;
+
+/// Labs that are up, by the names of their paths; dropping takes them down.
+#[derive(Debug, Default)]
+pub(super) struct Labs {
+    up: Vec<(String, Lab)>,
+    /// The peers among them.
+    pub(super) peers: Vec<Peer>,
+    /// Peers that could not be brought up.
+    pub(super) skipped_peers: Vec<SkippedPeer>,
+}
+
+impl Labs {
+    /// Brings up the labs of peers and adds their paths to the plan. Peers that do not work are
+    /// noted and left out.
+    pub(super) fn up_peers(
+        &mut self,
+        prefix: &str,
+        plan: &mut Plan,
+        wanted: &[Wanted],
+        setup: &Setup<'_>,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        for peer in wanted {
+            let name = format!("{prefix}-{}", peer.name);
+            make_room(&name)?;
+            match peers::up(&name, peer, setup) {
+                Ok((lab, path, about)) => {
+                    self.up.push((path.name.clone(), lab));
+                    plan.add_peer(path);
+                    self.peers.push(about);
+                }
+                Err(skipped) => {
+                    eprintln!("lab: peer {} is skipped: {}", skipped.name, skipped.reason);
+                    self.skipped_peers.push(skipped);
+                }
+            }
+            if interrupt.came() {
+                bail!("interrupted while labs came up");
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings up the labs of all other paths.
+    pub(super) fn up(&mut self, prefix: &str, plan: &Plan, interrupt: &Interrupt) -> Result<()> {
+        for path in plan.paths.iter().filter(|path| path.peer.is_none()) {
+            let name = format!("{prefix}-{}", path.slug());
+            make_room(&name)?;
+            let options = LabOptions {
+                name,
+                redirect: path.redirect,
+                ..LabOptions::default()
+            };
+            let lab = Lab::up(&options);
+            let lab = lab.with_context(|| format!("bringing up path {}", path.name))?;
+            self.up.push((path.name.clone(), lab));
+            if interrupt.came() {
+                bail!("interrupted while labs came up");
+            }
+        }
+        Ok(())
+    }
+
+    /// The lab of a path.
+    pub(super) fn of(&self, path: &Path) -> Result<&Lab> {
+        let lab = self.up.iter().find(|(name, _)| *name == path.name);
+        lab.map(|(_, lab)| lab)
+            .with_context(|| format!("path {} has no lab", path.name))
+    }
+
+    /// The driver of the `tunnel` path.
+    pub(super) fn tunnel_driver(&self) -> Option<String> {
+        let mut labs = self.up.iter().map(|(_, lab)| lab);
+        let tunnel = labs.find(|lab| lab.redirect() == Redirect::Tunnel)?;
+        tunnel.tunnel_driver().map(str::to_owned)
+    }
+}
+
+/// Removes what a comparison that was killed left up: the lock says that none is running.
+fn make_room(name: &str) -> Result<()> {
+    Lab::down(name).with_context(|| format!("removing an old lab {name}"))?;
+    eprintln!("bringing up lab {name}");
+    Ok(())
+}
+
+impl Drop for Labs {
+    fn drop(&mut self) {
+        for (_, lab) in &self.up {
+            if let Err(error) = Lab::down(lab.name()) {
+                eprintln!("lab: taking lab {} down: {error}", lab.name());
+            }
+        }
+    }
+}
