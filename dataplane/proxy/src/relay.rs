@@ -2,19 +2,24 @@
 //! each direction ending on its own (half-close).
 //!
 //! A reset by the application counts as the end of its data, as upstream does it: the other side
-//! sees a clean end. An error in sending ends both directions.
+//! sees a clean end. A receiver that is gone ends its direction only: what it has sent before is
+//! still delivered. Payload that a failed tunnel cut off ends in a reset of the application's
+//! connection, never in what looks like a complete answer.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
 use std::task::Poll;
+use std::time::Duration;
 
+use rt::buf::Buf;
 use rt::net::{Placement, ReadHalf, TcpStream, WriteHalf};
 use telemetry::{ConnectionRecord, ResponseFlags};
 
 use crate::error::{ProxyError, is_gone};
-use crate::tunnel::TunnelStream;
+use crate::tunnel::{StreamFailure, TunnelStream};
 
 /// Which way bytes are counted.
 #[derive(Debug, Clone, Copy)]
@@ -41,9 +46,11 @@ pub(crate) async fn client_to_tunnel(
     record: &ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let (read, write) = client.split();
+    let cut = Cut::default();
     both(
-        upload(read, server, record, Way::Request),
+        upload(read, server, record, Way::Request, &cut),
         download(server, write, record, Way::Response),
+        &cut,
     )
     .await
 }
@@ -55,9 +62,11 @@ pub(crate) async fn tunnel_to_server(
     record: &ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let (read, write) = server.split();
+    let cut = Cut::default();
     both(
-        upload(read, client, record, Way::Response),
+        upload(read, client, record, Way::Response, &cut),
         download(client, write, record, Way::Request),
+        &cut,
     )
     .await
 }
@@ -73,17 +82,27 @@ pub(crate) async fn client_to_server(
     both(
         copy(client_read, server_write, records, Way::Request),
         copy(server_read, client_write, records, Way::Response),
+        &Cut::default(),
     )
     .await
 }
 
-/// Runs both directions to their ends; the first error ends the other one too.
+/// Why the stream takes no more from the application, once it does not.
+type Cut = RefCell<Option<StreamFailure>>;
+
+/// How long an application may go on sending what nobody takes after all it gets is on its way.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Runs both directions to their ends; the first error ends the other one too. If `one` is `cut`
+/// the end of `other` is the end, after [`LINGER`].
 async fn both(
     one: impl Future<Output = Result<(), ProxyError>>,
     other: impl Future<Output = Result<(), ProxyError>>,
+    cut: &Cut,
 ) -> Result<(), ProxyError> {
     let (mut one, mut other) = (pin!(one), pin!(other));
     let (mut one_open, mut other_open) = (true, true);
+    let mut linger = None;
     poll_fn(|cx| {
         if one_open && let Poll::Ready(result) = one.as_mut().poll(cx) {
             one_open = false;
@@ -97,10 +116,20 @@ async fn both(
                 return Poll::Ready(result);
             }
         }
-        if one_open || other_open {
-            Poll::Pending
-        } else {
-            Poll::Ready(Ok(()))
+        if other_open {
+            return Poll::Pending;
+        }
+        if one_open && cut.borrow().is_some() {
+            let wait = linger.get_or_insert_with(|| Box::pin(rt::time::sleep(LINGER)));
+            if wait.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+        }
+        match &*cut.borrow() {
+            Some(failure) if failure.is_clean() => Poll::Ready(Ok(())),
+            Some(failure) => Poll::Ready(Err(failure.clone().into())),
+            None if one_open => Poll::Pending,
+            None => Poll::Ready(Ok(())),
         }
     })
     .await
@@ -112,16 +141,47 @@ async fn upload(
     to: &TunnelStream,
     record: &ConnectionRecord,
     way: Way,
+    cut: &Cut,
 ) -> Result<(), ProxyError> {
     from.set_placement(Placement::Segmented);
     let mut bufs = VecDeque::new();
     loop {
-        let n = end_if_gone(from.recv(&mut bufs).await)?;
-        if n == 0 {
-            return Ok(to.finish()?);
+        let received = poll_fn(|cx| {
+            // Also while the application is silent: nothing it could say would arrive.
+            if let Poll::Ready(failure) = to.poll_failure(cx) {
+                return Poll::Ready(Err(failure));
+            }
+            from.poll_recv(cx, &mut bufs, &mut None).map(Ok)
+        });
+        let sent = match received.await {
+            Ok(received) => match end_if_gone(received) {
+                Ok(0) => return Ok(to.finish()?),
+                Ok(n) => to.send(&mut bufs).await.map(|()| n),
+                Err(error) => {
+                    to.cut_off();
+                    return Err(error.into());
+                }
+            },
+            Err(failure) => Err(failure),
+        };
+        match sent {
+            Ok(n) => way.count(record, n),
+            Err(failure) => {
+                *cut.borrow_mut() = Some(failure);
+                return discard(from, bufs).await;
+            }
         }
-        to.send(&mut bufs).await?;
-        way.count(record, n);
+    }
+}
+
+/// Takes what nobody wants until its sender ends: closing a socket with unread data would reset it,
+/// and take away what is still on its way to the application.
+async fn discard(mut from: ReadHalf, mut bufs: VecDeque<Buf>) -> Result<(), ProxyError> {
+    loop {
+        bufs.clear();
+        if end_if_gone(from.recv(&mut bufs).await)? == 0 {
+            return Ok(());
+        }
     }
 }
 
@@ -134,15 +194,20 @@ async fn download(
 ) -> Result<(), ProxyError> {
     let mut bufs = VecDeque::new();
     loop {
-        let n = from.recv(&mut bufs).await?;
+        let n = match from.recv(&mut bufs).await {
+            Ok(n) => n,
+            Err(failure) => {
+                let _ = to.reset_on_close(); // the application may be gone already
+                return Err(failure.into());
+            }
+        };
         if n == 0 {
             end_if_gone(to.shutdown().map(|()| 0))?;
             return Ok(());
         }
-        for buf in bufs.drain(..) {
-            to.push(buf);
+        if !deliver(&mut to, &mut bufs).await? {
+            return Ok(());
         }
-        to.flush().await?;
         from.release(n);
         way.count(record, n);
     }
@@ -162,13 +227,23 @@ async fn copy(
             end_if_gone(to.shutdown().map(|()| 0))?;
             return Ok(());
         }
-        for buf in bufs.drain(..) {
-            to.push(buf);
+        if !deliver(&mut to, &mut bufs).await? {
+            return Ok(());
         }
-        to.flush().await?;
         for record in records {
             way.count(record, n);
         }
+    }
+}
+
+/// Sends `bufs`. False: the receiver is gone, which the other direction sees as its end.
+async fn deliver(to: &mut WriteHalf, bufs: &mut VecDeque<Buf>) -> Result<bool, ProxyError> {
+    for buf in bufs.drain(..) {
+        to.push(buf);
+    }
+    match to.flush().await {
+        Err(error) if is_gone(&error) => Ok(false),
+        other => Ok(other.map(|()| true)?),
     }
 }
 

@@ -135,14 +135,21 @@ pub(crate) enum StreamFailure {
     Reset(ErrorCode),
 }
 
+impl StreamFailure {
+    /// The peer is done with the stream and means no harm.
+    pub(crate) fn is_clean(&self) -> bool {
+        matches!(self, Self::Reset(ErrorCode::NO_ERROR | ErrorCode::CANCEL))
+    }
+}
+
 /// The owner's end of a stream. Dropping it before both directions have ended resets the stream.
 #[derive(Debug)]
 pub(crate) struct TunnelStream {
     tunnel: Rc<Tunnel>,
     shared: Rc<StreamShared>,
     finished: Cell<bool>,
-    /// The answer was the last we had to say.
-    refused: Cell<bool>,
+    /// What a reset says if the stream is dropped before its end.
+    parting: Cell<ErrorCode>,
     /// Bytes taken by `recv` and not given back yet.
     taken: Cell<usize>,
 }
@@ -153,7 +160,7 @@ impl TunnelStream {
             tunnel,
             shared,
             finished: Cell::new(false),
-            refused: Cell::new(false),
+            parting: Cell::new(ErrorCode::CANCEL),
             taken: Cell::new(0),
         }
     }
@@ -171,7 +178,8 @@ impl TunnelStream {
             .respond(self.shared.id, status, baggage, end)?;
         if end {
             self.finished.set(true);
-            self.refused.set(true);
+            // RFC 9113 8.1: NO_ERROR after a complete answer asks the client to stop sending.
+            self.parting.set(ErrorCode::NO_ERROR);
         }
         self.tunnel.pump();
         Ok(())
@@ -190,6 +198,15 @@ impl TunnelStream {
             Poll::Pending
         })
         .await
+    }
+
+    /// Ready when the stream takes nothing any more.
+    pub(crate) fn poll_failure(&self, cx: &Context<'_>) -> Poll<StreamFailure> {
+        if let Some(failure) = self.failure() {
+            return Poll::Ready(failure);
+        }
+        register(&self.shared.sender, cx);
+        Poll::Pending
     }
 
     fn failure(&self) -> Option<StreamFailure> {
@@ -214,8 +231,7 @@ impl TunnelStream {
                 return Poll::Ready(Ok(0));
             }
             match self.failure() {
-                // The peer is done with the stream and means no harm: the end of its data.
-                Some(StreamFailure::Reset(ErrorCode::NO_ERROR | ErrorCode::CANCEL)) => {
+                Some(failure) if failure.is_clean() => {
                     self.shared.ended.set(true);
                     Poll::Ready(Ok(0))
                 }
@@ -280,16 +296,19 @@ impl TunnelStream {
         Poll::Ready(Ok(()))
     }
 
+    /// What was sent is not all: the peer is told when the stream is dropped (RFC 9113 8.5).
+    pub(crate) fn cut_off(&self) {
+        self.parting.set(ErrorCode::CONNECT_ERROR);
+    }
+
     /// Ends our direction.
     pub(crate) fn finish(&self) -> Result<(), StreamFailure> {
         self.finished.set(true);
         match self.tunnel.queue_end(self.shared.id) {
             Ok(()) => Ok(()),
             Err(_) => match self.failure() {
-                Some(StreamFailure::Reset(ErrorCode::NO_ERROR | ErrorCode::CANCEL)) | None => {
-                    Ok(())
-                }
-                Some(failure) => Err(failure),
+                Some(failure) if !failure.is_clean() => Err(failure),
+                _ => Ok(()),
             },
         }
     }
@@ -302,14 +321,7 @@ impl Drop for TunnelStream {
     fn drop(&mut self) {
         let id = self.shared.id;
         if !(self.finished.get() && self.shared.ended.get()) {
-            // RFC 9113 8.1: NO_ERROR after a complete answer asks the client to stop sending.
-            let refused = self.refused.get();
-            let code = if refused {
-                ErrorCode::NO_ERROR
-            } else {
-                ErrorCode::CANCEL
-            };
-            self.tunnel.reset(id, code);
+            self.tunnel.reset(id, self.parting.get());
         }
         // Payload that nobody takes any more still counts against the connection's window.
         let left = std::mem::take(&mut *self.shared.incoming.borrow_mut());
