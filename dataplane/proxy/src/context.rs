@@ -188,11 +188,24 @@ impl Context {
     pub(crate) fn begin_drain(&self) {
         self.draining.set(true);
         self.drain.notify();
-        for tunnel in self.accepted.borrow_mut().drain(..) {
-            if let Some(tunnel) = tunnel.upgrade() {
-                tunnel.shutdown_graceful();
-            }
+        for tunnel in self.accepted.borrow().iter().filter_map(Weak::upgrade) {
+            tunnel.shutdown_graceful();
         }
-        self.pool.shutdown();
+    }
+
+    /// Ends the tunnels this worker opened: connections that a drain lets finish may still have
+    /// needed them.
+    pub(crate) fn end_drain(&self) {
+        for tunnel in self.pool.tunnels() {
+            tunnel.shutdown_graceful();
+        }
+    }
+
+    /// All tunnels, accepted and opened.
+    pub(crate) fn tunnels(&self) -> Vec<Rc<Tunnel>> {
+        let accepted = self.accepted.borrow();
+        let mut all: Vec<_> = accepted.iter().filter_map(Weak::upgrade).collect();
+        all.extend(self.pool.tunnels());
+        all
     }
 }

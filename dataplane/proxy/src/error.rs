@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
 
 use mesh::{DenyReason, InboundError, RouteError};
 use telemetry::ResponseFlags;
@@ -94,6 +95,9 @@ pub(crate) enum ProxyError {
     /// The tunnel or the stream in it failed.
     #[error(transparent)]
     Stream(#[from] StreamFailure),
+    /// What several connections waited for has failed.
+    #[error(transparent)]
+    Shared(Rc<Self>),
     /// The tunnel takes no stream although it is new.
     #[error("http2 error: {0}")]
     Open(#[from] hbone::OpenError),
@@ -103,6 +107,7 @@ impl ProxyError {
     /// The metric label that goes with the error.
     pub(crate) fn flags(&self) -> ResponseFlags {
         match self {
+            Self::Shared(error) => error.flags(),
             Self::Denied(_) | Self::Status(401) => ResponseFlags::Deny,
             Self::HboneTimeout { .. } => ResponseFlags::NetworkPolicy,
             Self::Setup { .. } | Self::HandshakeTimeout { .. } => ResponseFlags::TlsFailure,
@@ -116,6 +121,7 @@ impl ProxyError {
     /// HTTP status that tells a tunnel's client (spec of HBONE: 400, 401 and 503 only).
     pub(crate) fn status(&self) -> u16 {
         match self {
+            Self::Shared(error) => error.status(),
             Self::Inbound(error) => error.status(),
             Self::Method(_) => 400,
             Self::Denied(_) => 401,

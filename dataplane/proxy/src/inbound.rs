@@ -1,8 +1,11 @@
 //! Tunnels from other proxies and waypoints (port 15008).
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 
 use hbone::{RequestHead, Role};
 use mesh::{ConnectionFacts, Identity, Verdict, Workload};
@@ -11,21 +14,24 @@ use telemetry::{ConnectionInfo, HboneTarget, Reporter, Security};
 use tls::Handshake;
 
 use crate::baggage::baggage;
-use crate::context::Context;
+use crate::context::{Alive, Context};
 use crate::error::ProxyError;
 use crate::relay;
 use crate::tunnel::{self, Tunnel, TunnelOwner, TunnelStream};
 
 /// Accepts one tunnel. The tunnel's own tasks go on after this returns.
 pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
-    let _alive = context.alive();
     let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
     let Ok(dst) = context.original_dst(&client) else {
         return;
     };
     match accept(&context, client, src, dst).await {
-        Ok(tunnel) if context.draining.get() => tunnel.shutdown_graceful(),
-        Ok(tunnel) => context.track(&tunnel),
+        Ok(tunnel) => {
+            context.track(&tunnel);
+            if context.draining.get() {
+                tunnel.shutdown_graceful();
+            }
+        }
         Err(error) => context
             .telemetry
             .failed_early(Reporter::Destination, src, dst, &error),
@@ -82,6 +88,7 @@ impl TunnelOwner for Inbound {
     fn request(&self, tunnel: &Rc<Tunnel>, stream: TunnelStream, head: RequestHead) {
         let peer = tunnel.peer();
         rt::spawn(serve(Request {
+            _alive: self.context.alive(),
             context: Rc::clone(&self.context),
             dst: self.dst,
             workload: Arc::clone(&self.workload),
@@ -95,6 +102,8 @@ impl TunnelOwner for Inbound {
 
 /// One CONNECT request.
 struct Request {
+    /// From the start: a request that has not been looked at yet is not lost in a drain.
+    _alive: Alive,
     context: Rc<Context>,
     dst: SocketAddr,
     workload: Arc<Workload>,
@@ -105,7 +114,6 @@ struct Request {
 }
 
 async fn serve(request: Request) {
-    let _alive = request.context.alive();
     let context = &request.context;
     let target = match request.target() {
         Ok(target) => target,
@@ -119,7 +127,11 @@ async fn serve(request: Request) {
         }
     };
     let record = context.telemetry.opened(request.info(target));
-    match request.connect(target).await {
+    let Some(connected) = request.unless_gone(request.connect(target)).await else {
+        record.close(None, telemetry::ResponseFlags::None);
+        return;
+    };
+    match connected {
         Ok(server) => {
             let baggage = context
                 .config
@@ -127,7 +139,7 @@ async fn serve(request: Request) {
                 .then(|| baggage(&request.workload));
             let answered = request.stream.respond(200, baggage.as_deref(), false);
             if answered.is_err() {
-                // The client reset the stream while the connection was being set up.
+                // The client reset the stream in the same moment.
                 record.close(None, telemetry::ResponseFlags::None);
                 return;
             }
@@ -174,6 +186,17 @@ impl Request {
         context
             .connect(target, context.source_for(self.src.ip()))
             .await
+    }
+
+    /// Runs `future` as long as the client waits for its answer. One that opens streams and resets
+    /// them must not leave a connection being set up behind for each.
+    async fn unless_gone<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
+        poll_fn(|cx| match future.as_mut().poll(cx) {
+            Poll::Ready(value) => Poll::Ready(Some(value)),
+            Poll::Pending => self.stream.poll_failure(cx).map(|_| None),
+        })
+        .await
     }
 
     fn refuse(&self, error: &ProxyError) {

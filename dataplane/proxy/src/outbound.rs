@@ -18,7 +18,6 @@ use crate::relay;
 
 /// Serves one captured connection to its end.
 pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
-    let _alive = context.alive();
     let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
     let Ok(dst) = context.original_dst(&client) else {
         return;
@@ -87,6 +86,12 @@ fn route(context: &Context, source: &Workload, dst: SocketAddr) -> Result<Route,
     match &route {
         // Not a workload, and one of our ports: only this proxy listens there.
         Route::Passthrough { dst } if node.is_own_port(dst.port()) => {
+            Err(ProxyError::Recursive(*dst))
+        }
+        // The pod's own address: it would arrive here again, and again.
+        Route::Tcp { dst, .. }
+            if node.is_own_port(dst.port()) && source.workload_ips.contains(&dst.ip()) =>
+        {
             Err(ProxyError::Recursive(*dst))
         }
         _ => Ok(route),
@@ -238,15 +243,16 @@ impl Connection<'_> {
         let inbound = self.context.telemetry.opened(inbound);
         let connected = async {
             let identity = self.source.identity();
+            let snapshot = self.context.snapshot();
+            let node = &self.context.config.node;
+            let authority = target.to_string();
+            let target = snapshot.resolve_inbound(node, &workload, target, &authority)?;
             let facts = ConnectionFacts {
                 identity: Some(&identity),
                 src: self.src.ip(),
                 dst: target,
             };
-            if self.context.config.node.is_own_port(target.port()) {
-                return Err(ProxyError::Recursive(target));
-            }
-            match self.context.snapshot().authorize(&workload, &facts) {
+            match snapshot.authorize(&workload, &facts) {
                 Verdict::Allow => {}
                 Verdict::Deny(reason) => return Err(ProxyError::Denied(reason)),
             }

@@ -14,7 +14,6 @@ use crate::relay;
 
 /// Serves one captured connection to its end.
 pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
-    let _alive = context.alive();
     let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
     let Ok(dst) = context.original_dst(&client) else {
         return;

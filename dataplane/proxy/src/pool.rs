@@ -1,8 +1,8 @@
 //! Tunnels to other proxies, kept and shared by the connections of one worker.
 //!
 //! The key is upstream's: who we are, where we dial, whom we accept there, and the source address.
-//! While a tunnel is being set up others with the same key wait for it instead of opening more;
-//! when a tunnel carries as many streams as it may, the next connection opens another. Streams that end
+//! While a tunnel is being set up others with the same key wait for it instead of opening more, and
+//! if it cannot be had they all fail with it instead of trying one after the other; when a tunnel carries as many streams as it may, the next connection opens another. Streams that end
 //! make room again. Unused tunnels are closed by [`Pool::close_unused`].
 
 use std::cell::RefCell;
@@ -36,8 +36,14 @@ pub(crate) struct Key {
 #[derive(Debug, Default)]
 struct Entry {
     tunnels: Vec<Rc<Tunnel>>,
-    connecting: bool,
-    changed: Rc<Broadcast>,
+    attempt: Option<Rc<Attempt>>,
+}
+
+/// A tunnel being set up, and those who wait for it.
+#[derive(Debug, Default)]
+struct Attempt {
+    over: Broadcast,
+    failure: RefCell<Option<Rc<ProxyError>>>,
 }
 
 /// One worker's tunnels by key.
@@ -49,32 +55,28 @@ pub(crate) struct Pool {
 enum Found {
     Tunnel(Rc<Tunnel>),
     /// It is this caller's turn to connect.
-    Connect,
+    Connect(Rc<Attempt>),
     /// Somebody else connects.
-    Wait,
+    Wait(Rc<Attempt>),
 }
 
 /// Ends a caller's turn to connect, whatever happens to it.
 struct Turn<'a> {
     pool: &'a Pool,
     key: &'a Key,
+    attempt: Rc<Attempt>,
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let changed = {
-            let mut entries = self.pool.entries.borrow_mut();
-            let Some(entry) = entries.get_mut(self.key) else {
-                return;
-            };
-            entry.connecting = false;
-            let changed = Rc::clone(&entry.changed);
+        let mut entries = self.pool.entries.borrow_mut();
+        if let Some(entry) = entries.get_mut(self.key) {
+            entry.attempt = None;
             if entry.tunnels.is_empty() {
                 entries.remove(self.key);
             }
-            changed
-        };
-        changed.notify();
+        }
+        self.attempt.over.notify();
     }
 }
 
@@ -89,13 +91,24 @@ impl Pool {
         loop {
             let tunnel = match self.find(key) {
                 Found::Tunnel(tunnel) => tunnel,
-                Found::Wait => {
-                    self.wait(key).await;
+                Found::Wait(attempt) => {
+                    self.wait(key, &attempt).await;
+                    if let Some(failure) = &*attempt.failure.borrow() {
+                        return Err(ProxyError::Shared(Rc::clone(failure)));
+                    }
                     continue;
                 }
-                Found::Connect => {
-                    let _turn = Turn { pool: self, key };
-                    let tunnel = establish(context, key).await?;
+                Found::Connect(attempt) => {
+                    let turn = Turn {
+                        pool: self,
+                        key,
+                        attempt,
+                    };
+                    let tunnel = establish(context, key).await.map_err(|error| {
+                        let error = Rc::new(error);
+                        *turn.attempt.failure.borrow_mut() = Some(Rc::clone(&error));
+                        ProxyError::Shared(error)
+                    })?;
                     let mut entries = self.entries.borrow_mut();
                     entries
                         .entry(key.clone())
@@ -118,25 +131,26 @@ impl Pool {
     fn find(&self, key: &Key) -> Found {
         let mut entries = self.entries.borrow_mut();
         let Some(entry) = entries.get_mut(key) else {
+            let attempt = Rc::new(Attempt::default());
             let entry = Entry {
-                connecting: true,
-                ..Entry::default()
+                tunnels: Vec::new(),
+                attempt: Some(Rc::clone(&attempt)),
             };
             entries.insert(key.clone(), entry);
-            return Found::Connect;
+            return Found::Connect(attempt);
         };
         entry.tunnels.retain(|tunnel| tunnel.error().is_none());
         if let Some(tunnel) = entry.tunnels.iter().find(|tunnel| tunnel.can_open()) {
             return Found::Tunnel(Rc::clone(tunnel));
         }
-        if entry.connecting {
-            return Found::Wait;
+        if let Some(attempt) = &entry.attempt {
+            return Found::Wait(Rc::clone(attempt));
         }
-        entry.connecting = true;
-        Found::Connect
+        let attempt = entry.attempt.insert(Rc::default());
+        Found::Connect(Rc::clone(attempt))
     }
 
-    async fn wait(&self, key: &Key) {
+    async fn wait(&self, key: &Key, attempt: &Attempt) {
         let mut registered = false;
         poll_fn(|cx| {
             if registered {
@@ -147,7 +161,7 @@ impl Pool {
             let Some(entry) = entries.get(key) else {
                 return Poll::Ready(());
             };
-            entry.changed.register(cx);
+            attempt.over.register(cx);
             for tunnel in &entry.tunnels {
                 tunnel.register_change(cx);
             }
@@ -168,17 +182,15 @@ impl Pool {
                 }
                 !idle && tunnel.error().is_none()
             });
-            entry.connecting || !entry.tunnels.is_empty()
+            entry.attempt.is_some() || !entry.tunnels.is_empty()
         });
     }
 
-    /// Lets all tunnels end when their streams have.
-    pub(crate) fn shutdown(&self) {
-        for entry in self.entries.borrow().values() {
-            for tunnel in &entry.tunnels {
-                tunnel.shutdown_graceful();
-            }
-        }
+    /// All tunnels that are kept.
+    pub(crate) fn tunnels(&self) -> Vec<Rc<Tunnel>> {
+        let entries = self.entries.borrow();
+        let tunnels = entries.values().flat_map(|entry| &entry.tunnels);
+        tunnels.cloned().collect()
     }
 }
 

@@ -70,6 +70,11 @@ const POOL_SWEEP: Duration = Duration::from_secs(30);
 /// Pause after `accept(2)` failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a draining listener is looked at for connections that came before the drain.
+const LAST_LOOK: Duration = Duration::from_millis(5);
+/// How long a drained worker waits for its tunnels to say goodbye.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// Serves connections until a drain has ended. Run it in [`rt::Runtime::run`].
 pub async fn serve(setup: WorkerSetup) {
     let WorkerSetup {
@@ -109,35 +114,55 @@ pub async fn serve(setup: WorkerSetup) {
             Command::Snapshot(snapshot) => context.replace_snapshot(snapshot),
             Command::Drain(patience) => {
                 context.begin_drain();
-                let _ = rt::time::timeout(patience, all_ended(&context)).await;
+                let ended = rt::time::timeout(patience, all_ended(&context)).await;
+                context.end_drain();
+                if ended.is_ok() {
+                    let _ = rt::time::timeout(FAREWELL, farewells(&context)).await;
+                }
                 return;
             }
         }
     }
 }
 
-/// Accepts until the worker drains.
+/// Accepts until the worker drains, and then what has connected by then: the kernel has told those
+/// clients that they are connected.
 async fn accept<F, H>(context: Rc<Context>, listener: TcpListener, handle: F)
 where
     F: Fn(Rc<Context>, TcpStream) -> H,
     H: Future<Output = ()> + 'static,
 {
     let mut listener = Listener::from_std(listener);
+    let mut last_look = false;
     loop {
         let accepted = {
             let mut accepting = pin!(listener.accept());
             poll_fn(|cx| {
+                if let Poll::Ready(accepted) = accepting.as_mut().poll(cx) {
+                    return Poll::Ready(Some(accepted));
+                }
                 if context.draining.get() {
                     return Poll::Ready(None);
                 }
                 context.drain.register(cx);
-                accepting.as_mut().poll(cx).map(Some)
+                Poll::Pending
             })
             .await
         };
         match accepted {
-            None => return,
-            Some(Ok(stream)) => rt::spawn(handle(Rc::clone(&context), stream)),
+            None if last_look => return,
+            None => {
+                last_look = true;
+                rt::time::sleep(LAST_LOOK).await; // one more turn of the ring
+            }
+            Some(Ok(stream)) => {
+                let alive = context.alive();
+                let handled = handle(Rc::clone(&context), stream);
+                rt::spawn(async move {
+                    let _alive = alive;
+                    handled.await;
+                });
+            }
             Some(Err(error)) => {
                 tracing::warn!("cannot accept connections: {error}; trying again");
                 rt::time::sleep(ACCEPT_PAUSE).await;
@@ -153,7 +178,17 @@ async fn sweep(context: Rc<Context>) {
     }
 }
 
+/// Waits until every tunnel has sent what it had to say: GOAWAY tells peers which of the streams
+/// they have just opened were not served, and close_notify that nothing was cut off.
+async fn farewells(context: &Context) {
+    while context.tunnels().iter().any(|tunnel| !tunnel.has_ended()) {
+        rt::time::sleep(LAST_LOOK).await;
+    }
+}
+
 async fn all_ended(context: &Context) {
+    // The listeners' last look.
+    rt::time::sleep(LAST_LOOK * 2).await;
     poll_fn(|cx| {
         if context.connections() == 0 {
             return Poll::Ready(());

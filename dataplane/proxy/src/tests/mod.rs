@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
 
 mod credit;
+mod end_to_end;
 mod hostile;
+mod relays;
+mod streams;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -14,14 +17,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hbone::{Config, ConnectRequest, RequestHead, Role};
-use mesh::Identity;
+use mesh::{Identity, NodeContext, Snapshot};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
 use rt::buf::Buf;
 use rt::net::{ConnectOptions, Listener, TcpStream};
 use rt::sync::Signal;
 use rt::{Runtime, RuntimeConfig};
+use telemetry::{AccessLevel, AccessLog, LogFormat, LogSink, Registry};
 use tls::{Authority, CertificateStore, Handshake, LocalIssuer, WorkloadTls};
 
+use crate::config::{ProxyConfig, RedirectMode};
+use crate::context::Context;
 use crate::tunnel::{self, ClientSide, Tunnel, TunnelOwner, TunnelStream};
 
 /// A test that takes longer than this hangs.
@@ -197,4 +203,43 @@ fn bufs(pool: &rt::buf::Pool, bytes: &[u8]) -> VecDeque<Buf> {
     let mut queue = VecDeque::new();
     pool.copy_from(bytes, |buf| queue.push_back(buf));
     queue
+}
+
+/// A worker's context without listeners, with the configuration in `yaml`.
+fn context(yaml: &str, change: impl FnOnce(&mut ProxyConfig)) -> Rc<Context> {
+    let setup = (config(change), snapshot(yaml));
+    let registry = registry();
+    let store = store();
+    Rc::new(Context::new(setup.0, store, registry, setup.1, 1))
+}
+
+fn snapshot(yaml: &str) -> Arc<Snapshot> {
+    Arc::new(control::local::parse("test", yaml).unwrap())
+}
+
+fn registry() -> telemetry::WorkerTelemetry {
+    let sink = LogSink::new(LogFormat::Plain, 1 << 20, std::io::sink()).unwrap();
+    let level = AccessLevel::new(tracing::level_filters::LevelFilter::INFO);
+    Registry::new("test").worker(AccessLog::new(&sink, level))
+}
+
+fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
+    let mut node = NodeContext::new("", "node");
+    node.own_ports = Arc::from([]);
+    let mut config = ProxyConfig {
+        node,
+        mode: RedirectMode::InPod,
+        original_source: false,
+        mark: None,
+        keepalive: None,
+        connect_timeout: Duration::from_secs(5),
+        handshake_timeout: Duration::from_secs(5),
+        workload_timeout: Duration::from_millis(200),
+        client: Config::client(),
+        server: Config::server(),
+        pool_unused: Duration::from_secs(300),
+        response_baggage: true,
+    };
+    change(&mut config);
+    Arc::new(config)
 }

@@ -98,6 +98,7 @@ async fn write_loop(tunnel: Rc<Tunnel>) {
     loop {
         tunnel.flush.wait().await;
         if flush_unless_failed(&tunnel).await.is_err() {
+            tunnel.ended.set(true);
             return;
         }
         if tunnel.closing.get() {
@@ -114,6 +115,7 @@ async fn write_loop(tunnel: Rc<Tunnel>) {
         }
     };
     let _ = rt::time::timeout(LAST_FLUSH, close).await;
+    tunnel.ended.set(true);
     // The peer closes its side now; one that does not is not waited for.
     rt::time::sleep(LAST_FLUSH).await;
     if tunnel.error.borrow().is_none() {

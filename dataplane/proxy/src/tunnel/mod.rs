@@ -126,6 +126,8 @@ pub(crate) struct Tunnel {
     error: RefCell<Option<TunnelError>>,
     /// Nothing more will be sent: the writer finishes and closes.
     closing: Cell<bool>,
+    /// close_notify and all before it have left, or never will.
+    ended: Cell<bool>,
     last_heard: Cell<Instant>,
     idle_since: Cell<Instant>,
     peer_addr: SocketAddr,
@@ -164,6 +166,7 @@ impl Tunnel {
             drained: Broadcast::default(),
             error: RefCell::default(),
             closing: Cell::new(false),
+            ended: Cell::new(false),
             last_heard: Cell::new(now),
             idle_since: Cell::new(now),
             peer_addr,
@@ -188,9 +191,17 @@ impl Tunnel {
         self.error.borrow().clone()
     }
 
-    /// Whether a stream could be opened now.
+    /// Whether nothing more will be sent.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.get()
+    }
+
+    /// Whether a stream could be opened now, and would not have to wait for streams whose
+    /// receivers have stopped reading and hold the window that all of them share.
     pub(crate) fn can_open(&self) -> bool {
-        self.error.borrow().is_none() && !self.closing.get() && self.codec.borrow().can_open()
+        let codec = self.codec.borrow();
+        let alive = self.error.borrow().is_none() && !self.closing.get();
+        alive && codec.can_open() && !codec.is_crowded()
     }
 
     /// Since when no stream is open, if none is.

@@ -1,0 +1,275 @@
+//! A whole worker between a client and a server: outbound, a tunnel to itself, inbound.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hbone::ConnectRequest;
+use rt::mailbox::Sender;
+use rt::{Runtime, RuntimeConfig};
+use tls::CertificateStore;
+
+use super::{HANG, config, context, identity, listen, pattern, registry, request, run, snapshot};
+use crate::config::ProxyConfig;
+use crate::error::ProxyError;
+use crate::pool::Key;
+use crate::{Command, Listeners, WorkerSetup};
+
+const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 4));
+const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
+
+/// A client, a stranger and a server; the service maps the port of the outbound listener to the
+/// server's. `policies` as in the configuration file.
+fn mesh(outbound: u16, server: u16, policies: &str) -> String {
+    let workload = |name: &str, ip: &str, services: String| {
+        format!(
+            "- {{uid: {name}, name: {name}, namespace: default, serviceAccount: {name}, \
+             workloadIps: [{ip}], protocol: HBONE, node: node, network: '', {services}}}\n"
+        )
+    };
+    format!(
+        "workloads:\n{}{}{}services:\n- {{name: s, namespace: default, hostname: s.local, \
+         vips: [/{VIP}], ports: {{{outbound}: {server}}}}}\n{policies}",
+        workload("client", "127.0.0.2", "services: {}".to_owned()),
+        workload("stranger", "127.0.0.4", "services: {}".to_owned()),
+        workload(
+            "server",
+            "127.0.0.3",
+            format!("services: {{default/s.local: {{{outbound}: {server}}}}}")
+        ),
+    )
+}
+
+const ONLY_CLIENT: &str = "policies:\n- {name: only-client, namespace: default, scope: Namespace, \
+     action: Allow, dryRun: false, rules: [[[{principals: \
+     [{Exact: cluster.local/ns/default/sa/client}]}]]]}\n";
+
+/// A worker on a thread of its own.
+struct Worker {
+    outbound: u16,
+    hbone: u16,
+    commands: Sender<Command>,
+    thread: thread::JoinHandle<()>,
+}
+
+fn worker(server: u16, policies: &'static str) -> Worker {
+    worker_via(server, policies, None, &super::store())
+}
+
+/// A worker whose tunnels go to the HBONE port `gateway`, or to its own.
+fn worker_via(
+    server: u16,
+    policies: &'static str,
+    gateway: Option<u16>,
+    store: &Arc<CertificateStore>,
+) -> Worker {
+    let certificates = Arc::clone(store);
+    let any = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let listeners = Listeners {
+        outbound: any(),
+        inbound_plain: any(),
+        inbound_hbone: any(),
+    };
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    let outbound = port(&listeners.outbound);
+    let hbone = port(&listeners.inbound_hbone);
+    let (commands, receiver) = rt::mailbox::channel(4);
+    let thread = thread::spawn(move || {
+        let setup = WorkerSetup {
+            config: config(|config: &mut ProxyConfig| {
+                config.node.hbone_port = gateway.unwrap_or(hbone);
+            }),
+            listeners,
+            snapshot: snapshot(&mesh(outbound, server, policies)),
+            certificates,
+            telemetry: registry(),
+            commands: receiver,
+            seed: 1,
+        };
+        let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        runtime.run(crate::serve(setup)).unwrap();
+    });
+    Worker {
+        outbound,
+        hbone,
+        commands,
+        thread,
+    }
+}
+
+impl Worker {
+    /// A client's connection to the service.
+    fn connect(&self, source: IpAddr) -> TcpStream {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+        let socket = socket.unwrap();
+        socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
+        let vip = SocketAddr::new(VIP, self.outbound);
+        socket.connect(&vip.into()).unwrap();
+        socket.set_read_timeout(Some(HANG)).unwrap();
+        socket.into()
+    }
+
+    fn drain(self) -> Duration {
+        let started = Instant::now();
+        self.commands.send(Command::Drain(HANG)).unwrap();
+        self.thread.join().unwrap();
+        started.elapsed()
+    }
+}
+
+/// Echoes every connection until the process ends; tells when it accepts one.
+fn echo() -> (u16, mpsc::Receiver<()>) {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (accepted, told) = mpsc::channel();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = accepted.send(()); // nobody may be listening
+            thread::spawn(move || {
+                let mut buf = vec![0; 70_000];
+                while let Ok(n @ 1..) = stream.read(&mut buf) {
+                    if stream.write_all(&buf[..n]).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (port, told)
+}
+
+fn exchange(stream: &TcpStream, data: &[u8]) -> Vec<u8> {
+    let mut back = Vec::new();
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            (&mut &*stream).write_all(data).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        });
+        (&mut &*stream).read_to_end(&mut back).unwrap();
+        sender.join().unwrap();
+    });
+    back
+}
+
+#[test]
+fn bytes_are_exact_through_both_proxies() {
+    let (port, _) = echo();
+    let worker = worker(port, ONLY_CLIENT);
+    thread::scope(|scope| {
+        for (seed, len) in [
+            (1, 1),
+            (2, 700),
+            (3, 40_000),
+            (4, 3_000_000),
+            (5, 1_000_000),
+        ] {
+            let stream = worker.connect(CLIENT);
+            scope.spawn(move || {
+                let data = pattern(seed, len);
+                assert!(exchange(&stream, &data) == data, "{len} bytes");
+            });
+        }
+    });
+    worker.drain();
+}
+
+#[test]
+fn whom_no_policy_allows_sees_a_reset_and_the_server_nobody() {
+    let (port, told) = echo();
+    let worker = worker(port, ONLY_CLIENT);
+    let mut stream = worker.connect(STRANGER);
+    let error = stream.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert!(told.try_recv().is_err());
+    worker.drain();
+}
+
+#[test]
+fn a_server_that_is_not_there_is_a_reset() {
+    let (listener, addr) = listen();
+    drop(listener);
+    let worker = worker(addr.port(), "");
+    let mut stream = worker.connect(CLIENT);
+    let error = stream.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    worker.drain();
+}
+
+/// Connections that exist when the drain begins finish, also those nobody has accepted yet.
+#[test]
+fn a_drain_lets_connections_finish() {
+    let (port, told) = echo();
+    let store = super::store();
+    let far = worker_via(port, "", None, &store);
+    let near = worker_via(port, "", Some(far.hbone), &store);
+    let open = near.connect(CLIENT);
+    told.recv().unwrap();
+    let fresh: Vec<TcpStream> = (0..50).map(|_| near.connect(CLIENT)).collect();
+    near.commands.send(Command::Drain(HANG)).unwrap();
+    let data = pattern(7, 300_000);
+    for stream in &fresh {
+        assert!(exchange(stream, &data) == data);
+    }
+    far.commands.send(Command::Drain(HANG)).unwrap();
+    thread::sleep(Duration::from_millis(50));
+    assert!(exchange(&open, &data) == data);
+    drop((fresh, open));
+    near.thread.join().unwrap();
+    far.thread.join().unwrap();
+}
+
+/// With nothing to wait for, and a tunnel that is idle, a drain is quick.
+#[test]
+fn an_idle_worker_drains_at_once() {
+    let (port, _) = echo();
+    let worker = worker(port, "");
+    assert_eq!(exchange(&worker.connect(CLIENT), b"x"), b"x");
+    let took = worker.drain();
+    assert!(took < Duration::from_millis(900), "{took:?}");
+}
+
+fn key(gateway: SocketAddr) -> Key {
+    Key {
+        identity: identity("client"),
+        gateway,
+        expected: [identity("server")].into(),
+        names: Arc::from([]),
+        source: None,
+    }
+}
+
+/// Many connections to a gateway that does not answer fail together, not one after the other.
+#[test]
+fn waiters_share_a_failure() {
+    let (_silent, addr) = listen(); // the kernel connects, nobody shakes hands
+    let timeout = Duration::from_millis(300);
+    run(async move {
+        let context = context(&mesh(1, 1, ""), |config| config.handshake_timeout = timeout);
+        let started = Instant::now();
+        let (sender, mut results) = rt::mailbox::channel(64);
+        for _ in 0..20 {
+            let (context, sender) = (Rc::clone(&context), sender.clone());
+            rt::spawn(async move {
+                let request: ConnectRequest<'_> = request();
+                let result = context.pool.open(&context, &key(addr), &request).await;
+                sender
+                    .send(result.map(drop).map_err(|error| error.to_string()))
+                    .unwrap();
+            });
+        }
+        for _ in 0..20 {
+            let error = results.recv().await.unwrap_err();
+            assert!(error.contains("handshake did not finish"), "{error}");
+        }
+        assert!(started.elapsed() < timeout * 4, "{:?}", started.elapsed());
+        // The failure is not remembered: the next one tries again.
+        let again = context.pool.open(&context, &key(addr), &request()).await;
+        assert!(matches!(again, Err(ProxyError::Shared(_))));
+        assert!(started.elapsed() >= timeout * 2);
+    });
+}
