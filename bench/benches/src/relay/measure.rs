@@ -23,12 +23,15 @@ const OTHER_DESCRIPTORS: u64 = 256;
 /// Time that idle connections stand before memory is read: the relay has set up all by then.
 const SETTLE: Duration = Duration::from_millis(800);
 
+/// Attempts at a trial that is not valid.
+const ATTEMPTS: usize = 3;
+
 type Figures = HashMap<&'static str, f64>;
 
 /// Runs `plan` with the `bench-peer` binary `program` on the CPUs this process may use.
 ///
 /// # Errors
-/// A process failed, or requests did.
+/// The CPUs of this process cannot be listed. A workload that fails is skipped by name.
 pub fn run(plan: &Plan, program: &Path) -> Result<Part> {
     let cpus = rt::available_cpus()?;
     let allowed = super::process::allow_descriptors(65_536);
@@ -46,9 +49,16 @@ pub fn run(plan: &Plan, program: &Path) -> Result<Part> {
             part.skipped.push(format!("{name}: {reason}"));
             continue;
         }
-        let trials = Trials::run(plan, workload, program, &cpus)?;
+        let trials = match Trials::run(plan, workload, program, &cpus) {
+            Ok(trials) => trials,
+            Err(error) => {
+                // The other workloads still tell something.
+                part.skipped.push(format!("{name}: {error:#}"));
+                continue;
+            }
+        };
         for &(metric, less_is_better) in workload.kind.metrics() {
-            trials.rows(workload, metric, less_is_better, &mut part.rows);
+            trials.rows(workload, metric, less_is_better, &mut part);
         }
         eprintln!("{name}: done");
     }
@@ -67,9 +77,8 @@ impl Trials {
                 order.reverse();
             }
             for backend in order {
-                let figures = trial(plan, workload, backend, program, cpus);
-                let name = workload.name();
-                let figures = figures.with_context(|| format!("{name} on {backend:?}"))?;
+                let figures = repeated(|| trial(plan, workload, backend, program, cpus));
+                let figures = figures.with_context(|| format!("on {backend:?}"))?;
                 all.entry(backend).or_default().push(figures);
             }
         }
@@ -84,7 +93,7 @@ impl Trials {
             .collect()
     }
 
-    fn rows(&self, workload: &Workload, metric: &str, less_is_better: bool, out: &mut Vec<Row>) {
+    fn rows(&self, workload: &Workload, metric: &str, less_is_better: bool, out: &mut Part) {
         let values = |backend| self.values(backend, metric);
         let sign = if less_is_better { 1.0 } else { -1.0 };
         let rank = |backend: &Backend| sign * median(&values(*backend));
@@ -107,9 +116,28 @@ impl Trials {
             let mut row = Row::new(&workload.name(), metric, subject, other).with_note(&note);
             row.subject_values.clone_from(&subject_values);
             row.baseline_values = baseline_values;
-            out.push(row);
+            if row.ratio.is_finite() {
+                out.rows.push(row);
+            } else {
+                // Memory that did not grow at all, for example.
+                let reason = format!("{} against {}", row.subject_value, row.baseline_value);
+                out.skipped
+                    .push(format!("{} {metric}: {reason}", row.bench));
+            }
         }
     }
+}
+
+/// The first of at most [`ATTEMPTS`] trials that is valid, or why the last was not. Those that were
+/// not are named: on a machine that is busy otherwise a short trial may see no request at all.
+fn repeated(trial: impl Fn() -> Result<Figures>) -> Result<Figures> {
+    for _ in 1..ATTEMPTS {
+        match trial() {
+            Ok(figures) => return Ok(figures),
+            Err(error) => eprintln!("trial repeated: {error:#}"),
+        }
+    }
+    trial()
 }
 
 /// CPUs of the relay, and of client and server.
@@ -183,8 +211,8 @@ fn idle(workload: &Workload, relay: &Peer, memory_before: u64) -> Result<Figures
 
 fn figures(kind: Kind, report: &Value, cpu_ns: f64) -> Result<Figures> {
     let metric = |name: &str| {
-        let value = report["metrics"][name].as_f64();
-        value.with_context(|| format!("the load generator reports no {name}"))
+        let value = report["metrics"][name].as_f64().filter(|&v| v > 0.0);
+        value.with_context(|| format!("the load generator saw no {name}"))
     };
     let errors = &report["outcomes"]["errors"];
     ensure!(
