@@ -8,8 +8,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use loadgen::calibration::Calibration;
 use loadgen::pacing::{Arrivals, Pacing};
+use loadgen::search::Objective;
 use loadgen::serve::{self, Mode};
+use loadgen::size::Sizes;
 use loadgen::stream::Direction;
 use loadgen::worker::Client;
 use loadgen::{connect, idle, rr, stream};
@@ -31,6 +34,7 @@ const EXAMPLES: &str = "Examples:
   loadgen serve --listen 127.0.0.1:9000
   loadgen rr --to 127.0.0.1:9000 --connections 32 --size 64 --duration 10
   loadgen rr --to 127.0.0.1:9000 --connections 32 --rate 20000 --json rr.json --hgrm rr.hgrm
+  loadgen rr --to 127.0.0.1:9000 --connections 32 --size 64:9,16384:1 --max-sustainable 'p99<2ms'
   loadgen serve --listen 127.0.0.1:9001 --mode source
   loadgen stream --to 127.0.0.1:9001 --connections 4 --direction both
   loadgen connect --to 127.0.0.1:9000 --concurrency 16";
@@ -113,9 +117,19 @@ pub(crate) struct Common {
     /// programs that sample other processes; replaces the progress line.
     #[arg(long, conflicts_with = "progress")]
     markers: bool,
+    /// Do not measure what the generator itself costs before the run (0.15 s; never with
+    /// --markers).
+    #[arg(long)]
+    no_calibration: bool,
 }
 
 impl Common {
+    /// What the generator itself costs, unless that is not wanted.
+    pub(crate) fn calibrate(&self) -> Option<Calibration> {
+        let wanted = !self.no_calibration && !self.markers;
+        wanted.then(|| Calibration::measure(&self.cpus)).flatten()
+    }
+
     fn client(&self, connections: usize, stop: Arc<AtomicBool>) -> Client {
         let mut client = Client::new(self.to);
         client.bind = self.bind;
@@ -161,15 +175,19 @@ pub(crate) struct RrArgs {
     /// Connections, over all threads.
     #[arg(long, value_name = "N", default_value = "1")]
     connections: usize,
-    /// Bytes per request and per response.
-    #[arg(long, value_name = "BYTES", default_value = "64")]
-    size: usize,
+    /// Bytes per request and per response: BYTES, uniform:LOW-HIGH, or BYTES:WEIGHT,...
+    #[arg(long, value_name = "SIZES", default_value = "64")]
+    size: Sizes,
+    /// Search the highest rate at which a quantile stays below a bound, for example 'p99<2ms';
+    /// --duration is that of every step.
+    #[arg(long, value_name = "QUANTILE<TIME", conflicts_with = "rate")]
+    max_sustainable: Option<Objective>,
     /// Open loop: requests per second over all connections; latency counts from the intended
     /// send time. Without it the loop is closed.
     #[arg(long, value_name = "R")]
     rate: Option<f64>,
     /// Spacing of an open loop's requests.
-    #[arg(long, value_enum, default_value = "constant", requires = "rate")]
+    #[arg(long, value_enum, default_value = "constant")]
     arrivals: Arrivals,
     /// Compare every response with its request.
     #[arg(long)]
@@ -179,6 +197,19 @@ pub(crate) struct RrArgs {
 }
 
 impl RrArgs {
+    pub(crate) fn sizes(&self) -> &Sizes {
+        &self.size
+    }
+
+    pub(crate) fn common(&self) -> &Common {
+        &self.common
+    }
+
+    /// What to search for, and how arrivals are spaced meanwhile.
+    pub(crate) fn search(&self) -> Option<(&Objective, Arrivals)> {
+        Some((self.max_sustainable.as_ref()?, self.arrivals))
+    }
+
     pub(crate) fn options(&self, stop: Arc<AtomicBool>) -> rr::Options {
         let mut client = self.common.client(self.connections, stop);
         client.duration = self.times.duration;
@@ -192,7 +223,7 @@ impl RrArgs {
         };
         rr::Options {
             client,
-            size: self.size,
+            size: self.size.max(),
             pacing,
             verify: self.verify,
         }
@@ -219,6 +250,10 @@ pub(crate) struct StreamArgs {
 }
 
 impl StreamArgs {
+    pub(crate) fn common(&self) -> &Common {
+        &self.common
+    }
+
     pub(crate) fn options(&self, stop: Arc<AtomicBool>) -> stream::Options {
         let mut client = self.common.client(self.connections, stop);
         client.duration = self.times.duration;
@@ -251,6 +286,10 @@ pub(crate) struct ConnectArgs {
 }
 
 impl ConnectArgs {
+    pub(crate) fn common(&self) -> &Common {
+        &self.common
+    }
+
     pub(crate) fn options(&self, stop: Arc<AtomicBool>) -> connect::Options {
         let mut client = self.common.client(self.concurrency, stop);
         client.duration = self.times.duration;
@@ -278,6 +317,10 @@ pub(crate) struct IdleArgs {
 }
 
 impl IdleArgs {
+    pub(crate) fn common(&self) -> &Common {
+        &self.common
+    }
+
     pub(crate) fn options(&self, stop: Arc<AtomicBool>) -> idle::Options {
         let mut client = self.common.client(self.connections, stop);
         client.duration = self.hold;

@@ -26,6 +26,7 @@
 //! panics on what the peer sends.
 #![forbid(unsafe_code)]
 
+pub mod calibration;
 pub mod connect;
 pub mod error;
 pub mod idle;
@@ -34,7 +35,9 @@ pub mod pacing;
 pub mod payload;
 pub mod report;
 pub mod rr;
+pub mod search;
 pub mod serve;
+pub mod size;
 pub mod stats;
 pub mod stream;
 pub mod worker;

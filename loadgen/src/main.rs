@@ -12,32 +12,56 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use loadgen::report::Report;
 use loadgen::serve::{self, Server};
-use loadgen::{Error, connect, idle, rr, stream};
+use loadgen::{Error, connect, idle, rr, search, stream};
 
-use cli::{Cli, Command, Output};
+use cli::{Cli, Command, Common, Output, RrArgs};
 
 fn main() -> ExitCode {
     let stop = Arc::new(AtomicBool::new(false));
     let result = match Cli::parse().command {
         Command::Serve(args) => serve_until_signal(&args.options()),
-        Command::Rr(args) => {
-            rr::run(&args.options(watch(&stop))).and_then(|r| show(&r, &args.output))
-        }
-        Command::Stream(args) => {
-            stream::run(&args.options(watch(&stop))).and_then(|r| show(&r, &args.output))
-        }
-        Command::Connect(args) => {
-            connect::run(&args.options(watch(&stop))).and_then(|r| show(&r, &args.output))
-        }
-        Command::Idle(args) => {
-            idle::run(&args.options(watch(&stop))).and_then(|r| show(&r, &args.output))
-        }
+        Command::Rr(args) => measure(args.common(), &args.output, || request(&args, &stop)),
+        Command::Stream(args) => measure(args.common(), &args.output, || {
+            stream::run(&args.options(watch(&stop)))
+        }),
+        Command::Connect(args) => measure(args.common(), &args.output, || {
+            connect::run(&args.options(watch(&stop)))
+        }),
+        Command::Idle(args) => measure(args.common(), &args.output, || {
+            idle::run(&args.options(watch(&stop)))
+        }),
     };
     match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("loadgen: {error}");
             ExitCode::from(1)
+        }
+    }
+}
+
+/// Calibrates, runs and shows the results.
+fn measure(
+    common: &Common,
+    output: &Output,
+    run: impl FnOnce() -> Result<Report, Error>,
+) -> Result<ExitCode, Error> {
+    let calibration = common.calibrate();
+    let mut report = run()?;
+    if let Some(calibration) = calibration {
+        report.set_calibration(calibration);
+    }
+    show(&report, output)
+}
+
+fn request(args: &RrArgs, stop: &Arc<AtomicBool>) -> Result<Report, Error> {
+    let options = args.options(watch(stop));
+    match args.search() {
+        None => rr::run_sized(&options, args.sizes()),
+        Some((objective, arrivals)) => {
+            search::run(&options, args.sizes(), arrivals, objective, |step| {
+                eprintln!("{step}")
+            })
         }
     }
 }

@@ -6,8 +6,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::calibration::Calibration;
 use crate::error::Error;
 use crate::pacing::{Arrivals, Pacing};
+use crate::size::Sizes;
 use crate::stats::Latency;
 use crate::worker::{Client, Outcome};
 use crate::{connect, idle, rr, stream};
@@ -36,6 +38,8 @@ pub struct Report {
     latency: Option<Latency>,
     service: Option<Latency>,
     generator_cpu_s: f64,
+    calibration: Option<Calibration>,
+    search: Option<Value>,
 }
 
 impl Report {
@@ -69,6 +73,26 @@ impl Report {
         self.skipped
     }
 
+    /// CPU time of this process per request of the whole run, in µs.
+    #[must_use]
+    pub fn generator_cpu_us_per_request(&self) -> Option<f64> {
+        let requests = self.metric("requests_total").filter(|&n| n > 0.0)?;
+        Some(self.generator_cpu_s * 1e6 / requests)
+    }
+
+    /// Adds what the generator itself costs.
+    pub fn set_calibration(&mut self, calibration: Calibration) {
+        self.calibration = Some(calibration);
+    }
+
+    /// Adds the steps of a search and the rate it found.
+    pub(crate) fn set_search(&mut self, objective: &str, found: Option<f64>, steps: Vec<Value>) {
+        if let Some(rate) = found {
+            self.set("max_sustainable_per_s", rate);
+        }
+        self.search = Some(json!({"objective": objective, "found_per_s": found, "steps": steps}));
+    }
+
     /// The JSON document.
     #[must_use]
     pub fn json(&self) -> Value {
@@ -87,6 +111,12 @@ impl Report {
             "measured_s": self.measured_s,
             "generator": {"cpu_s": self.generator_cpu_s},
         });
+        if let Some(calibration) = &self.calibration {
+            document["generator"]["calibration"] = calibration.json();
+        }
+        if let Some(search) = &self.search {
+            document["search"] = search.clone();
+        }
         for (name, latency) in [
             ("histogram", &self.latency),
             ("service_histogram", &self.service),
@@ -179,6 +209,16 @@ impl fmt::Display for Report {
             f.write_str("  SATURATED: the set rate was not reached")?;
             writeln!(f, "; latencies grow with the length of the run")?;
         }
+        if let Some(search) = &self.search {
+            let objective = search["objective"].as_str().unwrap_or_default();
+            match self.metric("max_sustainable_per_s") {
+                Some(rate) => writeln!(f, "  {rate:>12.0} requests/s sustained at {objective}")?,
+                None => writeln!(f, "  no rate was sustained at {objective}")?,
+            }
+        }
+        if let Some(calibration) = &self.calibration {
+            writeln!(f, "  {calibration}")?;
+        }
         if self.interrupted {
             writeln!(f, "  interrupted: results up to then")?;
         }
@@ -254,6 +294,8 @@ fn base(command: &'static str, client: &Client, outcome: &Outcome) -> Report {
         latency: None,
         service: None,
         generator_cpu_s: outcome.cpu_s,
+        calibration: None,
+        search: None,
     }
 }
 
@@ -288,12 +330,17 @@ impl Report {
     }
 }
 
-pub(crate) fn rr(options: &rr::Options, outcome: &Outcome) -> Report {
+pub(crate) fn rr(options: &rr::Options, sizes: &Sizes, outcome: &Outcome) -> Report {
     let tally = &outcome.tally;
     let mut report = base("rr", &options.client, outcome);
     report.loop_kind = options.pacing.label();
-    report.workload["size_bytes"] = json!(options.size);
+    report.workload["size_bytes"] = match sizes {
+        Sizes::Fixed(size) => json!(size),
+        sizes => json!(sizes.mean()),
+    };
+    report.workload["sizes"] = json!(sizes.to_string());
     report.workload["verify"] = json!(options.verify);
+    report.set("requests_total", tally.completed_total as f64);
     report.set_rate("requests_per_s", tally.completed);
     report.set_rate("bytes_per_s", tally.sent + tally.received);
     report.set("reconnects", tally.reconnects as f64);

@@ -1,4 +1,4 @@
-//! Request/response over kept connections: sends `size` bytes, expects as many back.
+//! Request/response over kept connections: sends some bytes, expects as many back.
 //!
 //! A connection has at most one request under way. All events of a round are read first and
 //! their time taken, then the next requests are written, so that no connection waits for another
@@ -18,6 +18,7 @@ use crate::outcome::Kind;
 use crate::pacing::{Pacing, Schedule};
 use crate::payload::Requests;
 use crate::report::{self, Report};
+use crate::size::{Random, Sizes};
 use crate::timer::Timer;
 use crate::worker::{self, Client, Window, Worker};
 
@@ -35,7 +36,8 @@ const TIMER: Token = Token(usize::MAX);
 pub struct Options {
     /// Connections, times and placement.
     pub client: Client,
-    /// Bytes per request and per response; 1 to 67,108,864.
+    /// Bytes per request and per response, 1 to 67,108,864; for sizes that differ see
+    /// [`run_sized`].
     pub size: usize,
     /// Closed or open loop.
     pub pacing: Pacing,
@@ -50,10 +52,19 @@ pub struct Options {
 /// A setting out of range, or an event loop that cannot run. Requests that fail are not errors
 /// here but counted in the report.
 pub fn run(options: &Options) -> Result<Report, Error> {
-    if !(1..=MAX_SIZE).contains(&options.size) {
+    run_sized(options, &Sizes::Fixed(options.size))
+}
+
+/// Runs the workload with requests of `sizes`, whatever the options' size is.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn run_sized(options: &Options, sizes: &Sizes) -> Result<Report, Error> {
+    if sizes.min() < 1 || sizes.max() > MAX_SIZE {
         return Err(Error::Setting {
             name: "--size",
-            value: options.size.to_string(),
+            value: sizes.to_string(),
             allowed: "1 to 67108864",
         });
     }
@@ -67,16 +78,16 @@ pub fn run(options: &Options) -> Result<Report, Error> {
             allowed: "above 0, at most 1e9",
         });
     }
-    let requests = Requests::new(options.size);
+    let requests = Requests::new(sizes.max());
     let outcome = worker::run(&options.client, "requests", |worker| {
         let streams = worker.establish()?;
         let established = streams.iter().flatten().count();
         let Some(window) = worker.begin(established) else {
             return Ok(());
         };
-        Loop::new(worker, options, &requests, streams, window)?.run()
+        Loop::new(worker, options, (&requests, sizes), streams, window)?.run()
     })?;
-    Ok(report::rr(options, &outcome))
+    Ok(report::rr(options, sizes, &outcome))
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -96,6 +107,9 @@ enum State {
 struct Lane {
     stream: Option<TcpStream>,
     state: State,
+    /// Length of the request under way.
+    size: usize,
+    random: Random,
     sent: usize,
     received: usize,
     /// When the request should have been sent (closed loop: was), ns.
@@ -109,6 +123,7 @@ struct Lane {
 struct Loop<'w, 'r> {
     worker: &'w mut Worker<'r>,
     requests: &'w Requests,
+    sizes: &'w Sizes,
     verify: bool,
     window: Window,
     lanes: Vec<Lane>,
@@ -129,7 +144,7 @@ impl<'w, 'r> Loop<'w, 'r> {
     fn new(
         worker: &'w mut Worker<'r>,
         options: &Options,
-        requests: &'w Requests,
+        (requests, sizes): (&'w Requests, &'w Sizes),
         streams: Vec<Option<TcpStream>>,
         window: Window,
     ) -> io::Result<Self> {
@@ -153,6 +168,8 @@ impl<'w, 'r> Loop<'w, 'r> {
                 },
             },
             stream,
+            size: 0,
+            random: Random::of(first + i),
             sent: 0,
             received: 0,
             intended: 0,
@@ -166,6 +183,7 @@ impl<'w, 'r> Loop<'w, 'r> {
         };
         Ok(Self {
             requests,
+            sizes,
             verify: options.verify,
             window,
             first,
@@ -280,6 +298,7 @@ impl<'w, 'r> Loop<'w, 'r> {
                 self.worker.tally.late += u64::from(now > lane.intended + LATE_AFTER);
             }
         }
+        lane.size = self.sizes.draw(&mut lane.random);
         lane.sent = 0;
         lane.received = 0;
         lane.state = State::Busy;
@@ -289,8 +308,8 @@ impl<'w, 'r> Loop<'w, 'r> {
 
     /// Sends as much of the request as the socket takes.
     fn push(&mut self, i: usize) {
-        let request = self.requests.of(self.first + i);
         let lane = &mut self.lanes[i];
+        let request = &self.requests.of(self.first + i)[..lane.size];
         let Some(stream) = &mut lane.stream else {
             return;
         };
@@ -364,8 +383,8 @@ impl<'w, 'r> Loop<'w, 'r> {
     fn accept(&mut self, i: usize, n: usize) -> bool {
         let now = self.worker.clock.now();
         self.worker.tally.moved(0, n, self.window.contains(now));
-        let request = self.requests.of(self.first + i);
         let lane = &mut self.lanes[i];
+        let request = &self.requests.of(self.first + i)[..lane.size];
         let end = lane.received + n;
         if lane.state != State::Busy || end > lane.sent {
             self.fail(i, Kind::ExcessBytes);

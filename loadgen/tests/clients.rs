@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use loadgen::pacing::{Arrivals, Pacing};
 use loadgen::report::Report;
+use loadgen::search;
 use loadgen::serve::{self, Mode, Server};
+use loadgen::size::Sizes;
 use loadgen::stream::Direction;
 use loadgen::worker::Client;
 use loadgen::{Error, connect, idle, rr, stream};
@@ -386,4 +388,55 @@ fn an_occupied_address_is_refused() {
         error.to_string().contains("another process listens there"),
         "{error}"
     );
+}
+
+#[test]
+fn requests_of_many_sizes_come_back_whole_and_in_their_shares() {
+    let server = server(Mode::Echo);
+    let mut options = rr(client(server.address(), 8), 1);
+    options.verify = true;
+    let sizes: Sizes = "100:3,10000:1".parse().unwrap();
+    let report = rr::run_sized(&options, &sizes).unwrap();
+    assert!(
+        report.errors_by_kind().is_empty(),
+        "{:?}",
+        report.errors_by_kind()
+    );
+    let totals = server.stop().unwrap();
+    let mean = totals.received_bytes as f64 / metric(&report, "requests_total");
+    assert!(
+        (mean / sizes.mean() - 1.0).abs() < 0.15,
+        "{mean} of {}",
+        sizes.mean()
+    );
+}
+
+#[test]
+fn the_search_finds_what_a_server_can_serve() {
+    // One at a time, 2 ms each: some 450 requests a second on one connection, whatever happens.
+    let address = hand_made(|_, stream| {
+        echo_messages(stream, 64, |_, _| thread::sleep(Duration::from_millis(2)));
+    });
+    let options = rr(client(address, 1), 64);
+    let mut told = 0;
+    let report = search::run(
+        &options,
+        &Sizes::Fixed(64),
+        Arrivals::Constant,
+        &"p90<100ms".parse().unwrap(),
+        |_| told += 1,
+    )
+    .unwrap();
+    let steps = report.json()["search"]["steps"].as_array().unwrap().len();
+    assert_eq!(told, steps + 1);
+    let rate = metric(&report, "max_sustainable_per_s");
+    assert!((100.0..600.0).contains(&rate), "{rate}");
+    let none = search::run(
+        &options,
+        &Sizes::Fixed(64),
+        Arrivals::Constant,
+        &"p50<1us".parse().unwrap(),
+        |_| {},
+    );
+    assert_eq!(none.unwrap().metric("max_sustainable_per_s"), None);
 }
