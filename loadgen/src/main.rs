@@ -60,7 +60,7 @@ fn request(args: &RrArgs, stop: &Arc<AtomicBool>) -> Result<Report, Error> {
         None => rr::run_sized(&options, args.sizes()),
         Some((objective, arrivals)) => {
             search::run(&options, args.sizes(), arrivals, objective, |step| {
-                eprintln!("{step}")
+                eprintln!("{step}");
             })
         }
     }

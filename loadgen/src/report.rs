@@ -86,7 +86,7 @@ impl Report {
     }
 
     /// Adds the steps of a search and the rate it found.
-    pub(crate) fn set_search(&mut self, objective: &str, found: Option<f64>, steps: Vec<Value>) {
+    pub(crate) fn set_search(&mut self, objective: &str, found: Option<f64>, steps: &[Value]) {
         if let Some(rate) = found {
             self.set("max_sustainable_per_s", rate);
         }

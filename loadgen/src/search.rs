@@ -74,6 +74,9 @@ impl Objective {
     }
 }
 
+/// A rate and what a run at it came to.
+type Step = (f64, Report);
+
 /// Searches with runs of `options` and `sizes`. The pacing of the options does not matter. Returns
 /// the report of the highest rate that held with the search's steps in it; of the lowest one tried
 /// if none did. `tell` is told of each step.
@@ -96,7 +99,7 @@ pub fn run(
     if closed.ok() == 0 {
         return Ok(closed);
     }
-    let (mut held, mut broke): (Option<(f64, Report)>, Option<(f64, Report)>) = (None, None);
+    let (mut held, mut broke): (Option<Step>, Option<Step>) = (None, None);
     let mut steps: Vec<Value> = Vec::new();
     let mut rate = (highest * 0.7).max(LEAST_RATE);
     while steps.len() < PROBES_MAX && !options.client.stop.load(Ordering::Relaxed) {
@@ -126,7 +129,7 @@ pub fn run(
     }
     let sustained = held.as_ref().map(|(rate, _)| *rate);
     let mut report = held.or(broke).map_or(closed, |(_, report)| report);
-    report.set_search(&objective.to_string(), sustained, steps);
+    report.set_search(&objective.to_string(), sustained, &steps);
     Ok(report)
 }
 

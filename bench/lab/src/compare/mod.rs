@@ -158,7 +158,9 @@ fn choose_repeated(plan: &mut Plan, aa: Option<&str>) -> Result<()> {
         (0, Some("off")) => Ok(()),
         (0, None) => {
             let ebpf = plan.paths.iter().find(|p| p.redirect == Redirect::Ebpf);
-            let name = ebpf.or(plan.paths.last()).map(|path| path.name.clone());
+            let name = ebpf
+                .or_else(|| plan.paths.last())
+                .map(|path| path.name.clone());
             name.map_or(Ok(()), |name| plan.repeat(&name))
         }
         (0, Some(name)) => plan.repeat(name),

@@ -70,7 +70,8 @@ pub(super) fn parse(options: &[String]) -> Result<Vec<Wanted>> {
         let binary = match path {
             Some(path) if path.is_file() => Ok(path),
             Some(path) => Err(format!("{} is not there", path.display())),
-            None if name == BUILT_IN => workspace_binary(name).map_err(|e| e.to_string()),
+            None if name == BUILT_IN => workspace_binary(name)
+                .map_err(|_| "its binary is not built or not beside `lab`".to_owned()),
             None => Err(format!(
                 "no ztunnel of this name is known; give {name}=PATH"
             )),

@@ -248,9 +248,10 @@ fn add_ratios(
 
 fn notes(document: &Document) -> Vec<String> {
     let mut notes = vec![
-        "cross-node is client-a on node A to server-b on node B; same-node is client-a to server-a, \
-         both on node A. rr: requests and responses of 64 bytes on kept connections; stream: bulk \
-         bytes from client to server; connect: connect, one request of 64 bytes, close."
+        "cross-node is client-a on node A to server-b on node B; same-node is client-a to \
+         server-a, both on node A. rr: requests and responses of 64 bytes on kept connections; \
+         stream: bulk bytes from client to server; connect: connect, one request of 64 bytes, \
+         close."
             .to_owned(),
     ];
     notes.push(about_noise(document));

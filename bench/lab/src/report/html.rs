@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 
-use super::schema::{Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
+use super::schema::{Cell, Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
 use super::units::with_unit;
 use super::{curve, plot};
 
@@ -18,7 +18,6 @@ table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:ta
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e4e7ec;white-space:nowrap}
 th{color:#5a6069;font-weight:600}
 th:first-child,td:first-child,td.l,th.l{text-align:left}
-table.main td:last-child{white-space:normal;min-width:11em}
 tr.first td{border-top:2px solid #cbd0d8}
 .better{color:#05704d;font-weight:600}.worse{color:#b42318;font-weight:600}.same{color:#5a6069}
 .key span{display:inline-block;margin-right:1.2rem}
@@ -144,12 +143,15 @@ fn tally(html: &mut String, document: &Document) {
 /// The table to read first: medians, and the verdict against the path before.
 fn results(html: &mut String, document: &Document) {
     html.push_str(
-        "<div class=\"wide\"><table class=\"main\"><tr><th class=\"l\">scope</th><th class=\"l\">workload</th>\
-         <th class=\"l\">path</th><th>throughput</th><th>p50</th><th>p99</th><th>ztunnel CPU</th>\
-         <th>machine CPU</th><th>ztunnel memory</th><th>errors</th>\
+        "<div class=\"wide\"><table class=\"main\"><tr><th class=\"l\">scope</th>\
+         <th class=\"l\">workload</th><th class=\"l\">path</th><th>throughput</th>\
+         <th>p50</th><th>p99</th><th>ztunnel CPU</th><th>machine CPU</th>\
+         <th>ztunnel memory</th><th>errors</th>\
          <th class=\"l\">throughput against</th></tr>\n",
     );
-    for cell in document.cells() {
+    // Open loops have a plot of their own.
+    let closed = |cell: &Cell<'_>| cell.offered_per_s.is_none();
+    for cell in document.cells().into_iter().filter(closed) {
         let mut first = true;
         for path in &document.paths {
             let Some(row) = document.row(path, &cell) else {
@@ -212,7 +214,7 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
     let _ = writeln!(
         html,
         "<td>{errors:.0}</td><td class=\"l\">{}</td></tr>",
-        against.join(", ")
+        against.join("<br>")
     );
 }
 
@@ -238,7 +240,8 @@ fn notes(html: &mut String, document: &Document) {
         html,
         "<li>A trial counts as one observation. Intervals are bootstrap 95 % intervals of medians; \
          ratios are paired by round. A verdict other than \"no difference shown\" needs the \
-         interval to lie beyond the noise threshold of its kind of metric, at least 2 %.</li>\n</ul>"
+         interval to lie beyond the noise threshold of its kind of metric, at least \
+         2 %.</li>\n</ul>"
     );
 }
 
@@ -425,6 +428,8 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::super::tests::example;
     use super::*;
 
@@ -438,6 +443,53 @@ mod tests {
         assert!(html.contains("×1.30 better"));
         assert!(html.contains("throughput better in 1, worse in 0 of 1"));
         assert!(html.contains("A note."));
+    }
+
+    #[test]
+    fn a_browser_shows_the_page_without_complaint() {
+        let browser = ["chromium", "chromium-browser", "google-chrome"]
+            .into_iter()
+            .find(|name| Command::new(name).arg("--version").output().is_ok());
+        let Some(browser) = browser else {
+            eprintln!("skipped: a_browser_shows_the_page_without_complaint: no chromium");
+            return;
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let (file, image) = ("report.html", "report.png");
+        std::fs::write(directory.path().join(file), page(&example()).unwrap()).unwrap();
+        let run = |what: &[&str]| {
+            let output = Command::new(browser)
+                .args([
+                    "--headless",
+                    "--no-sandbox",
+                    "--disable-gpu",
+                    "--enable-logging=stderr",
+                ])
+                .arg(format!(
+                    "--user-data-dir={}",
+                    directory.path().join("data").display()
+                ))
+                .args(what)
+                .arg(directory.path().join(file))
+                .current_dir(directory.path())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{output:?}");
+            let log = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!log.contains("CONSOLE"), "{log}");
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let dom = run(&["--dump-dom"]);
+        let plots = dom.matches("<svg").count();
+        assert!(plots >= 6, "{plots} plots");
+        run(&["--window-size=1240,2400", &format!("--screenshot={image}")]);
+        let bytes = std::fs::read(directory.path().join(image)).unwrap();
+        // An empty page of this size is some 10 kB.
+        assert!(
+            bytes.starts_with(b"\x89PNG") && bytes.len() > 40_000,
+            "{} bytes",
+            bytes.len()
+        );
     }
 
     #[test]

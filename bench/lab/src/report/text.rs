@@ -11,7 +11,8 @@ pub(super) fn markdown(document: &Document) -> String {
     let mut text = format!(
         "# Redirection paths compared: {}\n\n{}, commit {}{}, {}, {} CPUs, Linux {}.  \n`{}`\n\n\
          Medians of {} trials of {} s; CPU per request, connection or GB.\n\n\
-         | scope | workload | path | throughput | p50 | p99 | ztunnel CPU | machine CPU | errors |\n\
+         | scope | workload | path | throughput | p50 | p99 | ztunnel CPU | machine CPU | errors \
+         |\n\
          | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
         document.paths.join(", "),
         document.when,
