@@ -93,7 +93,7 @@ fn judge(document: &mut Document) {
         for (metric, estimate) in row.metrics.iter().filter(|(metric, _)| is_compared(metric)) {
             let difference = stats::halves_difference(&estimate.values);
             from_halves
-                .entry(noise_kind(metric))
+                .entry(noise_kind(&row.workload, metric))
                 .or_default()
                 .extend(difference);
         }
@@ -101,7 +101,7 @@ fn judge(document: &mut Document) {
     let noise_of = |kind: &str, except: Option<usize>| {
         let from_ratios: Vec<f64> = own
             .iter()
-            .filter(|&&at| noise_kind(&ratios[at].0.metric) == kind && Some(at) != except)
+            .filter(|&&at| kind_of(&ratios[at].0) == kind && Some(at) != except)
             .map(|&at| ratios[at].0.ratio.ln())
             .collect();
         if from_ratios.len() >= RATIOS_FOR_NOISE {
@@ -124,8 +124,7 @@ fn judge(document: &mut Document) {
         .map(|(at, (ratio, pairs))| {
             // A ratio of a path to itself must not be what it is judged by.
             let except = own.contains(&at).then_some(at);
-            let noise =
-                noise_of(noise_kind(&ratio.metric), except).unwrap_or(document.noise_threshold);
+            let noise = noise_of(kind_of(ratio), except).unwrap_or(document.noise_threshold);
             stats::verdict(pairs, noise, ratio.metric.ends_with("_per_s"))
         })
         .collect();
@@ -178,6 +177,10 @@ fn spectrum(trials: &[Trial]) -> Vec<(f64, f64)> {
             (trials[0].spectrum[i].0, stats::median(&at))
         })
         .collect()
+}
+
+fn kind_of(ratio: &Ratio) -> &'static str {
+    noise_kind(&ratio.workload, &ratio.metric)
 }
 
 /// Whether ratios of a metric mean anything: shares and levels of the machine, and counts of
