@@ -331,7 +331,10 @@ fn commands_start_with_no_signal_blocked() {
     held.thread_block().unwrap();
     let output = lab.run("client-a", "grep", &["SigBlk", "/proc/self/status"]);
     held.thread_unblock().unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), "SigBlk:\t0000000000000000\n");
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        "SigBlk:\t0000000000000000\n"
+    );
 }
 
 #[test]

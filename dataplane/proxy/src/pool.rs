@@ -2,8 +2,9 @@
 //!
 //! The key is upstream's: who we are, where we dial, whom we accept there, and the source address.
 //! While a tunnel is being set up others with the same key wait for it instead of opening more, and
-//! if it cannot be had they all fail with it instead of trying one after the other; when a tunnel carries as many streams as it may, the next connection opens another. Streams that end
-//! make room again. Unused tunnels are closed by [`Pool::close_unused`].
+//! if it cannot be had they all fail with it instead of trying one after the other; when a tunnel
+//! carries as many streams as it may, the next connection opens another. Streams that end make room
+//! again. Unused tunnels are closed by [`Pool::close_unused`].
 
 use std::cell::RefCell;
 use std::collections::HashMap;

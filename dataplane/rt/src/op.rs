@@ -1,8 +1,8 @@
 //! The operation table: everything the kernel may still touch is owned here.
 //!
 //! A submitted operation is named by its slot and the slot's generation, packed into the
-//! completion's `user_data`. A future holds only an [`OpId`]; if it is dropped early the operation becomes an
-//! orphan that keeps its resources until the kernel's last completion for it.
+//! completion's `user_data`. A future holds only an [`OpId`]; if it is dropped early the operation
+//! becomes an orphan that keeps its resources until the kernel's last completion for it.
 
 use std::collections::VecDeque;
 use std::rc::Rc;

@@ -142,7 +142,9 @@ impl HostCommand {
     /// # Errors
     /// As [`Self::spawn`].
     pub fn output(&mut self) -> io::Result<Output> {
-        self.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         self.spawn()?.wait_with_output()
     }
 
