@@ -2,10 +2,10 @@
 //!
 //! Small mode arms one multishot receive; the kernel takes a ring block per message and an idle
 //! connection holds none. When one wake-up finds several full blocks the flow is bulk: the
-//! multishot is cancelled and single receives fill large blocks, which lets the socket buffer gather
-//! data while the previous block is being sent. A few short receives lead back to small mode. When the
-//! ring of blocks is empty (`ENOBUFS`) a receive into an own record-sized block keeps the flow
-//! going, so that connections whose readers lag cannot starve the others.
+//! multishot is cancelled and single receives fill large blocks, which lets the socket buffer
+//! gather data while the previous block is being sent. A few short receives lead back to small
+//! mode. When the ring of blocks is empty (`ENOBUFS`) a receive into an own record-sized block
+//! keeps the flow going, so that connections whose readers lag cannot starve the others.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
