@@ -12,6 +12,7 @@ use crate::connection::{ConnectionInfo, Reporter, ResponseFlags};
 use crate::exposition::{
     Exposition, MetricKind, Page, append_label, is_label_name, is_metric_name,
 };
+use crate::faults::{Fault, Happening};
 use crate::process;
 use crate::series::{LabelSet, LabelSets, Series, WorkerCounter, reporter_index};
 use crate::worker::WorkerTelemetry;
@@ -83,6 +84,10 @@ pub(crate) struct WorkerShared {
     pub(crate) failed_early: [WorkerCounter; 2],
     /// Label sets counted as overflow.
     pub(crate) overflows: WorkerCounter,
+    /// What peers of tunnels did wrong, in the order of [`Fault::ALL`].
+    pub(crate) faults: [WorkerCounter; Fault::COUNT],
+    /// By number of the [`Happening`].
+    pub(crate) happenings: [WorkerCounter; Happening::COUNT],
 }
 
 type Read = Box<dyn Fn() -> u64 + Send + Sync>;
@@ -239,6 +244,13 @@ impl Registry {
                 totals.failed_early[i] += worker.shared.failed_early[i].get();
             }
             totals.overflows += worker.shared.overflows.get();
+            for (total, fault) in totals.faults.iter_mut().zip(&worker.shared.faults) {
+                *total += fault.get();
+            }
+            let happenings = totals.happenings.iter_mut();
+            for (total, happening) in happenings.zip(&worker.shared.happenings) {
+                *total += happening.get();
+            }
         }
         totals.label_sets = lock(&self.inner.labels).len() as u64;
         totals
@@ -269,6 +281,8 @@ enum Source {
     Counted(fn(&Sums) -> u64),
     /// One per reporter.
     PerReporter(fn(&Totals) -> [u64; 2]),
+    /// One per reason for which a tunnel, or a stream in it, was given up.
+    PerFault,
     /// A single one.
     Single(fn(&Totals) -> u64),
 }
@@ -282,7 +296,7 @@ struct OwnFamily {
 
 /// The families of connections. Bytes are named from the server's point of view whoever reports:
 /// `received` came from the client, `sent` went to it (istio/istio issue 32399).
-const OWN: [OwnFamily; 9] = [
+const OWN: [OwnFamily; 13] = [
     OwnFamily {
         name: "istio_tcp_connections_opened_total",
         help: "The total number of TCP connections opened",
@@ -337,6 +351,31 @@ const OWN: [OwnFamily; 9] = [
         kind: MetricKind::Counter,
         source: Source::Single(|t| t.overflows),
     },
+    OwnFamily {
+        name: "ztunnel_hbone_errors_total",
+        help: "Tunnels given up before or after their handshake, and streams reset for breaking \
+               HTTP/2, by reason",
+        kind: MetricKind::Counter,
+        source: Source::PerFault,
+    },
+    OwnFamily {
+        name: "ztunnel_hbone_retries_total",
+        help: "CONNECT requests sent again because the peer had not processed them",
+        kind: MetricKind::Counter,
+        source: Source::Single(|t| t.happened(Happening::Retry)),
+    },
+    OwnFamily {
+        name: "ztunnel_hbone_window_stalls_total",
+        help: "Times a stream had data to send and waited for the peer to open a window",
+        kind: MetricKind::Counter,
+        source: Source::Single(|t| t.happened(Happening::WindowStall)),
+    },
+    OwnFamily {
+        name: "ztunnel_policy_revocations_total",
+        help: "Connections closed because a later configuration does not allow them",
+        kind: MetricKind::Counter,
+        source: Source::Single(|t| t.happened(Happening::Revoked)),
+    },
 ];
 
 /// What all workers together counted.
@@ -348,6 +387,8 @@ struct Totals {
     failed_early: [u64; 2],
     overflows: u64,
     label_sets: u64,
+    faults: [u64; Fault::COUNT],
+    happenings: [u64; Happening::COUNT],
 }
 
 struct Sums {
@@ -360,6 +401,10 @@ struct Sums {
 }
 
 impl Totals {
+    fn happened(&self, what: Happening) -> u64 {
+        self.happenings[what as usize]
+    }
+
     fn add(&mut self, series: &Series) {
         let id = series.labels.id;
         if self.sums.len() <= id {
@@ -396,6 +441,12 @@ impl Totals {
             Source::PerReporter(value) => {
                 for (reporter, value) in Reporter::ALL.iter().zip(value(self)) {
                     let label = format!("reporter=\"{}\"", reporter.label());
+                    page.sample(own.name, &label, value);
+                }
+            }
+            Source::PerFault => {
+                for (fault, value) in Fault::ALL.iter().zip(self.faults) {
+                    let label = format!("reason=\"{}\"", fault.label());
                     page.sample(own.name, &label, value);
                 }
             }

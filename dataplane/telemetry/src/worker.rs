@@ -21,6 +21,7 @@ use tracing::Level;
 
 use crate::access::{self, AccessLog, Outcome};
 use crate::connection::{ConnectionInfo, Reporter, ResponseFlags, Security};
+use crate::faults::{Fault, Happening};
 use crate::line::LineBuffer;
 use crate::registry::{Registry, WorkerShared};
 use crate::series::{Series, reporter_index};
@@ -150,6 +151,26 @@ impl WorkerTelemetry {
             line.quoted("error", error);
             inner.access.write(line.finish());
         }
+    }
+
+    /// Counts a tunnel given up, or a stream reset for breaking HTTP/2.
+    pub fn hbone_error(&self, fault: Fault) {
+        self.inner.shared.faults[fault as usize].add(1);
+    }
+
+    /// How often [`Self::hbone_error`] was told `fault` on this worker.
+    pub fn hbone_errors(&self, fault: Fault) -> u64 {
+        self.inner.shared.faults[fault as usize].get()
+    }
+
+    /// Counts something that is no error of one connection.
+    pub fn happened(&self, what: Happening) {
+        self.inner.shared.happenings[what as usize].add(1);
+    }
+
+    /// How often [`Self::happened`] was told `what` on this worker.
+    pub fn happenings(&self, what: Happening) -> u64 {
+        self.inner.shared.happenings[what as usize].get()
     }
 
     /// Lets go of the workloads and services of an older model. Counters stay.
