@@ -84,6 +84,8 @@ pub(crate) struct Inner {
     pub(crate) timers: RefCell<Timers>,
     pub(crate) pool: Pool,
     tasks: RefCell<Tasks>,
+    /// Tasks that go on after the next look at the ring.
+    next_turn: RefCell<Vec<Waker>>,
     worker: u16,
     remote: Arc<Remote>,
 }
@@ -210,6 +212,7 @@ impl Runtime {
             timers: RefCell::default(),
             pool,
             tasks: RefCell::default(),
+            next_turn: RefCell::default(),
             worker,
             remote,
         });
@@ -262,7 +265,8 @@ impl Runtime {
                     return Ok(value);
                 }
             }
-            let idle = inner.tasks.borrow().run.is_empty();
+            let next_turn = inner.next_turn.take();
+            let idle = next_turn.is_empty() && inner.tasks.borrow().run.is_empty();
             let timeout = inner.timers.borrow_mut().next_timeout(Instant::now());
             {
                 let mut driver = inner.driver.borrow_mut();
@@ -272,6 +276,8 @@ impl Runtime {
             }
             inner.timers.borrow_mut().fire(Instant::now());
             inner.take_remote();
+            // Behind everything the ring has brought.
+            next_turn.into_iter().for_each(Waker::wake);
         }
     }
 }
@@ -457,6 +463,21 @@ pub async fn yield_now() {
         }
         yielded = true;
         cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+/// Goes on after the worker has looked at its ring and run what that brought: for work that takes
+/// long, between its parts.
+pub async fn next_turn() {
+    let mut waited = false;
+    std::future::poll_fn(|cx| {
+        if waited {
+            return Poll::Ready(());
+        }
+        waited = true;
+        current().next_turn.borrow_mut().push(cx.waker().clone());
         Poll::Pending
     })
     .await;

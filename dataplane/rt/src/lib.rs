@@ -29,4 +29,4 @@ pub mod time;
 
 pub use affinity::{available_cpus, pin_current_thread};
 pub use driver::Counters;
-pub use exec::{Runtime, RuntimeConfig, RuntimeError, SharedCounters, spawn, yield_now};
+pub use exec::{Runtime, RuntimeConfig, RuntimeError, SharedCounters, next_turn, spawn, yield_now};
