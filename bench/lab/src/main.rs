@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result};
@@ -52,8 +52,11 @@ enum Commands {
     Compare(CompareOptions),
     /// Render report.html again from report.json
     Report {
-        /// Directory of the report
-        dir: PathBuf,
+        /// Directory of the report [default: the newest in results/ that compares ebpf and tunnel]
+        dir: Option<PathBuf>,
+        /// Also put the results between the markers of this file
+        #[arg(long, value_name = "README.md")]
+        readme: Option<PathBuf>,
     },
     /// Remove everything: namespaces, links, redirection, processes, files
     Down {
@@ -144,9 +147,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Commands::Compare(options) => {
             compare::run(&options).context("compare")?;
         }
-        Commands::Report { dir } => {
-            report::render(&dir).with_context(|| format!("report {}", dir.display()))?;
-        }
+        Commands::Report { dir, readme } => render(dir, readme.as_deref())?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -163,6 +164,25 @@ fn up(args: UpArgs) -> Result<()> {
     let lab = Lab::up(&options)
         .with_context(|| format!("up `{}` --redirect {}", options.name, options.redirect))?;
     print(&lab.status().to_string())
+}
+
+fn render(dir: Option<PathBuf>, readme: Option<&Path>) -> Result<()> {
+    let dir = match dir {
+        Some(dir) => dir,
+        None => report::readme::newest(report::readme::directories(Path::new("results"))?)
+            .context("report: no directory given")?,
+    };
+    report::render(&dir).with_context(|| format!("report {}", dir.display()))?;
+    if let Some(readme) = readme {
+        report::readme::update(&dir, readme)
+            .with_context(|| format!("report --readme {}", readme.display()))?;
+        print(&format!(
+            "{}: results of {}\n",
+            readme.display(),
+            dir.display()
+        ))?;
+    }
+    Ok(())
 }
 
 /// Becomes the command: its exit status, signals and standard streams need no handling then.

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::schema::{Cell, Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
 use super::units::with_unit;
-use super::{curve, plot};
+use super::{curve, plot, tally};
 
 const STYLE: &str = "
 :root{color-scheme:light}
@@ -38,7 +38,7 @@ pub(super) fn page(document: &Document) -> Result<String> {
     head(&mut html, document);
     html.push_str("<h2>Result</h2>\n");
     key(&mut html, document);
-    tally(&mut html, document);
+    tallies(&mut html, document);
     results(&mut html, document);
     notes(&mut html, document);
     throughput(&mut html, document)?;
@@ -94,49 +94,12 @@ fn key(html: &mut String, document: &Document) {
     html.push_str("</p>\n");
 }
 
-/// One sentence per pair of paths: where the one is better. `none` is no rival.
-fn tally(html: &mut String, document: &Document) {
-    let rivals = || {
-        let ratios = document.ratios.iter();
-        ratios.filter(|ratio| ratio.to != "none" && !document.is_against_itself(ratio))
-    };
-    let mut pairs: Vec<(&str, &str)> = Vec::new();
-    for ratio in rivals() {
-        let pair = (ratio.of.as_str(), ratio.to.as_str());
-        if !pairs.contains(&pair) {
-            pairs.push(pair);
-        }
-    }
-    for (of, to) in pairs {
-        let count = |wanted: &dyn Fn(&Ratio) -> bool, verdict: Option<Verdict>| {
-            rivals()
-                .filter(|r| r.of == of && r.to == to && wanted(r))
-                .filter(|r| verdict.is_none_or(|verdict| verdict == r.verdict))
-                .count()
-        };
-        let part = |name: &str, wanted: &dyn Fn(&Ratio) -> bool| {
-            format!(
-                "{name} better in {}, worse in {} of {}",
-                count(wanted, Some(Verdict::Better)),
-                count(wanted, Some(Verdict::Worse)),
-                count(wanted, None)
-            )
-        };
-        let parts = [
-            part("throughput", &|r| {
-                r.metric == throughput_metric(&r.workload)
-            }),
-            part("median latency", &|r| r.metric == "p50_us"),
-            part("p99", &|r| r.metric == "p99_us"),
-            part("ztunnel CPU", &|r| r.metric == cpu_metrics(&r.workload)[0]),
-            part("machine CPU", &|r| r.metric == cpu_metrics(&r.workload)[1]),
-        ];
+/// One sentence per pair of paths: where the one is better.
+fn tallies(html: &mut String, document: &Document) {
+    for (of, to) in tally::pairs(document) {
+        let sentence = tally::sentence(document, of, to);
         let (of, to) = (escape(of), escape(to));
-        let _ = writeln!(
-            html,
-            "<p><b>{of} against {to}</b>: {}.</p>",
-            parts.join("; ")
-        );
+        let _ = writeln!(html, "<p><b>{of} against {to}</b>: {sentence}.</p>");
     }
 }
 

@@ -3,8 +3,10 @@
 mod curve;
 mod html;
 pub mod plot;
+pub mod readme;
 pub mod schema;
 pub mod table;
+mod tally;
 mod text;
 pub mod units;
 
