@@ -36,8 +36,8 @@ pub fn git() -> Value {
     })
 }
 
-/// The newest directory of `results/` that a comparison wrote (it holds a `report.json`), by the
-/// time of that file; `results/tmp` where there is none.
+/// The newest directory of `results/` that a comparison wrote, by what its `report.json` says,
+/// full comparisons of `ebpf` and `tunnel` before all others; `results/tmp` where there is none.
 #[must_use]
 pub fn newest_results() -> PathBuf {
     let root = git_says(&["rev-parse", "--show-toplevel"]).unwrap_or_else(|| ".".to_owned());
@@ -47,11 +47,22 @@ pub fn newest_results() -> PathBuf {
 fn newest_in(results: &Path) -> PathBuf {
     let entries = fs::read_dir(results).into_iter().flatten().flatten();
     let reports = entries.filter_map(|entry| {
-        let written = fs::metadata(entry.path().join("report.json")).ok()?;
-        Some((written.modified().ok()?, entry.path()))
+        let text = fs::read_to_string(entry.path().join("report.json")).ok()?;
+        let report: Value = serde_json::from_str(&text).ok()?;
+        let paths = report["paths"].as_array().cloned().unwrap_or_default();
+        let both = ["ebpf", "tunnel"]
+            .iter()
+            .all(|path| paths.contains(&json!(path)));
+        let full = !report["command"].as_str()?.contains("--quick");
+        Some((
+            both,
+            full,
+            report["when"].as_str()?.to_owned(),
+            entry.path(),
+        ))
     });
     let newest = reports.max();
-    newest.map_or_else(|| results.join("tmp"), |(_, path)| path)
+    newest.map_or_else(|| results.join("tmp"), |(.., path)| path)
 }
 
 fn git_says(arguments: &[&str]) -> Option<String> {
@@ -65,18 +76,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_report_wins() {
+    fn the_newest_full_comparison_wins() {
         let results = tempfile::tempdir().unwrap();
         assert_eq!(newest_in(results.path()), results.path().join("tmp"));
-        for name in ["b", "a", "without"] {
-            fs::create_dir(results.path().join(name)).unwrap();
-        }
-        for (name, age_s) in [("b", 100), ("a", 10)] {
-            let file = fs::File::create(results.path().join(name).join("report.json")).unwrap();
-            let age = std::time::Duration::from_secs(age_s);
-            file.set_modified(std::time::SystemTime::now() - age)
-                .unwrap();
-        }
-        assert_eq!(newest_in(results.path()), results.path().join("a"));
+        let of = |name: &str, when: &str, paths: &[&str], command: &str| {
+            let directory = results.path().join(name);
+            fs::create_dir(&directory).unwrap();
+            let report = json!({"when": when, "paths": paths, "command": command});
+            fs::write(directory.join("report.json"), report.to_string()).unwrap();
+        };
+        fs::create_dir(results.path().join("without")).unwrap();
+        let (both, full) = (["tunnel", "ebpf"], "lab compare");
+        of("old", "2026-01-01T00:00:00Z", &both, full);
+        of("new", "2026-01-02T00:00:00Z", &both, full);
+        of(
+            "quick",
+            "2026-01-03T00:00:00Z",
+            &both,
+            "lab compare --quick",
+        );
+        of("one", "2026-01-04T00:00:00Z", &["ebpf"], full);
+        assert_eq!(newest_in(results.path()), results.path().join("new"));
     }
 }
