@@ -136,7 +136,7 @@ fn about(document: &Document, link: &str) -> String {
     );
     let _ = writeln!(
         text,
-        "\n`{OF}` against `{TO}`: {}.",
+        "\n`{OF}` against `{TO}`, open loops included: {}.",
         tally::sentence(document, OF, TO)
     );
     if let Some(itself) = &document.against_itself {
@@ -196,7 +196,7 @@ fn ratios(text: &mut String, document: &Document) {
 
 fn medians(text: &mut String, document: &Document) {
     text.push_str(
-        "\n**Medians**; CPU per request, connection or GB.\n\n\
+        "\n<details><summary>Medians of every path; CPU per request, connection or GB</summary>\n\n\
          | scope | workload | path | throughput | p50 | p99 | ztunnel CPU | machine CPU |\n\
          | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |\n",
     );
@@ -209,6 +209,7 @@ fn medians(text: &mut String, document: &Document) {
             let _ = writeln!(text, "| {scope} | {label} | {} | {shown} |", row.path);
         }
     }
+    text.push_str("\n</details>\n");
 }
 
 fn median(row: &Row, metric: &str) -> String {
