@@ -6,6 +6,9 @@
 //! still delivered. Payload that a failed tunnel cut off ends in a reset of the application's
 //! connection, never in what looks like a complete answer.
 
+#[cfg(debug_assertions)]
+mod slowdown;
+
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -31,7 +34,10 @@ enum Way {
 }
 
 impl Way {
+    /// Counts a chunk that was relayed.
     fn count(self, record: &ConnectionRecord, bytes: usize) {
+        #[cfg(debug_assertions)]
+        slowdown::relayed();
         match self {
             Self::Request => record.received(bytes as u64),
             Self::Response => record.sent(bytes as u64),
