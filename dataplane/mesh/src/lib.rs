@@ -31,5 +31,5 @@ pub use inbound::InboundError;
 pub use policy::{ConnectionFacts, Policy};
 pub use route::{Authority, Route, RouteError};
 pub use service::{Service, ServiceConfig};
-pub use snapshot::{NodeContext, Snapshot};
+pub use snapshot::{NodeContext, Snapshot, WorkloadName};
 pub use workload::{HealthStatus, Locality, Protocol, Workload, WorkloadConfig};

@@ -72,6 +72,29 @@ pub(crate) enum WaypointTarget {
     Unknown { destination: Arc<str> },
 }
 
+/// A workload by its name, for a proxy that serves no other.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct WorkloadName {
+    /// Kubernetes namespace.
+    pub namespace: Arc<str>,
+    /// Pod name.
+    pub name: Arc<str>,
+    /// Kubernetes service account.
+    pub service_account: Arc<str>,
+    /// SPIFFE trust domain, if it is not any.
+    pub trust_domain: Option<Arc<str>>,
+}
+
+impl WorkloadName {
+    fn names(&self, workload: &WorkloadConfig) -> bool {
+        let domain = self.trust_domain.as_ref();
+        workload.namespace == self.namespace
+            && workload.name == self.name
+            && workload.service_account == self.service_account
+            && domain.is_none_or(|domain| *domain == workload.trust_domain)
+    }
+}
+
 /// The node decisions are made for.
 #[derive(Clone, Debug)]
 pub struct NodeContext {
@@ -86,6 +109,8 @@ pub struct NodeContext {
     /// Namespace that wins among services of one hostname or address where neither the
     /// client's own nor a canonical one does (`PREFERED_SERVICE_NAMESPACE`).
     pub preferred_service_namespace: Option<Arc<str>>,
+    /// The one workload that is served (`PROXY_WORKLOAD_INFO`); without it, all of the node.
+    pub dedicated_to: Option<WorkloadName>,
 }
 
 impl NodeContext {
@@ -97,6 +122,7 @@ impl NodeContext {
             hbone_port: HBONE_PORT,
             own_ports: Arc::from([15001, 15006, HBONE_PORT]),
             preferred_service_namespace: None,
+            dedicated_to: None,
         }
     }
 
@@ -105,9 +131,13 @@ impl NodeContext {
         self.own_ports.contains(&port)
     }
 
-    /// Whether a workload runs on this node.
+    /// Whether a workload is served here: it runs on this node, or is the one this is dedicated
+    /// to.
     pub fn is_local(&self, workload: &WorkloadConfig) -> bool {
-        workload.node == self.node
+        match &self.dedicated_to {
+            Some(name) => name.names(workload),
+            None => workload.node == self.node,
+        }
     }
 }
 

@@ -3,8 +3,9 @@
 mod support;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use mesh::{NodeContext, Route};
+use mesh::{NodeContext, Route, WorkloadName};
 use support::{addr, id, node, parse, routed, snapshot};
 
 const MESH: &str = r#"
@@ -268,6 +269,29 @@ fn the_dialled_port_is_the_nodes() {
         support::shown(&route),
         "hbone 10.0.1.1:25008 10.0.1.1:80 web"
     );
+}
+
+#[test]
+fn a_dedicated_proxy_serves_its_workload_alone_wherever_that_runs() {
+    let mesh = snapshot(MESH);
+    let workload = mesh.workload_by_uid("c//Pod/ns1/client").unwrap();
+    let mut context = NodeContext::new("", "another-node");
+    assert!(!context.is_local(workload));
+    let name = WorkloadName {
+        namespace: Arc::clone(&workload.namespace),
+        name: Arc::clone(&workload.name),
+        service_account: Arc::clone(&workload.service_account),
+        trust_domain: None,
+    };
+    context.dedicated_to = Some(name.clone());
+    let local = mesh.workloads().iter().filter(|w| context.is_local(w));
+    assert_eq!(local.count(), 1);
+    assert!(context.is_local(workload));
+    context.dedicated_to = Some(WorkloadName {
+        trust_domain: Some("elsewhere".into()),
+        ..name
+    });
+    assert!(!context.is_local(workload));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use control::LocalConfig;
-use mesh::NodeContext;
+use mesh::{NodeContext, WorkloadName};
 use proxy::{ProxyConfig, RedirectMode};
 use rt::net::Keepalive;
 
@@ -33,6 +33,17 @@ pub(crate) enum ConfigError {
          and LOCAL_CA_KEY to the PEM files of a CA"
     )]
     NoAuthority { name: &'static str },
+    #[error(
+        "PROXY_WORKLOAD_INFO is not set: PROXY_MODE=dedicated serves one workload; name it as \
+         namespace/name/service-account"
+    )]
+    NoWorkload,
+    #[error("{name}=`{value}` has no meaning with PROXY_MODE={mode}: unset it")]
+    OtherMode {
+        name: &'static str,
+        value: String,
+        mode: &'static str,
+    },
     #[error("{name}=`{value}` is not supported by this version: {instead}")]
     Unsupported {
         name: &'static str,
@@ -46,13 +57,30 @@ pub(crate) enum ConfigError {
 pub(crate) struct Settings {
     pub(crate) proxy: Arc<ProxyConfig>,
     pub(crate) source: LocalConfig,
-    pub(crate) ca_certificate: PathBuf,
-    pub(crate) ca_key: PathBuf,
+    pub(crate) authority: AuthoritySource,
+    pub(crate) transparent: Transparent,
     pub(crate) certificate_ttl: Duration,
     pub(crate) workers: usize,
     pub(crate) listener_map: Option<PathBuf>,
     pub(crate) ipv6: bool,
     pub(crate) drain: Duration,
+}
+
+/// Where the CA comes from that issues workload certificates in process.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum AuthoritySource {
+    /// PEM files of certificate and key.
+    Files(PathBuf, PathBuf),
+    /// The one whose key is public, for tests.
+    Fake,
+}
+
+/// Whether listeners take connections to foreign addresses (`IP_TRANSPARENT`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Transparent {
+    No,
+    IfAllowed,
+    Required,
 }
 
 /// Reads and checks all settings.
@@ -68,18 +96,13 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
         environment.text("LOCAL_XDS").as_deref(),
     )?
     .ok_or(ConfigError::NoSource)?;
-    let authority = |name| {
-        environment
-            .text(name)
-            .map(PathBuf::from)
-            .ok_or(ConfigError::NoAuthority { name })
-    };
+    let dedicated_to = dedicated_to(environment)?;
     let cpus = rt::available_cpus().map_or(1, |cpus| cpus.len());
     Ok(Settings {
-        proxy: Arc::new(proxy_config(environment)?),
+        authority: authority(environment, dedicated_to.is_some())?,
+        transparent: transparent(environment, dedicated_to.is_some())?,
+        proxy: Arc::new(proxy_config(environment, dedicated_to)?),
         source,
-        ca_certificate: authority("LOCAL_CA_CERT")?,
-        ca_key: authority("LOCAL_CA_KEY")?,
         certificate_ttl: environment
             .duration("SECRET_TTL")?
             .unwrap_or(Duration::from_secs(24 * 3600)),
@@ -109,9 +132,6 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
     if environment.boolean("TLS12_ENABLED")? == Some(true) {
         refused("TLS12_ENABLED", "only TLS 1.3 is spoken; unset it")?;
     }
-    if environment.boolean("FAKE_CA")? == Some(true) {
-        refused("FAKE_CA", "give a CA by LOCAL_CA_CERT and LOCAL_CA_KEY")?;
-    }
     if environment.boolean("XDS_ON_DEMAND")? == Some(true) {
         refused("XDS_ON_DEMAND", "there is no xDS client; unset it")?;
     }
@@ -129,16 +149,95 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
         "COMPLIANCE_POLICY",
         "no policy but the default is available; unset it",
     )?;
-    if environment
-        .text("PROXY_MODE")
-        .is_some_and(|mode| mode != "shared")
-    {
-        refused("PROXY_MODE", "only shared is available")?;
-    }
     Ok(())
 }
 
-fn proxy_config(environment: &Environment<'_>) -> Result<ProxyConfig, ConfigError> {
+/// The workload this proxy serves alone (`PROXY_MODE=dedicated`), if it does.
+fn dedicated_to(environment: &Environment<'_>) -> Result<Option<WorkloadName>, ConfigError> {
+    let modes = [("shared", false), ("dedicated", true)];
+    let info = environment.text("PROXY_WORKLOAD_INFO");
+    if environment.one_of("PROXY_MODE", &modes)? != Some(true) {
+        return match info {
+            Some(value) => Err(ConfigError::OtherMode {
+                name: "PROXY_WORKLOAD_INFO",
+                value,
+                mode: "shared",
+            }),
+            None => Ok(None),
+        };
+    }
+    for name in ["REDIRECT_MODE", "ZTUNNEL_LISTENER_MAP"] {
+        if let Some(value) = environment.text(name) {
+            let mode = "dedicated";
+            return Err(ConfigError::OtherMode { name, value, mode });
+        }
+    }
+    let info = info.ok_or(ConfigError::NoWorkload)?;
+    let parts: Vec<&str> = info.split('/').collect();
+    let [namespace, name, service_account] = parts[..] else {
+        return Err(bad_workload(info).into());
+    };
+    if parts.iter().any(|part| part.is_empty()) {
+        return Err(bad_workload(info).into());
+    }
+    Ok(Some(WorkloadName {
+        namespace: namespace.into(),
+        name: name.into(),
+        service_account: service_account.into(),
+        trust_domain: environment.text("TRUST_DOMAIN").map(Arc::from),
+    }))
+}
+
+fn bad_workload(value: String) -> BadSetting {
+    BadSetting {
+        name: "PROXY_WORKLOAD_INFO".to_owned(),
+        value,
+        reason: "expected namespace/name/service-account".to_owned(),
+    }
+}
+
+/// The CA of `LOCAL_CA_CERT` and `LOCAL_CA_KEY`, or the fake one where nothing is at stake.
+fn authority(
+    environment: &Environment<'_>,
+    dedicated: bool,
+) -> Result<AuthoritySource, ConfigError> {
+    let (certificate, key) = ("LOCAL_CA_CERT", "LOCAL_CA_KEY");
+    let fake = environment.boolean("FAKE_CA")? == Some(true);
+    if fake && !dedicated {
+        return Err(ConfigError::Unsupported {
+            name: "FAKE_CA",
+            value: environment.text_or("FAKE_CA", ""),
+            instead: "its key is public, so only PROXY_MODE=dedicated takes it; give a CA by \
+                      LOCAL_CA_CERT and LOCAL_CA_KEY",
+        });
+    }
+    match (environment.text(certificate), environment.text(key)) {
+        (Some(certificate), Some(key)) => {
+            Ok(AuthoritySource::Files(certificate.into(), key.into()))
+        }
+        (None, None) if fake => Ok(AuthoritySource::Fake),
+        (None, _) => Err(ConfigError::NoAuthority { name: certificate }),
+        (_, None) => Err(ConfigError::NoAuthority { name: key }),
+    }
+}
+
+/// Where packets of others come to this process's namespace, its sockets must be transparent. In
+/// dedicated mode that is so with TPROXY and not so with REDIRECT, so ENABLE_ORIG_SRC decides, as
+/// upstream's does.
+fn transparent(environment: &Environment<'_>, dedicated: bool) -> Result<Transparent, ConfigError> {
+    let node = environment.text("REDIRECT_MODE").as_deref() == Some("node");
+    Ok(match (dedicated, environment.boolean("ENABLE_ORIG_SRC")?) {
+        (false, _) if node => Transparent::Required,
+        (false, _) | (true, Some(false)) => Transparent::No,
+        (true, None) => Transparent::IfAllowed,
+        (true, Some(true)) => Transparent::Required,
+    })
+}
+
+fn proxy_config(
+    environment: &Environment<'_>,
+    dedicated_to: Option<WorkloadName>,
+) -> Result<ProxyConfig, ConfigError> {
     let modes = [
         ("in-pod", RedirectMode::InPod),
         ("node", RedirectMode::Node),
@@ -153,8 +252,11 @@ fn proxy_config(environment: &Environment<'_>) -> Result<ProxyConfig, ConfigErro
     node.preferred_service_namespace = environment
         .text("PREFERED_SERVICE_NAMESPACE")
         .map(Arc::from);
+    node.dedicated_to = dedicated_to;
     let mark = environment.number("PACKET_MARK", 0..=u64::from(u32::MAX))?;
     let default_mark = match mode {
+        // Upstream's defaults: no rule outside of a pod knows the mark.
+        RedirectMode::InPod if node.dedicated_to.is_some() => None,
         RedirectMode::InPod => Some(1337),
         // On the node, marks belong to redirection; the proxy's packets are known by their device.
         RedirectMode::Node => None,
@@ -314,6 +416,45 @@ mod tests {
             );
         }
         assert!(with(&[("XDS_ADDRESS", ""), ("SOCKMAP", "off")]).is_ok());
+    }
+
+    #[test]
+    fn a_dedicated_proxy_knows_its_workload_and_takes_the_fake_ca() {
+        let read = |extra: &[(&'static str, &'static str)]| {
+            let base = [
+                ("LOCAL_XDS", "workloads: []"),
+                ("PROXY_MODE", "dedicated"),
+                ("FAKE_CA", "true"),
+                ("XDS_ADDRESS", ""),
+            ];
+            let pairs: Vec<_> = base.iter().chain(extra).copied().collect();
+            read(&Environment::of(&pairs))
+        };
+        let workload = ("PROXY_WORKLOAD_INFO", "ns/pod/account");
+        let settings = read(&[workload, ("ENABLE_ORIG_SRC", "true")]).unwrap();
+        assert_eq!(settings.authority, AuthoritySource::Fake);
+        assert_eq!(settings.transparent, Transparent::Required);
+        assert_eq!(settings.proxy.mark, None);
+        let name = settings.proxy.node.dedicated_to.clone().unwrap();
+        assert_eq!((&*name.namespace, &*name.name), ("ns", "pod"));
+        assert_eq!(&*name.service_account, "account");
+        let files = read(&[workload, ("LOCAL_CA_CERT", "/a"), ("LOCAL_CA_KEY", "/b")]).unwrap();
+        assert_eq!(files.transparent, Transparent::IfAllowed);
+        assert_eq!(
+            files.authority,
+            AuthoritySource::Files("/a".into(), "/b".into())
+        );
+        let error = |extra: &[(&'static str, &'static str)]| read(extra).unwrap_err().to_string();
+        assert!(error(&[]).contains("PROXY_WORKLOAD_INFO is not set"));
+        for wrong in ["ns/pod", "ns//account", "a/b/c/d"] {
+            let text = error(&[("PROXY_WORKLOAD_INFO", wrong)]);
+            assert!(text.contains(wrong) && text.contains("expected"), "{text}");
+        }
+        assert!(error(&[workload, ("REDIRECT_MODE", "node")]).contains("REDIRECT_MODE"));
+        let text = with(&[("FAKE_CA", "true")]).unwrap_err().to_string();
+        assert!(text.contains("only PROXY_MODE=dedicated"), "{text}");
+        assert!(with(&[workload]).is_err());
+        assert!(with(&[("PROXY_MODE", "sidecar")]).is_err());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use telemetry::{Admin, HttpLimits, Logging, LoggingError, MetricKind, Ready, Reg
 use tls::{Authority, AuthorityError, CertificateStore, LocalIssuer};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::{self, ConfigError, Settings};
+use crate::config::{self, AuthoritySource, ConfigError, Settings};
 use crate::environment::Environment;
 use crate::listeners::{self, Endpoints, ListenError};
 use crate::steering::Steering;
@@ -46,15 +46,14 @@ pub(crate) fn run() -> Result<(), RunError> {
     let environment = Environment::of_process();
     let settings = config::read(&environment)?;
     let (source, watcher) = control::watch::open(&settings.source)?;
-    let authority = Authority::from_pem_files(&settings.ca_certificate, &settings.ca_key)?;
-    let issuer = LocalIssuer::new(authority, settings.certificate_ttl);
+    let issuer = LocalIssuer::new(authority(&settings.authority)?, settings.certificate_ttl);
     let certificates = Arc::new(CertificateStore::new(Arc::new(issuer)));
     rt::probe::check()?;
     raise_descriptor_limit();
     let endpoints = listeners::endpoints(settings.ipv6)?;
     let cpus = rt::available_cpus().map_err(|error| RunError::Io("cannot read CPUs", error))?;
     let sockets =
-        listeners::data_path(settings.workers, &cpus, settings.proxy.mode, settings.ipv6)?;
+        listeners::data_path(settings.workers, &cpus, settings.transparent, settings.ipv6)?;
     let logging = Logging::install(
         environment.text("RUST_LOG").as_deref(),
         environment.text("LOG_FORMAT").as_deref(),
@@ -93,6 +92,7 @@ pub(crate) fn run() -> Result<(), RunError> {
         &cpus[..settings.workers.min(cpus.len())],
         settings.proxy.mode,
     );
+    warn_of_dedication(&settings, &source);
     let control = Control {
         settings,
         source,
@@ -107,6 +107,42 @@ pub(crate) fn run() -> Result<(), RunError> {
     let result = control.run();
     logging.sink().flush(LAST_LOG);
     result
+}
+
+/// The CA that workload certificates are issued from.
+fn authority(source: &AuthoritySource) -> Result<Authority, AuthorityError> {
+    match source {
+        AuthoritySource::Files(certificate, key) => Authority::from_pem_files(certificate, key),
+        AuthoritySource::Fake => Authority::from_pem(
+            include_bytes!("../fake-ca/certificate.pem"),
+            include_bytes!("../fake-ca/key.pem"),
+        ),
+    }
+}
+
+/// Says what an operator of a dedicated proxy must know.
+fn warn_of_dedication(settings: &Settings, source: &ConfigSource) {
+    if settings.authority == AuthoritySource::Fake {
+        tracing::warn!("FAKE_CA: certificates prove nothing, the CA's key is public; tests only");
+    }
+    let Some(name) = &settings.proxy.node.dedicated_to else {
+        return;
+    };
+    let (namespace, account) = (&name.namespace, &name.service_account);
+    tracing::info!("dedicated to {namespace}/{}/{account}", name.name);
+    let node = &settings.proxy.node;
+    if !source
+        .snapshot()
+        .workloads()
+        .iter()
+        .any(|workload| node.is_local(workload))
+    {
+        tracing::warn!(
+            "no workload {namespace}/{} of service account {account} in the configuration: \
+             nothing is served until there is; check PROXY_WORKLOAD_INFO and TRUST_DOMAIN",
+            name.name
+        );
+    }
 }
 
 /// As many descriptors as the hard limit allows; a proxy needs two or three per connection.

@@ -4,8 +4,10 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
 use nix::sys::socket::{setsockopt, sockopt};
-use proxy::{Listeners, RedirectMode};
+use proxy::Listeners;
 use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::config::Transparent;
 
 /// Connections the kernel holds for us before they are accepted.
 const BACKLOG: i32 = 4096;
@@ -68,7 +70,7 @@ pub(crate) fn endpoints(ipv6: bool) -> Result<Endpoints, ListenError> {
 pub(crate) fn data_path(
     workers: usize,
     cpus: &[u32],
-    mode: RedirectMode,
+    transparent: Transparent,
     ipv6: bool,
 ) -> Result<Vec<Listeners>, ListenError> {
     let ip = wildcard(ipv6);
@@ -84,7 +86,8 @@ pub(crate) fn data_path(
     (0..workers)
         .map(|worker| {
             let cpu = cpus.get(worker).copied();
-            let shared = |port, purpose| shared(SocketAddr::new(ip, port), purpose, mode, cpu);
+            let shared =
+                |port, purpose| shared(SocketAddr::new(ip, port), purpose, transparent, cpu);
             Ok(Listeners {
                 outbound: shared(OUTBOUND, "outbound")?,
                 inbound_plain: shared(INBOUND_PLAIN, "inbound plaintext")?,
@@ -129,7 +132,7 @@ fn plain(addr: SocketAddr, purpose: &'static str) -> Result<TcpListener, ListenE
 fn shared(
     addr: SocketAddr,
     purpose: &'static str,
-    mode: RedirectMode,
+    transparent: Transparent,
     cpu: Option<u32>,
 ) -> Result<TcpListener, ListenError> {
     let failed = |error| ListenError::Bind {
@@ -139,14 +142,15 @@ fn shared(
     };
     let socket = socket(addr).map_err(failed)?;
     socket.set_reuse_port(true).map_err(failed)?;
-    if mode == RedirectMode::Node {
+    if transparent != Transparent::No {
         // Also on an IPv6 socket: it takes IPv4 connections as well.
-        setsockopt(&socket, sockopt::IpTransparent, &true).map_err(|error| {
-            ListenError::Transparent {
+        let set = setsockopt(&socket, sockopt::IpTransparent, &true);
+        if let (Err(error), Transparent::Required) = (set, transparent) {
+            return Err(ListenError::Transparent {
                 purpose,
                 error: error.into(),
-            }
-        })?;
+            });
+        }
     }
     if let Some(cpu) = cpu {
         // Where nothing else steers, the kernel prefers the listener of the CPU the SYN came on.

@@ -35,6 +35,8 @@ Settings come from the environment; docs/configuration.md lists all of them. The
   LOCAL_CA_KEY          PEM private key of that CA
   REDIRECT_MODE         in-pod (default) or node
   NODE_NAME             name of this node in the configuration
+  PROXY_MODE            shared (default: all pods of the node) or dedicated
+  PROXY_WORKLOAD_INFO   namespace/name/service-account a dedicated proxy serves
   NETWORK               network of this node (default: empty)
   ZTUNNEL_LISTENER_MAP  pinned socket map of the eBPF redirection (node mode)
   ZTUNNEL_WORKER_THREADS  N, N% or 0 for all CPUs
