@@ -219,6 +219,7 @@ mod ours {
             mark: None,
             keepalive: None,
             connect_timeout: Duration::from_secs(10),
+            handshakes_max: 64,
             handshake_timeout: Duration::from_secs(10),
             workload_timeout: Duration::from_secs(5),
             client: hbone::Config::client(),

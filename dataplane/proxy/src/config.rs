@@ -31,6 +31,8 @@ pub struct ProxyConfig {
     pub connect_timeout: Duration,
     /// Bound on a TLS handshake, either role.
     pub handshake_timeout: Duration,
+    /// Handshakes under way on one worker in each direction; as many more may wait.
+    pub handshakes_max: usize,
     /// How long a captured connection waits for its pod's workload to become known.
     pub workload_timeout: Duration,
     /// HTTP/2 settings of tunnels this proxy opens.

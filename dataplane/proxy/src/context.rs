@@ -14,8 +14,10 @@ use tls::CertificateStore;
 
 use crate::config::{ProxyConfig, RedirectMode};
 use crate::error::ProxyError;
+use crate::gate::Handshakes;
 use crate::pool::Pool;
 use crate::tunnel::Tunnel;
+use crate::watch::Watches;
 
 /// One worker's state.
 pub(crate) struct Context {
@@ -23,6 +25,9 @@ pub(crate) struct Context {
     pub(crate) certificates: Arc<CertificateStore>,
     pub(crate) telemetry: WorkerTelemetry,
     pub(crate) pool: Pool,
+    pub(crate) handshakes: Handshakes,
+    /// Connections that policies have allowed, to be looked at again when those change.
+    pub(crate) watches: Watches,
     snapshot: RefCell<Arc<Snapshot>>,
     /// The snapshot was replaced.
     updated: Broadcast,
@@ -64,6 +69,8 @@ impl Context {
         seed: u64,
     ) -> Self {
         Self {
+            handshakes: Handshakes::new(config.handshakes_max),
+            watches: Watches::default(),
             config,
             certificates,
             telemetry,
@@ -93,6 +100,7 @@ impl Context {
     }
 
     pub(crate) fn replace_snapshot(&self, snapshot: Arc<Snapshot>) {
+        self.watches.recheck(&snapshot, &self.telemetry);
         *self.snapshot.borrow_mut() = snapshot;
         self.telemetry.model_changed();
         self.updated.notify();
@@ -126,16 +134,17 @@ impl Context {
 
     /// As [`Context::local_workload`], waiting a while for a pod that has just started.
     pub(crate) async fn wait_for_workload(&self, ip: IpAddr) -> Result<Arc<Workload>, ProxyError> {
-        let found = rt::time::timeout(
-            self.config.workload_timeout,
-            std::future::poll_fn(|cx| match self.local_workload(ip) {
-                Some(workload) => std::task::Poll::Ready(workload),
-                None => {
-                    self.updated.register(cx);
-                    std::task::Poll::Pending
+        if let Some(workload) = self.local_workload(ip) {
+            return Ok(workload);
+        }
+        let found = rt::time::timeout(self.config.workload_timeout, async {
+            loop {
+                self.updated.wait().await;
+                if let Some(workload) = self.local_workload(ip) {
+                    return workload;
                 }
-            }),
-        );
+            }
+        });
         let node = (*self.config.node.node).into();
         found
             .await
@@ -174,6 +183,12 @@ impl Context {
     /// Source address for connections on behalf of `client`.
     pub(crate) fn source_for(&self, client: IpAddr) -> Option<IpAddr> {
         self.config.original_source.then_some(client)
+    }
+
+    /// Connections that wait for their workload to become known.
+    #[cfg(test)]
+    pub(crate) fn waiting_for_workloads(&self) -> usize {
+        self.updated.waiting()
     }
 
     pub(crate) fn track(&self, tunnel: &Rc<Tunnel>) {

@@ -4,10 +4,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
+use hbone::ConnectionError;
 use mesh::{DenyReason, InboundError, RouteError};
-use telemetry::ResponseFlags;
+use telemetry::{Fault, ResponseFlags};
+use tls::HandshakeError;
 
-use crate::tunnel::{SetupError, StreamFailure};
+use crate::tunnel::{SetupError, StreamFailure, TunnelError};
 
 /// An error of one proxied connection.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +51,20 @@ pub(crate) enum ProxyError {
     /// A policy refuses it.
     #[error("connection closed due to policy rejection: {0}")]
     Denied(DenyReason),
+    /// A policy allowed it at first and does not any more.
+    #[error("connection closed due to policy change: {0}")]
+    Revoked(DenyReason),
+    /// Too many handshakes at once.
+    #[error(
+        "tls error: {addr}: {max} handshakes of this worker are under way and as many wait; \
+         raise ZTUNNEL_HANDSHAKES_MAX if these are honest peers"
+    )]
+    HandshakeOverload {
+        /// The other end.
+        addr: SocketAddr,
+        /// The bound.
+        max: usize,
+    },
     /// The next hop refuses.
     #[error("connection failed: {addr}: {error}")]
     Connect {
@@ -110,10 +126,12 @@ impl ProxyError {
             Self::Shared(error) => error.flags(),
             Self::Denied(_) | Self::Status(401) => ResponseFlags::Deny,
             Self::HboneTimeout { .. } => ResponseFlags::NetworkPolicy,
-            Self::Setup { .. } | Self::HandshakeTimeout { .. } => ResponseFlags::TlsFailure,
+            Self::Setup { .. } | Self::HandshakeTimeout { .. } | Self::HandshakeOverload { .. } => {
+                ResponseFlags::TlsFailure
+            }
             Self::Identity(_) => ResponseFlags::IdentityError,
             Self::Open(_) => ResponseFlags::H2HandshakeFailure,
-            Self::Io(_) | Self::Stream(_) => ResponseFlags::None,
+            Self::Io(_) | Self::Stream(_) | Self::Revoked(_) => ResponseFlags::None,
             _ => ResponseFlags::Connect,
         }
     }
@@ -142,6 +160,56 @@ fn status_text(status: u16) -> String {
         _ => "",
     };
     format!("{status}{reason}")
+}
+
+impl SetupError {
+    /// As which metric it counts.
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Io(_) => Fault::Io,
+            Self::Closed => Fault::HandshakeClosed,
+            Self::Tls(HandshakeError::Refused(_)) => Fault::TlsRefused,
+            Self::Tls(HandshakeError::Alert(_)) => Fault::TlsAlert,
+            Self::Tls(HandshakeError::Closed) => Fault::HandshakeClosed,
+            Self::Tls(_) => Fault::Handshake,
+        }
+    }
+}
+
+impl ProxyError {
+    /// As which metric it counts, if a tunnel could not be set up.
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        match self {
+            Self::Setup { error, .. } => Some(error.fault()),
+            Self::HandshakeTimeout { .. } => Some(Fault::HandshakeTimeout),
+            Self::HandshakeOverload { .. } => Some(Fault::HandshakeOverload),
+            _ => None,
+        }
+    }
+}
+
+impl TunnelError {
+    /// As which metric it counts, unless it is an orderly end.
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        Some(match self {
+            Self::Io(_) => Fault::Io,
+            Self::Truncated => Fault::Truncated,
+            Self::Http2(error) => match error {
+                ConnectionError::Preface { .. } => Fault::Preface,
+                ConnectionError::FrameSize { .. } => Fault::FrameSize,
+                ConnectionError::Protocol { .. } => Fault::Protocol,
+                ConnectionError::FlowControl { .. } => Fault::FlowControl,
+                ConnectionError::StreamClosed { .. } => Fault::StreamClosed,
+                ConnectionError::Compression { .. } => Fault::Compression,
+                ConnectionError::Flood { .. } => Fault::Flood,
+            },
+            Self::TlsAlert(_) => Fault::TlsAlert,
+            Self::Tls(_) => Fault::TlsRecord,
+            Self::KeepaliveTimeout => Fault::Keepalive,
+            Self::Unread(_) => Fault::Unread,
+            Self::Closed | Self::Drained => return None,
+        })
+    }
 }
 
 /// Whether an error of the application's own connection just means that it went away.

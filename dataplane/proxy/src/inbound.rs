@@ -6,9 +6,10 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Instant;
 
 use hbone::{RequestHead, Role};
-use mesh::{ConnectionFacts, Identity, Verdict, Workload};
+use mesh::{ConnectionFacts, Identity, Workload};
 use rt::net::TcpStream;
 use telemetry::{ConnectionInfo, HboneTarget, Reporter, Security};
 use tls::Handshake;
@@ -16,8 +17,10 @@ use tls::Handshake;
 use crate::baggage::baggage;
 use crate::context::{Alive, Context};
 use crate::error::ProxyError;
+use crate::gate::Overload;
 use crate::relay;
-use crate::tunnel::{self, Tunnel, TunnelOwner, TunnelStream};
+use crate::tunnel::{self, Setup, Tunnel, TunnelOwner, TunnelStream};
+use crate::watch::Watch;
 
 /// Accepts one tunnel. The tunnel's own tasks go on after this returns.
 pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
@@ -32,9 +35,14 @@ pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
                 tunnel.shutdown_graceful();
             }
         }
-        Err(error) => context
-            .telemetry
-            .failed_early(Reporter::Destination, src, dst, &error),
+        Err(error) => {
+            if let Some(fault) = error.fault() {
+                context.telemetry.hbone_error(fault);
+            }
+            context
+                .telemetry
+                .failed_early(Reporter::Destination, src, dst, &error);
+        }
     }
 }
 
@@ -48,6 +56,20 @@ async fn accept(
     if let Some(keepalive) = &context.config.keepalive {
         client.set_keepalive(keepalive)?;
     }
+    let max = context.config.handshakes_max;
+    let deadline = Instant::now() + context.config.handshake_timeout;
+    let place = rt::time::timeout(
+        context.config.handshake_timeout,
+        context.handshakes.incoming(),
+    );
+    let _place = match place.await {
+        Ok(Ok(place)) => place,
+        Ok(Err(Overload)) => {
+            let _ = client.reset_on_close(); // the client may be gone already
+            return Err(ProxyError::HandshakeOverload { addr: src, max });
+        }
+        Err(_) => return Err(ProxyError::HandshakeTimeout { addr: src }),
+    };
     let Some(workload) = context.local_workload(dst.ip()) else {
         let _ = client.reset_on_close(); // the client may be gone already
         let node = (*context.config.node.node).into();
@@ -61,15 +83,15 @@ async fn accept(
         dst,
         workload,
     });
-    let setup = tunnel::run(
-        client,
-        src,
-        handshake,
-        Role::Server,
-        &context.config.server,
-        owner,
-    );
-    match rt::time::timeout(context.config.handshake_timeout, setup).await {
+    let setup = Setup {
+        role: Role::Server,
+        config: &context.config.server,
+        cpu: context.handshakes.cpu(),
+        telemetry: &context.telemetry,
+    };
+    let tunnel = tunnel::run(client, src, handshake, &setup, owner);
+    let left = deadline.saturating_duration_since(Instant::now());
+    match rt::time::timeout(left, tunnel).await {
         Ok(result) => result.map_err(failed),
         Err(_) => Err(ProxyError::HandshakeTimeout { addr: src }),
     }
@@ -132,7 +154,7 @@ async fn serve(request: Request) {
         return;
     };
     match connected {
-        Ok(server) => {
+        Ok((server, watch)) => {
             let baggage = context
                 .config
                 .response_baggage
@@ -143,7 +165,7 @@ async fn serve(request: Request) {
                 record.close(None, telemetry::ResponseFlags::None);
                 return;
             }
-            let result = relay::tunnel_to_server(&request.stream, server, &record).await;
+            let result = relay::tunnel_to_server(&request.stream, server, &record, &watch).await;
             relay::finish(record, result);
         }
         Err(error) => {
@@ -172,20 +194,20 @@ impl Request {
         Ok(snapshot.resolve_inbound(node, workload, self.dst, &self.head.authority)?)
     }
 
-    async fn connect(&self, target: SocketAddr) -> Result<TcpStream, ProxyError> {
+    async fn connect(&self, target: SocketAddr) -> Result<(TcpStream, Watch), ProxyError> {
         let context = &self.context;
         let facts = ConnectionFacts {
             identity: self.identity.as_ref(),
             src: self.src.ip(),
             dst: target,
         };
-        match context.snapshot().authorize(&self.workload, &facts) {
-            Verdict::Allow => {}
-            Verdict::Deny(reason) => return Err(ProxyError::Denied(reason)),
-        }
-        context
-            .connect(target, context.source_for(self.src.ip()))
-            .await
+        let snapshot = context.snapshot();
+        let watch = context
+            .watches
+            .authorize(&snapshot, &self.workload, &facts)?;
+        let connect = context.connect(target, context.source_for(self.src.ip()));
+        let server = watch.while_allowed(connect).await??;
+        Ok((server, watch))
     }
 
     /// Runs `future` as long as the client waits for its answer. One that opens streams and resets

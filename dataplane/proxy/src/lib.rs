@@ -21,6 +21,7 @@ mod baggage;
 mod config;
 mod context;
 mod error;
+mod gate;
 mod inbound;
 mod outbound;
 mod plaintext;
@@ -29,6 +30,7 @@ mod relay;
 #[cfg(test)]
 mod tests;
 mod tunnel;
+mod watch;
 mod worker;
 
 pub use config::{ProxyConfig, RedirectMode};

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use hbone::ConnectRequest;
-use mesh::{Authority, ConnectionFacts, Route, Verdict, Workload};
+use mesh::{Authority, ConnectionFacts, Route, Workload};
 use rt::net::TcpStream;
 use telemetry::{ConnectionInfo, HboneTarget, Reporter, ResponseFlags, Security};
 
@@ -149,7 +149,7 @@ impl Connection<'_> {
         };
         match self.context.connect(dst, source).await {
             Ok(server) => {
-                let result = relay::client_to_server(self.client, server, &[&record]).await;
+                let result = relay::client_to_server(self.client, server, &[&record], None).await;
                 relay::finish(record, result);
             }
             Err(error) => {
@@ -202,16 +202,7 @@ impl Connection<'_> {
             traceparent: Some(&traceparent(std::array::from_fn(|_| context.random()))),
             x_forwarded_network: None,
         };
-        let opened = async {
-            let stream = context.pool.open(context, &key, &request).await?;
-            let response = stream.response().await?;
-            if response.status == 200 {
-                Ok(stream)
-            } else {
-                Err(ProxyError::Status(response.status))
-            }
-        };
-        match opened.await {
+        match context.pool.connect(context, &key, &request).await {
             Ok(stream) => {
                 let result = relay::client_to_tunnel(self.client, &stream, &record).await;
                 drop(stream);
@@ -252,18 +243,17 @@ impl Connection<'_> {
                 src: self.src.ip(),
                 dst: target,
             };
-            match snapshot.authorize(&workload, &facts) {
-                Verdict::Allow => {}
-                Verdict::Deny(reason) => return Err(ProxyError::Denied(reason)),
-            }
-            self.context
-                .connect(target, self.context.source_for(self.src.ip()))
-                .await
+            let context = self.context;
+            let watch = context.watches.authorize(&snapshot, &workload, &facts)?;
+            let connect = context.connect(target, context.source_for(self.src.ip()));
+            let server = watch.while_allowed(connect).await??;
+            Ok::<_, ProxyError>((server, watch))
         };
         match connected.await {
-            Ok(server) => {
+            Ok((server, watch)) => {
                 let records = [&outbound, &inbound];
-                let result = relay::client_to_server(self.client, server, &records).await;
+                let relay = relay::client_to_server(self.client, server, &records, Some(&watch));
+                let result = relay.await;
                 let shown = result
                     .as_ref()
                     .err()

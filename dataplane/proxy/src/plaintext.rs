@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mesh::{ConnectionFacts, Verdict};
+use mesh::ConnectionFacts;
 use rt::net::TcpStream;
 use telemetry::{ConnectionInfo, Reporter};
 
@@ -56,13 +56,16 @@ async fn serve(
         src: src.ip(),
         dst,
     };
-    let connected = match context.snapshot().authorize(&workload, &facts) {
-        Verdict::Allow => context.connect(dst, context.source_for(src.ip())).await,
-        Verdict::Deny(reason) => Err(ProxyError::Denied(reason)),
+    let connected = async {
+        let snapshot = context.snapshot();
+        let watch = context.watches.authorize(&snapshot, &workload, &facts)?;
+        let connect = context.connect(dst, context.source_for(src.ip()));
+        let server = watch.while_allowed(connect).await??;
+        Ok::<_, ProxyError>((server, watch))
     };
-    match connected {
-        Ok(server) => {
-            let result = relay::client_to_server(client, server, &[&record]).await;
+    match connected.await {
+        Ok((server, watch)) => {
+            let result = relay::client_to_server(client, server, &[&record], Some(&watch)).await;
             relay::finish(record, result);
         }
         Err(error) => {

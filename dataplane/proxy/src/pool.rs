@@ -18,11 +18,13 @@ use std::time::Duration;
 use hbone::{ConnectRequest, OpenError, Role};
 use mesh::Identity;
 use rt::sync::Broadcast;
+use telemetry::Happening;
 use tls::{ExpectedPeers, Handshake};
 
 use crate::context::Context;
 use crate::error::ProxyError;
-use crate::tunnel::{self, ClientSide, Tunnel, TunnelStream};
+use crate::gate::Overload;
+use crate::tunnel::{self, ClientSide, Setup, Tunnel, TunnelStream};
 
 /// What connections must have in common to share a tunnel.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -82,6 +84,38 @@ impl Drop for Turn<'_> {
 }
 
 impl Pool {
+    /// Connects through a tunnel to `key.gateway`: a stream whose request was answered with 200.
+    ///
+    /// A request that the peer says it has not looked at (REFUSED_STREAM, or GOAWAY with a lower
+    /// last stream) is sent once more; any other failure may come after the server has seen the
+    /// connection, and is final.
+    ///
+    /// # Errors
+    /// No tunnel, or the request was refused.
+    pub(crate) async fn connect(
+        &self,
+        context: &Context,
+        key: &Key,
+        request: &ConnectRequest<'_>,
+    ) -> Result<TunnelStream, ProxyError> {
+        let mut retried = false;
+        loop {
+            let stream = self.open(context, key, request).await?;
+            match stream.response().await {
+                Ok(response) if response.status == 200 => return Ok(stream),
+                Ok(response) => return Err(ProxyError::Status(response.status)),
+                Err(failure) if failure.is_unprocessed() && !retried => {
+                    retried = true;
+                    context.telemetry.happened(Happening::Retry);
+                    let tunnel = Rc::clone(stream.tunnel());
+                    drop(stream);
+                    tunnel.note_refusal();
+                }
+                Err(failure) => return Err(failure.into()),
+            }
+        }
+    }
+
     /// Opens a stream to `key.gateway`, over a tunnel that is there or a new one.
     pub(crate) async fn open(
         &self,
@@ -106,6 +140,9 @@ impl Pool {
                         attempt,
                     };
                     let tunnel = establish(context, key).await.map_err(|error| {
+                        if let Some(fault) = error.fault() {
+                            context.telemetry.hbone_error(fault);
+                        }
                         let error = Rc::new(error);
                         *turn.attempt.failure.borrow_mut() = Some(Rc::clone(&error));
                         ProxyError::Shared(error)
@@ -206,17 +243,22 @@ async fn establish(context: &Context, key: &Key) -> Result<Rc<Tunnel>, ProxyErro
         Err(ProxyError::ConnectTimeout { addr }) => return Err(ProxyError::HboneTimeout { addr }),
         other => other?,
     };
-    let owner = Box::new(ClientSide);
-    let setup = tunnel::run(
-        stream,
-        addr,
-        handshake,
-        Role::Client,
-        &context.config.client,
-        owner,
-    );
-    match rt::time::timeout(context.config.handshake_timeout, setup).await {
-        Ok(result) => result.map_err(failed),
+    let setup = Setup {
+        role: Role::Client,
+        config: &context.config.client,
+        cpu: context.handshakes.cpu(),
+        telemetry: &context.telemetry,
+    };
+    let max = context.config.handshakes_max;
+    let tunnel = async {
+        let place = context.handshakes.outgoing().await;
+        let _place = place.map_err(|Overload| ProxyError::HandshakeOverload { addr, max })?;
+        let owner = Box::new(ClientSide);
+        let tunnel = tunnel::run(stream, addr, handshake, &setup, owner);
+        tunnel.await.map_err(failed)
+    };
+    match rt::time::timeout(context.config.handshake_timeout, tunnel).await {
+        Ok(result) => result,
         Err(_) => Err(ProxyError::HandshakeTimeout { addr }),
     }
 }

@@ -23,6 +23,7 @@ use telemetry::{ConnectionRecord, ResponseFlags};
 
 use crate::error::{ProxyError, is_gone};
 use crate::tunnel::{StreamFailure, TunnelStream};
+use crate::watch::Watch;
 
 /// Which way bytes are counted.
 #[derive(Debug, Clone, Copy)]
@@ -51,11 +52,11 @@ pub(crate) async fn client_to_tunnel(
     server: &TunnelStream,
     record: &ConnectionRecord,
 ) -> Result<(), ProxyError> {
-    let (read, write) = client.split();
+    let (read, mut write) = client.split();
     let cut = Cut::default();
     both(
         upload(read, server, record, Way::Request, &cut),
-        download(server, write, record, Way::Response),
+        download(server, &mut write, record, Way::Response),
         &cut,
     )
     .await
@@ -66,31 +67,48 @@ pub(crate) async fn tunnel_to_server(
     client: &TunnelStream,
     server: TcpStream,
     record: &ConnectionRecord,
+    watch: &Watch,
 ) -> Result<(), ProxyError> {
-    let (read, write) = server.split();
+    let (read, mut write) = server.split();
     let cut = Cut::default();
-    both(
+    let relay = both(
         upload(read, client, record, Way::Response, &cut),
-        download(client, write, record, Way::Request),
+        download(client, &mut write, record, Way::Request),
         &cut,
-    )
-    .await
+    );
+    let result = watch.while_allowed(relay).await;
+    if result.is_err() {
+        client.cut_off();
+        let _ = write.reset_on_close(); // the application may be gone already
+    }
+    result?
 }
 
-/// Plain: both are sockets. Counted on every one of `records`.
+/// Plain: both are sockets. Counted on every one of `records`; ended by `watch`, if there is one.
 pub(crate) async fn client_to_server(
     client: TcpStream,
     server: TcpStream,
     records: &[&ConnectionRecord],
+    watch: Option<&Watch>,
 ) -> Result<(), ProxyError> {
-    let (client_read, client_write) = client.split();
-    let (server_read, server_write) = server.split();
-    both(
-        copy(client_read, server_write, records, Way::Request),
-        copy(server_read, client_write, records, Way::Response),
-        &Cut::default(),
-    )
-    .await
+    let (client_read, mut client_write) = client.split();
+    let (server_read, mut server_write) = server.split();
+    let cut = Cut::default();
+    let relay = both(
+        copy(client_read, &mut server_write, records, Way::Request),
+        copy(server_read, &mut client_write, records, Way::Response),
+        &cut,
+    );
+    let Some(watch) = watch else {
+        return relay.await;
+    };
+    let result = watch.while_allowed(relay).await;
+    if result.is_err() {
+        // Either may be gone already.
+        let _ = client_write.reset_on_close();
+        let _ = server_write.reset_on_close();
+    }
+    result?
 }
 
 /// Why the stream takes no more from the application, once it does not.
@@ -194,7 +212,7 @@ async fn discard(mut from: ReadHalf, mut bufs: VecDeque<Buf>) -> Result<(), Prox
 /// Tunnel into socket. The tunnel's peer gets credit for what the socket has taken.
 async fn download(
     from: &TunnelStream,
-    mut to: WriteHalf,
+    to: &mut WriteHalf,
     record: &ConnectionRecord,
     way: Way,
 ) -> Result<(), ProxyError> {
@@ -211,7 +229,7 @@ async fn download(
             end_if_gone(to.shutdown().map(|()| 0))?;
             return Ok(());
         }
-        if !deliver(&mut to, &mut bufs).await? {
+        if !deliver(to, &mut bufs).await? {
             return Ok(());
         }
         from.release(n);
@@ -222,7 +240,7 @@ async fn download(
 /// Socket into socket.
 async fn copy(
     mut from: ReadHalf,
-    mut to: WriteHalf,
+    to: &mut WriteHalf,
     records: &[&ConnectionRecord],
     way: Way,
 ) -> Result<(), ProxyError> {
@@ -233,7 +251,7 @@ async fn copy(
             end_if_gone(to.shutdown().map(|()| 0))?;
             return Ok(());
         }
-        if !deliver(&mut to, &mut bufs).await? {
+        if !deliver(to, &mut bufs).await? {
             return Ok(());
         }
         for record in records {

@@ -270,6 +270,9 @@ fn proxy_config(
         keepalive: keepalive(environment)?,
         connect_timeout: Duration::from_secs(10),
         handshake_timeout: Duration::from_secs(10),
+        handshakes_max: environment
+            .number("ZTUNNEL_HANDSHAKES_MAX", 1..=65_536)?
+            .unwrap_or(1024) as usize,
         workload_timeout: Duration::from_secs(5),
         client,
         server,

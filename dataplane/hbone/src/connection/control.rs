@@ -221,6 +221,7 @@ impl Connection {
         code: ErrorCode,
         events: &mut Events,
     ) -> Outcome {
+        self.stream_errors += 1;
         self.charge(RESET_COST, "stream errors")?;
         if self.streams.get(id).is_some() {
             events.push_back(Event::Reset {

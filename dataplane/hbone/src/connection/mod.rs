@@ -65,6 +65,8 @@ pub struct Connection {
     /// Streams that we reset: frames on them are still in flight and ignored.
     reset: RecentIds,
     budget: u32,
+    /// Streams that were reset because the peer broke the protocol on them.
+    stream_errors: u64,
     /// Streams may have become writable as a whole: tell them at the end of `receive`.
     unblocked: bool,
     /// Which stream hears first that the connection is writable, for fairness.
@@ -126,6 +128,7 @@ impl Connection {
             ended: RecentIds::new(),
             reset: RecentIds::new(),
             budget: config.flood_budget,
+            stream_errors: 0,
             unblocked: false,
             turn: 0,
             shutdown: Shutdown::None,
@@ -210,6 +213,13 @@ impl Connection {
         }
         self.recv.release(n);
         self.announce_connection_credit();
+    }
+
+    /// How many streams were reset because of what the peer did on them, or for want of room, so
+    /// far.
+    #[inline]
+    pub fn stream_errors(&self) -> u64 {
+        self.stream_errors
     }
 
     /// Streams that are not closed in both directions.

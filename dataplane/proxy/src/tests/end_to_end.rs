@@ -10,21 +10,22 @@ use std::time::{Duration, Instant};
 use hbone::ConnectRequest;
 use rt::mailbox::Sender;
 use rt::{Runtime, RuntimeConfig};
+use telemetry::{Exposition, Registry};
 use tls::CertificateStore;
 
-use super::{HANG, config, context, identity, listen, pattern, registry, request, run, snapshot};
+use super::{HANG, access_log, config, context, identity, listen, pattern, request, run, snapshot};
 use crate::config::ProxyConfig;
 use crate::error::ProxyError;
 use crate::pool::Key;
 use crate::{Command, Listeners, WorkerSetup};
 
-const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
-const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 4));
+pub(super) const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+pub(super) const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 4));
 const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
 
 /// A client, a stranger and a server; the service maps the port of the outbound listener to the
 /// server's. `policies` as in the configuration file.
-fn mesh(outbound: u16, server: u16, policies: &str) -> String {
+pub(super) fn mesh(outbound: u16, server: u16, policies: &str) -> String {
     let workload = |name: &str, ip: &str, services: String| {
         format!(
             "- {{uid: {name}, name: {name}, namespace: default, serviceAccount: {name}, \
@@ -44,28 +45,45 @@ fn mesh(outbound: u16, server: u16, policies: &str) -> String {
     )
 }
 
-const ONLY_CLIENT: &str = "policies:\n- {name: only-client, namespace: default, scope: Namespace, \
+pub(super) const ONLY_CLIENT: &str = "policies:\n- {name: only-client, namespace: default, scope: Namespace, \
      action: Allow, dryRun: false, rules: [[[{principals: \
      [{Exact: cluster.local/ns/default/sa/client}]}]]]}\n";
 
 /// A worker on a thread of its own.
-struct Worker {
-    outbound: u16,
-    hbone: u16,
-    commands: Sender<Command>,
+pub(super) struct Worker {
+    pub(super) outbound: u16,
+    pub(super) hbone: u16,
+    pub(super) commands: Sender<Command>,
+    pub(super) certificates: Arc<CertificateStore>,
+    metrics: Registry,
     thread: thread::JoinHandle<()>,
 }
 
-fn worker(server: u16, policies: &'static str) -> Worker {
+pub(super) fn worker(server: u16, policies: &'static str) -> Worker {
     worker_via(server, policies, None, &super::store())
 }
 
 /// A worker whose tunnels go to the HBONE port `gateway`, or to its own.
-fn worker_via(
+pub(super) fn worker_via(
     server: u16,
     policies: &'static str,
     gateway: Option<u16>,
     store: &Arc<CertificateStore>,
+) -> Worker {
+    let change = move |config: &mut ProxyConfig| {
+        if let Some(gateway) = gateway {
+            config.node.hbone_port = gateway;
+        }
+    };
+    worker_with(server, policies, store, change)
+}
+
+/// A worker with settings of its own.
+pub(super) fn worker_with(
+    server: u16,
+    policies: &'static str,
+    store: &Arc<CertificateStore>,
+    change: impl FnOnce(&mut ProxyConfig) + Send + 'static,
 ) -> Worker {
     let certificates = Arc::clone(store);
     let any = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
@@ -78,32 +96,39 @@ fn worker_via(
     let outbound = port(&listeners.outbound);
     let hbone = port(&listeners.inbound_hbone);
     let (commands, receiver) = rt::mailbox::channel(4);
-    let thread = thread::spawn(move || {
-        let setup = WorkerSetup {
-            config: config(|config: &mut ProxyConfig| {
-                config.node.hbone_port = gateway.unwrap_or(hbone);
-            }),
-            listeners,
-            snapshot: snapshot(&mesh(outbound, server, policies)),
-            certificates,
-            telemetry: registry(),
-            commands: receiver,
-            seed: 1,
-        };
-        let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
-        runtime.run(crate::serve(setup)).unwrap();
+    let metrics = Registry::new("test");
+    let thread = thread::spawn({
+        let (certificates, metrics) = (Arc::clone(&certificates), metrics.clone());
+        move || {
+            let setup = WorkerSetup {
+                config: config(|config: &mut ProxyConfig| {
+                    config.node.hbone_port = hbone;
+                    change(config);
+                }),
+                listeners,
+                snapshot: snapshot(&mesh(outbound, server, policies)),
+                certificates,
+                telemetry: metrics.worker(access_log()),
+                commands: receiver,
+                seed: 1,
+            };
+            let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+            runtime.run(crate::serve(setup)).unwrap();
+        }
     });
     Worker {
         outbound,
         hbone,
         commands,
+        certificates,
+        metrics,
         thread,
     }
 }
 
 impl Worker {
     /// A client's connection to the service.
-    fn connect(&self, source: IpAddr) -> TcpStream {
+    pub(super) fn connect(&self, source: IpAddr) -> TcpStream {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
         let socket = socket.unwrap();
         socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
@@ -113,7 +138,23 @@ impl Worker {
         socket.into()
     }
 
-    fn drain(self) -> Duration {
+    /// Value of a metric, as a scrape would see it.
+    pub(super) fn metric(&self, name: &str) -> u64 {
+        let page = self.metrics.encode(Exposition::Text);
+        let line = page.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap().trim().parse().unwrap()
+    }
+
+    /// Waits until that metric has `value`.
+    pub(super) fn until(&self, name: &str, value: u64) {
+        let started = Instant::now();
+        while self.metric(name) != value {
+            assert!(started.elapsed() < HANG, "{name} is {}", self.metric(name));
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub(super) fn drain(self) -> Duration {
         let started = Instant::now();
         self.commands.send(Command::Drain(HANG)).unwrap();
         self.thread.join().unwrap();
@@ -122,7 +163,7 @@ impl Worker {
 }
 
 /// Echoes every connection until the process ends; tells when it accepts one.
-fn echo() -> (u16, mpsc::Receiver<()>) {
+pub(super) fn echo() -> (u16, mpsc::Receiver<()>) {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let (accepted, told) = mpsc::channel();
@@ -143,7 +184,7 @@ fn echo() -> (u16, mpsc::Receiver<()>) {
     (port, told)
 }
 
-fn exchange(stream: &TcpStream, data: &[u8]) -> Vec<u8> {
+pub(super) fn exchange(stream: &TcpStream, data: &[u8]) -> Vec<u8> {
     let mut back = Vec::new();
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
@@ -233,7 +274,7 @@ fn an_idle_worker_drains_at_once() {
     assert!(took < Duration::from_millis(900), "{took:?}");
 }
 
-fn key(gateway: SocketAddr) -> Key {
+pub(super) fn key(gateway: SocketAddr) -> Key {
     Key {
         identity: identity("client"),
         gateway,

@@ -2,11 +2,14 @@
 //! the test, both ends in one process.
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
 
+mod authorization;
 mod credit;
 mod end_to_end;
+mod handshakes;
 mod hostile;
 mod relays;
 mod streams;
+mod violations;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -23,18 +26,20 @@ use rt::buf::Buf;
 use rt::net::{ConnectOptions, Listener, TcpStream};
 use rt::sync::Signal;
 use rt::{Runtime, RuntimeConfig};
-use telemetry::{AccessLevel, AccessLog, LogFormat, LogSink, Registry};
+use telemetry::{AccessLevel, AccessLog, LogFormat, LogSink, Registry, WorkerTelemetry};
 use tls::{Authority, CertificateStore, Handshake, LocalIssuer, WorkloadTls};
 
 use crate::config::{ProxyConfig, RedirectMode};
 use crate::context::Context;
-use crate::tunnel::{self, ClientSide, Tunnel, TunnelOwner, TunnelStream};
+use crate::gate::Cpu;
+
+use crate::tunnel::{self, ClientSide, Setup, Tunnel, TunnelOwner, TunnelStream};
 
 /// A test that takes longer than this hangs.
 const HANG: Duration = Duration::from_secs(30);
 
 /// Runs `main` on a runtime of its own, for [`HANG`] at most.
-fn run<T>(main: impl Future<Output = T>) -> T {
+pub(crate) fn run<T>(main: impl Future<Output = T>) -> T {
     let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
     runtime
         .run(async { rt::time::timeout(HANG, main).await })
@@ -43,6 +48,10 @@ fn run<T>(main: impl Future<Output = T>) -> T {
 }
 
 fn store() -> Arc<CertificateStore> {
+    Arc::new(CertificateStore::new(Arc::new(issuer())))
+}
+
+fn issuer() -> LocalIssuer {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
@@ -50,8 +59,7 @@ fn store() -> Arc<CertificateStore> {
     let certificate = params.self_signed(&key).unwrap().pem();
     let authority =
         Authority::from_pem(certificate.as_bytes(), key.serialize_pem().as_bytes()).unwrap();
-    let issuer = LocalIssuer::new(authority, Duration::from_secs(3600));
-    Arc::new(CertificateStore::new(Arc::new(issuer)))
+    LocalIssuer::new(authority, Duration::from_secs(3600))
 }
 
 fn identity(account: &str) -> Identity {
@@ -126,8 +134,22 @@ async fn serve(
     let owner = Box::new(Owner(Rc::clone(&requests)));
     let peer = stream.peer_addr().unwrap();
     let handshake = Handshake::server(&tls.server).unwrap();
-    let server = tunnel::run(stream, peer, handshake, Role::Server, config, owner);
+    let telemetry = registry();
+    let setup = setup(Role::Server, config, &telemetry);
+    let server = tunnel::run(stream, peer, handshake, &setup, owner);
     (server.await.unwrap(), requests)
+}
+
+fn setup<'a>(role: Role, config: &'a Config, telemetry: &'a WorkerTelemetry) -> Setup<'a> {
+    thread_local! {
+        static CPU: &'static Cpu = Box::leak(Box::default());
+    }
+    Setup {
+        role,
+        config,
+        cpu: CPU.with(|cpu| *cpu),
+        telemetry,
+    }
 }
 
 async fn pair(client: Config, server: Config) -> Pair {
@@ -148,7 +170,9 @@ async fn pair(client: Config, server: Config) -> Pair {
     });
     let handshake = Handshake::client(&tls.client, &identity("app")).unwrap();
     let owner = Box::new(ClientSide);
-    let client = tunnel::run(stream, addr, handshake, Role::Client, &client, owner);
+    let telemetry = registry();
+    let setup = setup(Role::Client, &client, &telemetry);
+    let client = tunnel::run(stream, addr, handshake, &setup, owner);
     let client = client.await.unwrap();
     ready.wait().await;
     let (server, requests) = slot.borrow_mut().take().unwrap();
@@ -217,10 +241,14 @@ fn snapshot(yaml: &str) -> Arc<Snapshot> {
     Arc::new(control::local::parse("test", yaml).unwrap())
 }
 
-fn registry() -> telemetry::WorkerTelemetry {
+fn registry() -> WorkerTelemetry {
+    Registry::new("test").worker(access_log())
+}
+
+fn access_log() -> AccessLog {
     let sink = LogSink::new(LogFormat::Plain, 1 << 20, std::io::sink()).unwrap();
     let level = AccessLevel::new(tracing::level_filters::LevelFilter::INFO);
-    Registry::new("test").worker(AccessLog::new(&sink, level))
+    AccessLog::new(&sink, level)
 }
 
 fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
@@ -234,6 +262,7 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         keepalive: None,
         connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(5),
+        handshakes_max: 64,
         workload_timeout: Duration::from_millis(200),
         client: Config::client(),
         server: Config::server(),

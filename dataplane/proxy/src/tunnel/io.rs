@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 use hbone::{ErrorCode, Event, Role, StreamId};
 use rt::buf::{Buf, Pool};
 use rt::net::{Placement, ReadHalf, TcpStream, WriteHalf};
-use tls::{Handshake, HandshakeError, Opened, Session};
+use telemetry::{Fault, WorkerTelemetry};
+use tls::{Handshake, HandshakeError, OpenError, Opened, SealError, Session};
+
+use crate::gate::Cpu;
 
 use super::{SEND_LOW, Tunnel, TunnelError, TunnelOwner};
 
@@ -22,6 +25,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the writer tries to send what is left when a tunnel ends.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
+/// How long, and for how many bytes, the peer of a failed handshake is listened to.
+const PART_TIME: Duration = Duration::from_secs(1);
+const PART_BYTES: usize = 256 * 1024;
 const PING_PAYLOAD: [u8; 8] = *b"hbonelab";
 
 /// Why there is no tunnel.
@@ -38,25 +44,65 @@ pub(crate) enum SetupError {
     Closed,
 }
 
+/// What a worker gives its tunnels.
+#[derive(Debug)]
+pub(crate) struct Setup<'a> {
+    /// Which side of the tunnel this is.
+    pub(crate) role: Role,
+    /// HTTP/2 settings.
+    pub(crate) config: &'a hbone::Config,
+    /// The handshake computes when it is its turn.
+    pub(crate) cpu: &'a Cpu,
+    /// Where errors are counted.
+    pub(crate) telemetry: &'a WorkerTelemetry,
+}
+
 /// Shakes hands over `stream` and starts the tunnel's tasks.
 pub(crate) async fn run(
     stream: TcpStream,
     peer_addr: SocketAddr,
     handshake: Handshake,
-    role: Role,
-    config: &hbone::Config,
+    setup: &Setup<'_>,
     owner: Box<dyn TunnelOwner>,
 ) -> Result<Rc<Tunnel>, SetupError> {
     let (mut read, mut write) = stream.split();
     read.set_placement(Placement::Flat);
     let mut early = VecDeque::new();
-    let session = shake(&mut read, &mut write, handshake, &mut early).await?;
+    let shaken = shake(&mut read, &mut write, handshake, &mut early, setup.cpu).await;
+    let session = match shaken {
+        Ok(session) => session,
+        Err(error) => {
+            if matches!(error, SetupError::Tls(_)) {
+                rt::spawn(part(read, write));
+            }
+            return Err(error);
+        }
+    };
     let pool = write.pool().clone();
-    let tunnel = Tunnel::new(role, config, session, write, peer_addr, owner);
+    let tunnel = Tunnel::new(setup, session, write, peer_addr, owner);
     rt::spawn(write_loop(Rc::clone(&tunnel)));
     rt::spawn(keepalive(Rc::downgrade(&tunnel)));
     rt::spawn(read_loop(Rc::clone(&tunnel), read, early, pool));
     Ok(tunnel)
+}
+
+/// Ends a connection whose handshake failed so that the peer learns why. A client has finished its
+/// handshake, and may have sent more, when the server looks at its certificate; closing with that
+/// unread would reset the connection and take the alert along.
+async fn part(mut read: ReadHalf, write: WriteHalf) {
+    let _ = write.shutdown(); // gone already: nothing to tell
+    let ended = async {
+        let mut bufs = VecDeque::new();
+        let mut left = PART_BYTES;
+        while let Ok(n @ 1..) = read.recv(&mut bufs).await {
+            bufs.clear();
+            left = left.saturating_sub(n);
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    let _ = rt::time::timeout(PART_TIME, ended).await;
 }
 
 /// Drives the handshake. What arrived behind it is left in `early`.
@@ -65,9 +111,10 @@ async fn shake(
     write: &mut WriteHalf,
     mut handshake: Handshake,
     early: &mut VecDeque<Buf>,
+    cpu: &Cpu,
 ) -> Result<Session, SetupError> {
     let mut output = Vec::new();
-    let mut progress = handshake.advance(&[], &mut output);
+    let mut progress = cpu.step(|| handshake.advance(&[], &mut output)).await;
     loop {
         if !output.is_empty() {
             write.push_copy(&output);
@@ -83,7 +130,7 @@ async fn shake(
         let Some(mut buf) = early.pop_front() else {
             return Err(SetupError::Closed);
         };
-        progress = handshake.advance(&buf, &mut output);
+        progress = cpu.step(|| handshake.advance(&buf, &mut output)).await;
         if let Ok(done) = &progress {
             buf.advance(done.consumed);
             if !buf.is_empty() {
@@ -149,8 +196,12 @@ async fn flush(tunnel: &Rc<Tunnel>) -> Result<(), ()> {
         out.control(&mut session);
         let sealed = out.seal(&mut session);
         drop(session);
-        if let Err(error) = sealed {
-            return Poll::Ready(Err(TunnelError::Tls(error.to_string().into())));
+        match sealed {
+            // Closed: the session has failed, and what is queued ends with the alert.
+            Ok(()) | Err(SealError::Closed) => {}
+            Err(error) => {
+                return Poll::Ready(Err(TunnelError::Tls(error.to_string().into())));
+            }
         }
         let polled = out.write().poll_flush(cx);
         let low = out.pending_bytes() < SEND_LOW;
@@ -194,6 +245,7 @@ async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>,
         pool,
         carry: None,
         events: VecDeque::new(),
+        stream_errors: 0,
     };
     let mut bufs = early;
     loop {
@@ -218,7 +270,7 @@ async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>,
         match received {
             None => return,
             Some(Ok(0)) => {
-                tunnel.fail(TunnelError::Closed);
+                tunnel.fail(TunnelError::Truncated);
                 return;
             }
             Some(Ok(_)) => tunnel.last_heard.set(Instant::now()),
@@ -236,6 +288,8 @@ struct Reader<'a> {
     /// An incomplete record.
     carry: Option<Buf>,
     events: VecDeque<Event>,
+    /// Of those the codec has counted, how many are told.
+    stream_errors: u64,
 }
 
 impl Reader<'_> {
@@ -302,10 +356,14 @@ impl Reader<'_> {
         }
     }
 
-    fn tls_failed(&self, error: &tls::OpenError) -> TunnelError {
+    fn tls_failed(&self, error: &OpenError) -> TunnelError {
         self.tunnel.session.borrow_mut().fail(error);
         self.send_control();
-        TunnelError::Tls(error.to_string().into())
+        let text = error.to_string().into();
+        match error {
+            OpenError::Alert(_) => TunnelError::TlsAlert(text),
+            _ => TunnelError::Tls(text),
+        }
     }
 
     fn send_control(&self) {
@@ -318,7 +376,12 @@ impl Reader<'_> {
     fn plaintext(&mut self, mut record: Buf, range: Range<usize>) -> Result<(), TunnelError> {
         let result = {
             let mut codec = self.tunnel.codec.borrow_mut();
-            codec.receive(&record[range.clone()], &mut self.events)
+            let result = codec.receive(&record[range.clone()], &mut self.events);
+            while self.stream_errors < codec.stream_errors() {
+                self.stream_errors += 1;
+                self.tunnel.telemetry.hbone_error(Fault::Stream);
+            }
+            result
         };
         record.truncate(range.end);
         record.advance(range.start);

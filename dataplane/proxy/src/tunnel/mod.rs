@@ -28,9 +28,10 @@ use std::time::Instant;
 use hbone::{ConnectRequest, ErrorCode, RequestHead, StreamId};
 use rt::buf::Buf;
 use rt::sync::{Broadcast, Signal};
+use telemetry::WorkerTelemetry;
 use tls::Session;
 
-pub(crate) use io::{SetupError, run};
+pub(crate) use io::{Setup, SetupError, run};
 use outgoing::Outgoing;
 use stream::StreamShared;
 pub(crate) use stream::{StreamFailure, TunnelStream};
@@ -49,15 +50,21 @@ pub(crate) enum TunnelError {
     /// The transport failed.
     #[error("io error: {0}")]
     Io(Rc<std::io::Error>),
-    /// The peer ended the transport.
+    /// The peer ended the tunnel in order.
     #[error("tunnel closed by peer")]
     Closed,
+    /// The peer ended the transport and not TLS.
+    #[error("tunnel cut off: the connection ended without close_notify")]
+    Truncated,
     /// The peer broke HTTP/2.
     #[error("http2 error: {0}")]
     Http2(hbone::ConnectionError),
-    /// The peer broke TLS, or reported an error by alert.
+    /// The peer broke TLS.
     #[error("tls error: {0}")]
     Tls(Rc<str>),
+    /// The peer reported an error by alert.
+    #[error("tls error: {0}")]
+    TlsAlert(Rc<str>),
     /// No answer to pings.
     #[error("tunnel lost: no answer to PING for 20 s")]
     KeepaliveTimeout,
@@ -132,6 +139,10 @@ pub(crate) struct Tunnel {
     idle_since: Cell<Instant>,
     peer_addr: SocketAddr,
     owner: Box<dyn TunnelOwner>,
+    telemetry: WorkerTelemetry,
+    /// The peer refused a stream although its limit is not reached: none is opened before another
+    /// one has ended.
+    refusing: Cell<bool>,
 }
 
 impl fmt::Debug for Tunnel {
@@ -146,8 +157,7 @@ impl fmt::Debug for Tunnel {
 
 impl Tunnel {
     fn new(
-        role: hbone::Role,
-        config: &hbone::Config,
+        setup: &Setup<'_>,
         session: Session,
         write: rt::net::WriteHalf,
         peer_addr: SocketAddr,
@@ -156,7 +166,7 @@ impl Tunnel {
         let now = Instant::now();
         let tunnel = Rc::new(Self {
             session: RefCell::new(session),
-            codec: RefCell::new(hbone::Connection::new(role, config)),
+            codec: RefCell::new(hbone::Connection::new(setup.role, setup.config)),
             out: RefCell::new(Outgoing::new(write)),
             streams: RefCell::default(),
             changed: Broadcast::default(),
@@ -171,6 +181,8 @@ impl Tunnel {
             idle_since: Cell::new(now),
             peer_addr,
             owner,
+            telemetry: setup.telemetry.clone(),
+            refusing: Cell::new(false),
         });
         tunnel.pump();
         tunnel
@@ -201,7 +213,7 @@ impl Tunnel {
     pub(crate) fn can_open(&self) -> bool {
         let codec = self.codec.borrow();
         let alive = self.error.borrow().is_none() && !self.closing.get();
-        alive && codec.can_open() && !codec.is_crowded()
+        alive && !self.refusing.get() && codec.can_open() && !codec.is_crowded()
     }
 
     /// Since when no stream is open, if none is.
@@ -238,9 +250,20 @@ impl Tunnel {
         TunnelStream::new(Rc::clone(self), shared)
     }
 
+    /// The peer has refused a stream that it might have taken: leaves it alone until one of the
+    /// others ends, and for good if there is none.
+    pub(crate) fn note_refusal(&self) {
+        if self.streams.borrow().is_empty() {
+            self.shutdown_graceful();
+        } else {
+            self.refusing.set(true);
+        }
+    }
+
     fn detach(&self, id: StreamId) {
         let mut streams = self.streams.borrow_mut();
         streams.remove(&id.get());
+        self.refusing.set(false);
         if streams.is_empty() {
             self.idle_since.set(Instant::now());
         }
@@ -270,6 +293,10 @@ impl Tunnel {
     /// Records the end, tells every stream, and lets the writer send what is left.
     fn fail(&self, error: TunnelError) {
         if self.error.borrow().is_none() {
+            // What happens to a tunnel that is closing anyway is no news.
+            if let Some(fault) = error.fault().filter(|_| !self.closing.get()) {
+                self.telemetry.hbone_error(fault);
+            }
             *self.error.borrow_mut() = Some(error);
         }
         for stream in self.streams.borrow().values() {

@@ -8,6 +8,7 @@ use std::task::{Context, Poll, Waker};
 
 use hbone::{ErrorCode, StreamId};
 use rt::buf::{Buf, Pool};
+use telemetry::Happening;
 
 use super::{Tunnel, TunnelError};
 
@@ -136,6 +137,11 @@ pub(crate) enum StreamFailure {
 }
 
 impl StreamFailure {
+    /// The peer has not looked at the stream's request: it may be sent again (RFC 9113 8.7).
+    pub(crate) fn is_unprocessed(&self) -> bool {
+        matches!(self, Self::Reset(ErrorCode::REFUSED_STREAM))
+    }
+
     /// The peer is done with the stream and means no harm.
     pub(crate) fn is_clean(&self) -> bool {
         matches!(self, Self::Reset(ErrorCode::NO_ERROR | ErrorCode::CANCEL))
@@ -152,6 +158,8 @@ pub(crate) struct TunnelStream {
     parting: Cell<ErrorCode>,
     /// Bytes taken by `recv` and not given back yet.
     taken: Cell<usize>,
+    /// Waits for a window.
+    stalled: Cell<bool>,
 }
 
 impl TunnelStream {
@@ -162,6 +170,7 @@ impl TunnelStream {
             finished: Cell::new(false),
             parting: Cell::new(ErrorCode::CANCEL),
             taken: Cell::new(0),
+            stalled: Cell::new(false),
         }
     }
 
@@ -280,10 +289,14 @@ impl TunnelStream {
                     .min(FRAME_PAYLOAD)
             };
             if capacity == 0 {
+                if !self.stalled.replace(true) {
+                    self.tunnel.telemetry.happened(Happening::WindowStall);
+                }
                 register(&self.shared.sender, cx);
                 bufs.push_front(buf);
                 return Poll::Pending;
             }
+            self.stalled.set(false);
             if buf.len() > capacity {
                 let front = buf.split_to(capacity);
                 bufs.push_front(std::mem::replace(&mut buf, front));
@@ -294,6 +307,11 @@ impl TunnelStream {
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// The tunnel it is in.
+    pub(crate) fn tunnel(&self) -> &Rc<Tunnel> {
+        &self.tunnel
     }
 
     /// What was sent is not all: the peer is told when the stream is dropped (RFC 9113 8.5).
