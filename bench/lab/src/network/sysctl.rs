@@ -17,11 +17,12 @@ const COMMON: &[(&str, &str)] = &[
     ("net/ipv4/conf/default/rp_filter", "0"),
 ];
 
-/// Set in every pod: enough source ports for the connection-rate workloads, none of them a port
-/// that ztunnel listens on (15000-15080), and ports reused after one second of TIME_WAIT.
+/// Set in every pod: enough source ports for the connection-rate workloads, from where Linux'
+/// default begins (what lies below is ztunnel's, see redirection), and ports reused after one
+/// second of TIME_WAIT.
 const POD: &[(&str, &str)] = &[
     ("net/ipv4/ip_forward", "0"),
-    ("net/ipv4/ip_local_port_range", "16384 65535"),
+    ("net/ipv4/ip_local_port_range", "32768 65535"),
     ("net/ipv4/tcp_tw_reuse", "1"),
 ];
 
