@@ -15,7 +15,7 @@
 //! Everything runs in the caller's network namespace, which must be the node's. Kernel floor:
 //! 5.10 for `ebpf` (tcx from 6.6, clsact before), xt_TPROXY and ipset for `iptables_tunnel`.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod command;
 pub mod ebpf;
@@ -26,6 +26,7 @@ mod listener_map;
 mod netns;
 mod privileges;
 mod settings;
+pub mod sockmap;
 mod status;
 mod sysctl;
 

@@ -14,7 +14,7 @@
 
 pub(crate) mod attach;
 pub(crate) mod layout;
-mod maps;
+pub(crate) mod maps;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,386 @@
+//! The sockmap short-cut between the applications of a node and its ztunnel: data moves from
+//! socket to socket within the kernel, connections and their checks stay as they are.
+//!
+//! `bpf/src/sockmap.bpf.c` says how and by which rules. This module loads it, tells it which pods
+//! and which ztunnel there are, and takes sockets out again (`reaper.rs`). Everything is pinned
+//! and works on without this process, except that demoted sockets then stay in the maps.
+//!
+//! Limits: 65,536 sockets and pods; more get no short-cut. Kernel 6.13 or later, where unread
+//! redirected data is charged to its receiver; others are found out by trying (`probe.rs`) and
+//! refused, and then everything uses TCP. Connections older than the installation use TCP.
+
+mod layout;
+mod probe;
+mod reaper;
+mod sys;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
+use aya::programs::links::FdLink;
+use aya::programs::{CgroupAttachMode, SkMsg, SockOps};
+use aya::{Ebpf as Object, EbpfLoader};
+use serde::Serialize;
+
+use crate::ebpf::maps::check_layout;
+use crate::error::{Error, Result};
+use crate::netns::Netns;
+use crate::settings::Pod;
+use layout::{CONFIG_BYTES, Config, END_BYTES, Key, POD_BYTES};
+use reaper::Reaper;
+
+/// Name of the directory for pins, below the redirection's.
+const DIRECTORY: &str = "sockmap";
+/// How long a clean-up waits for readers of what was redirected already.
+const DRAIN: Duration = Duration::from_secs(2);
+const DRAIN_POLL: Duration = Duration::from_millis(50);
+
+/// What it is for.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Directory of the redirection's pins, in a bpffs.
+    pub bpffs: PathBuf,
+    /// cgroup (version 2) that holds the pods' and ztunnel's processes.
+    pub cgroup: PathBuf,
+    /// Path of ztunnel's network namespace.
+    pub ztunnel_netns: PathBuf,
+    /// Also from ztunnel to the pods. If not, only what pods send takes the short-cut.
+    pub to_pods: bool,
+}
+
+/// State of the short-cut.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// Whether new connections get it.
+    pub enabled: bool,
+    /// Whether what ztunnel sends takes it, too.
+    pub to_pods: bool,
+    /// Sockets, messages, bytes; demoted directions by reason. All CPUs, since installation.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// The installed short-cut. Dropping it leaves it installed.
+#[derive(Debug)]
+pub struct Shortcut {
+    pins: PathBuf,
+    _reaper: Reaper,
+}
+
+impl Shortcut {
+    /// Tries the kernel out, loads, attaches and enables, or adopts what is there.
+    ///
+    /// # Errors
+    /// If the kernel lacks something: the reason says what. Nothing is enabled then.
+    pub fn install(settings: &Settings) -> Result<Self> {
+        let pins = settings.bpffs.join(DIRECTORY);
+        fs::create_dir_all(&pins).map_err(|e| Error::file("make directory", &pins, e))?;
+        let abilities = probe::run()?;
+        if !abilities.accounts {
+            disable(&pins)?;
+            return Err(unsupported(
+                "this kernel does not charge redirected data to its receiver, so memory could \
+                 not be bounded: Linux 6.13 or later is needed",
+            ));
+        }
+        let to_pods = settings.to_pods && abilities.tells_unread;
+        if settings.to_pods && !to_pods {
+            // nginx would wait for an event that never comes.
+            tracing::warn!("FIONREAD does not tell of redirected data: pods get theirs over TCP");
+        }
+        let mut object = load(&pins)?;
+        attach(&mut object, &pins, &settings.cgroup)?;
+        let reaper = Reaper::start(&pins)?;
+        let config = Config {
+            ztunnel_netns: netns_cookie(&settings.ztunnel_netns)?,
+            enabled: true,
+            to_pods,
+        };
+        set_config(&pins, config)?;
+        Ok(Self {
+            pins,
+            _reaper: reaper,
+        })
+    }
+
+    /// New connections of the pod get the short-cut. Adding it again brings it up to date.
+    ///
+    /// # Errors
+    /// If its network namespace cannot be entered or the map not be written.
+    pub fn add_pod(&self, pod: &Pod) -> Result<()> {
+        let cookie = netns_cookie(&pod.netns)?;
+        let mut pods: HashMap<MapData, [u8; POD_BYTES], u64> = open(&self.pins, layout::PODS)?;
+        for address in &pod.addresses {
+            pods.insert(layout::pod_key(*address), cookie, 0)
+                .map_err(|e| Error::bpf("write map", layout::PODS, &e))?;
+        }
+        Ok(())
+    }
+
+    /// New connections of the pod get none.
+    ///
+    /// # Errors
+    /// If the map cannot be written.
+    pub fn remove_pod(&self, pod: &Pod) -> Result<()> {
+        let mut pods: HashMap<MapData, [u8; POD_BYTES], u64> = open(&self.pins, layout::PODS)?;
+        for address in &pod.addresses {
+            match pods.remove(&layout::pod_key(*address)) {
+                Err(error) if !is_not_found(&error) => {
+                    return Err(Error::bpf("write map", layout::PODS, &error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is installed below `bpffs`; None if nothing is.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn status(bpffs: &Path) -> Result<Option<Status>> {
+    let pins = bpffs.join(DIRECTORY);
+    if !pins.join(layout::CONFIG).exists() {
+        return Ok(None);
+    }
+    let config: Array<MapData, [u8; CONFIG_BYTES]> = open(&pins, layout::CONFIG)?;
+    let read = |e: MapError| Error::bpf("read map", layout::CONFIG, &e);
+    let config = Config::decode(&config.get(&0, 0).map_err(read)?);
+    let map: PerCpuArray<MapData, u64> = open(&pins, layout::COUNTERS)?;
+    let mut counters = BTreeMap::new();
+    for (index, name) in (0_u32..).zip(layout::COUNTER_NAMES) {
+        let values = map.get(&index, 0);
+        let values = values.map_err(|e| Error::bpf("read map", layout::COUNTERS, &e))?;
+        counters.insert(name.to_owned(), values.iter().sum());
+    }
+    Ok(Some(Status {
+        enabled: config.enabled,
+        to_pods: config.to_pods,
+        counters,
+    }))
+}
+
+/// Sockets in the map below `bpffs`: those whose calls take the way through the programs.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn sockets(bpffs: &Path) -> Result<usize> {
+    let senders: SockHash<MapData, Key> = open(&bpffs.join(DIRECTORY), layout::SENDERS)?;
+    Ok(senders.keys().flatten().count())
+}
+
+/// Gives all connections back to TCP and removes everything below `bpffs`, but for one pin while
+/// there are connections that may have redirected data unread: removing it would lose that. They
+/// leave it as they close; then, calling this again removes it.
+///
+/// # Errors
+/// What could not be removed.
+pub fn remove(bpffs: &Path) -> Result<()> {
+    let pins = bpffs.join(DIRECTORY);
+    if !pins.exists() {
+        return Ok(());
+    }
+    disable(&pins)?;
+    unpin(&pins.join(layout::SOCKETS))?;
+    let left = release_sockets(&pins)?;
+    if left > 0 {
+        tracing::warn!(left, "sockets keep {} until they close", layout::SENDERS);
+    }
+    let entries = fs::read_dir(&pins).map_err(|e| Error::file("list", &pins, e))?;
+    for entry in entries.flatten() {
+        if left == 0 || entry.file_name() != layout::SENDERS {
+            unpin(&entry.path())?;
+        }
+    }
+    if left > 0 {
+        return Ok(());
+    }
+    fs::remove_dir(&pins).map_err(|e| Error::file("remove directory", &pins, e))
+}
+
+fn unpin(pin: &Path) -> Result<()> {
+    match fs::remove_file(pin) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::file("remove pin", pin, error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes out all sockets that cannot lose anything by it, waiting a moment for others to become
+/// so. Returns how many are left.
+fn release_sockets(pins: &Path) -> Result<usize> {
+    let needed = [
+        layout::SENDERS,
+        layout::TARGETS,
+        layout::ENDS,
+        layout::EVENTS,
+    ];
+    if !pins.join(layout::SENDERS).exists() {
+        return Ok(0);
+    }
+    let mut senders: SockHash<MapData, Key> = open(pins, layout::SENDERS)?;
+    if !needed.iter().all(|name| pins.join(name).exists()) {
+        return Ok(senders.keys().flatten().count());
+    }
+    let mut targets: SockHash<MapData, Key> = open(pins, layout::TARGETS)?;
+    let ends: HashMap<MapData, Key, [u8; END_BYTES]> = open(pins, layout::ENDS)?;
+    for key in targets.keys().flatten().collect::<Vec<_>>() {
+        let _ = targets.remove(&key); // closed meanwhile
+    }
+    for key in senders.keys().flatten().collect::<Vec<_>>() {
+        // Only after it is no target: what has not started then never will.
+        if ends
+            .get(&key, 0)
+            .is_ok_and(|end| !layout::end_is_started(&end))
+        {
+            let _ = senders.remove(&key); // closed meanwhile
+        }
+    }
+    let _reaper = Reaper::start(pins)?;
+    let deadline = Instant::now() + DRAIN;
+    loop {
+        let left = senders.keys().flatten().count();
+        if left == 0 || Instant::now() >= deadline {
+            return Ok(left);
+        }
+        thread::sleep(DRAIN_POLL);
+    }
+}
+
+/// Messages go by TCP from now on.
+fn disable(pins: &Path) -> Result<()> {
+    if pins.join(layout::CONFIG).exists() {
+        set_config(pins, Config::default())?;
+    }
+    Ok(())
+}
+
+fn set_config(pins: &Path, config: Config) -> Result<()> {
+    let mut map: Array<MapData, [u8; CONFIG_BYTES]> = open(pins, layout::CONFIG)?;
+    map.set(0, config.encode(), 0)
+        .map_err(|e| Error::bpf("write map", layout::CONFIG, &e))
+}
+
+/// Loads maps (those pinned already are used as they are) and programs.
+fn load(pins: &Path) -> Result<Object> {
+    let mut loader = EbpfLoader::new();
+    for map in &layout::MAPS {
+        let pin = pins.join(map.name);
+        check_layout(&pin, map)?;
+        loader.map_pin_path(map.name, pin);
+    }
+    let mut object = loader
+        .load(layout::OBJECT)
+        .map_err(|e| Error::bpf("load object", "sockmap.bpf.o", &e))?;
+    let name = layout::SEND;
+    sk_msg(&mut object)?
+        .load()
+        .map_err(|e| Error::bpf("load program", name, &e))?;
+    let name = layout::SOCKETS;
+    sock_ops(&mut object)?
+        .load()
+        .map_err(|e| Error::bpf("load program", name, &e))?;
+    Ok(object)
+}
+
+/// The program on messages first, so that no socket is entered without it.
+fn attach(object: &mut Object, pins: &Path, cgroup: &Path) -> Result<()> {
+    let name = layout::SEND;
+    let failed = |e: &(dyn std::error::Error + 'static)| Error::bpf("attach program", name, e);
+    let senders: SockHash<MapData, Key> = open(pins, layout::SENDERS)?;
+    let program = sk_msg(object)?;
+    let id = program.attach(senders.fd()).map_err(|e| failed(&e))?;
+    let link = program.take_link(id).map_err(|e| failed(&e))?;
+    // Dropping it would detach the program, which is to outlive this process.
+    std::mem::forget(link);
+    let name = layout::SOCKETS;
+    let failed = |e: &(dyn std::error::Error + 'static)| {
+        Error::bpf(
+            "attach program",
+            format!("{name} to {}", cgroup.display()),
+            e,
+        )
+    };
+    let file = File::open(cgroup).map_err(|e| Error::file("open cgroup", cgroup, e))?;
+    let program = sock_ops(object)?;
+    let id = program
+        .attach(file, CgroupAttachMode::Single)
+        .map_err(|e| failed(&e))?;
+    let link = program.take_link(id).map_err(|e| failed(&e))?;
+    let link = FdLink::try_from(link).map_err(|e| failed(&e))?;
+    replace_pin(link, &pins.join(name))
+}
+
+/// Pins the link, without a gap if an earlier one is pinned there.
+fn replace_pin(link: FdLink, pin: &Path) -> Result<()> {
+    let name = pin.file_name().and_then(|name| name.to_str());
+    let next = pin.with_file_name(format!("{}_next", name.unwrap_or_default()));
+    let _ = fs::remove_file(&next); // left over if an earlier process was killed right here
+    link.pin(&next)
+        .map_err(|e| Error::bpf("pin link", next.display().to_string(), &e))?;
+    fs::rename(&next, pin).map_err(|e| Error::file("replace pin", pin, e))
+}
+
+fn sk_msg(object: &mut Object) -> Result<&mut SkMsg> {
+    let program = object.program_mut(layout::SEND);
+    let program = program.ok_or_else(|| absent(layout::SEND))?;
+    program
+        .try_into()
+        .map_err(|e| Error::bpf("use program", layout::SEND, &e))
+}
+
+fn sock_ops(object: &mut Object) -> Result<&mut SockOps> {
+    let program = object.program_mut(layout::SOCKETS);
+    let program = program.ok_or_else(|| absent(layout::SOCKETS))?;
+    program
+        .try_into()
+        .map_err(|e| Error::bpf("use program", layout::SOCKETS, &e))
+}
+
+fn open<T>(pins: &Path, name: &'static str) -> Result<T>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let pin = pins.join(name);
+    let failed = |e: MapError| Error::bpf("open map", pin.display().to_string(), &e);
+    let map = MapData::from_pin(&pin)
+        .and_then(Map::from_map_data)
+        .map_err(failed)?;
+    T::try_from(map).map_err(failed)
+}
+
+fn netns_cookie(path: &Path) -> Result<u64> {
+    Netns::at(path)?.run(|| {
+        let failed = |source| Error::file("ask for the cookie of", path, source);
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(failed)?;
+        sys::netns_cookie(socket.as_fd()).map_err(failed)
+    })
+}
+
+fn absent(name: &str) -> Error {
+    let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "not in the object");
+    Error::bpf("find", name, &missing)
+}
+
+fn unsupported(reason: &str) -> Error {
+    Error::Bpf {
+        action: "use",
+        name: "the sockmap short-cut".to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+fn is_not_found(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(e) => e.io_error.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
+}

@@ -1,0 +1,60 @@
+//! Two socket options that no safe crate has.
+#![allow(
+    unsafe_code,
+    reason = "getsockopt of options that nix and socket2 do not know"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+const SO_MEMINFO: libc::c_int = 55;
+const SO_NETNS_COOKIE: libc::c_int = 71;
+/// `SK_MEMINFO_VARS` of `linux/sock_diag.h`; the first is what is unread.
+const MEMINFO_WORDS: usize = 9;
+
+/// `T` must be plain integers: the kernel fills it with any bytes.
+fn get<T: Integers>(socket: BorrowedFd<'_>, option: libc::c_int, mut value: T) -> io::Result<T> {
+    let mut length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: `value` is valid for writes of `length` bytes while the call lasts, and of a type
+    // for which every bit pattern is valid.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+trait Integers: Copy {}
+impl Integers for u64 {}
+impl Integers for [u32; MEMINFO_WORDS] {}
+
+/// What the kernel knows the socket's network namespace by, for ever.
+pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    get(socket, SO_NETNS_COOKIE, 0_u64)
+}
+
+/// Bytes charged to the socket's receive buffer.
+pub(crate) fn receive_memory(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    get(socket, SO_MEMINFO, [0_u32; MEMINFO_WORDS]).map(|words| words[0])
+}
+
+/// What FIONREAD says.
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, and `bytes` is one.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    if result == 0 {
+        Ok(usize::try_from(bytes).unwrap_or(0))
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

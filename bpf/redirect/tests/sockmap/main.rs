@@ -1,0 +1,10 @@
+//! The sockmap short-cut on real sockets in network namespaces: each trap of the mechanism has a
+//! test, and a torture test checks every byte. Needs root; skips by name without.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a helper that fails is a test that fails"
+)]
+
+mod basics;
+mod support;

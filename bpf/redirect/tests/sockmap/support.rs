@@ -1,0 +1,285 @@
+//! A pod's and a ztunnel's network namespace with a link between them, and sockets in both.
+
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns};
+use redirect::Pod;
+use redirect::sockmap::{self, Settings, Shortcut, Status};
+use socket2::{Domain, Protocol, Socket, Type};
+
+pub(crate) const POD: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 11);
+pub(crate) const ZTUNNEL: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
+pub(crate) const POD6: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 11);
+pub(crate) const ZTUNNEL6: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 2);
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Whether this process may run such tests; says which test was skipped and why if not.
+pub(crate) fn can_run(test: &str) -> bool {
+    let reason = if !nix::unistd::geteuid().is_root() || redirect::check_privileges(true).is_err() {
+        "needs root for network namespaces and BPF"
+    } else if cgroup().is_none() {
+        "no cgroup2 file system is mounted"
+    } else {
+        return true;
+    };
+    // Not eprintln, which the test harness keeps to itself.
+    let _ = writeln!(io::stderr(), "skipped: {test}: {reason}");
+    false
+}
+
+/// Root of the mounted cgroup2 hierarchy.
+pub(crate) fn cgroup() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    let mut lines = mounts.lines().map(|line| line.split(' '));
+    lines.find_map(|mut words| {
+        let path = words.nth(1)?;
+        (words.next()? == "cgroup2").then(|| PathBuf::from(path))
+    })
+}
+
+fn run(line: &str) {
+    let words: Vec<_> = line.split_whitespace().collect();
+    let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{line}: {stderr}");
+}
+
+/// Both namespaces and the installed short-cut; removed when dropped.
+pub(crate) struct Net {
+    name: String,
+    directory: tempfile::TempDir,
+    pub(crate) shortcut: Option<Shortcut>,
+}
+
+impl Net {
+    /// The pod is enrolled.
+    pub(crate) fn up() -> Self {
+        let net = Self::without_shortcut();
+        net.install()
+    }
+
+    pub(crate) fn without_shortcut() -> Self {
+        let count = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("sm{}-{count}", std::process::id());
+        let net = Self {
+            directory: tempfile::tempdir().unwrap(),
+            name,
+            shortcut: None,
+        };
+        mount(
+            Some("bpf"),
+            net.directory.path(),
+            Some("bpf"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
+        let (pod, ztunnel) = (net.host("pod"), net.host("zt"));
+        run(&format!("ip netns add {pod}"));
+        run(&format!("ip netns add {ztunnel}"));
+        run(&format!(
+            "ip link add p netns {pod} type veth peer name z netns {ztunnel}"
+        ));
+        for (host, link, v4, v6) in [(&pod, "p", POD, POD6), (&ztunnel, "z", ZTUNNEL, ZTUNNEL6)] {
+            run(&format!("ip -n {host} addr add {v4}/24 dev {link}"));
+            run(&format!("ip -n {host} addr add {v6}/64 dev {link} nodad"));
+            run(&format!("ip -n {host} link set {link} up"));
+            run(&format!("ip -n {host} link set lo up"));
+        }
+        net
+    }
+
+    pub(crate) fn install(mut self) -> Self {
+        let shortcut = Shortcut::install(&self.settings()).unwrap();
+        shortcut.add_pod(&self.pod()).unwrap();
+        self.shortcut = Some(shortcut);
+        self
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        Settings {
+            bpffs: self.bpffs(),
+            cgroup: cgroup().unwrap(),
+            ztunnel_netns: self.netns("zt"),
+            to_pods: true,
+        }
+    }
+
+    pub(crate) fn pod(&self) -> Pod {
+        Pod {
+            uid: "pod".to_owned(),
+            addresses: vec![IpAddr::V4(POD), IpAddr::V6(POD6)],
+            netns: self.netns("pod"),
+            host_interface: "unused".to_owned(),
+        }
+    }
+
+    pub(crate) fn bpffs(&self) -> PathBuf {
+        self.directory.path().join("pins")
+    }
+
+    fn host(&self, host: &str) -> String {
+        format!("{}-{host}", self.name)
+    }
+
+    pub(crate) fn netns(&self, host: &str) -> PathBuf {
+        Path::new("/run/netns").join(self.host(host))
+    }
+
+    /// Runs `work` on a thread in the namespace of `host`: `pod` or `zt`.
+    pub(crate) fn on<T: Send>(&self, host: &str, work: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(self.netns(host)).unwrap();
+        let joined = thread::scope(|scope| {
+            let helper = scope.spawn(|| {
+                setns(&file, CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            });
+            helper.join()
+        });
+        joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        sockmap::status(&self.bpffs()).unwrap().unwrap()
+    }
+
+    pub(crate) fn counter(&self, name: &str) -> u64 {
+        self.status().counters[name]
+    }
+
+    /// Sockets that still pay for the programs.
+    pub(crate) fn sockets_in_maps(&self) -> usize {
+        sockmap::sockets(&self.bpffs()).unwrap()
+    }
+
+    /// Listens in ztunnel's namespace, on the address of this family.
+    pub(crate) fn listener(&self, ztunnel: IpAddr) -> TcpListener {
+        self.on("zt", || TcpListener::bind((ztunnel, 0)).unwrap())
+    }
+
+    /// A connection from the pod's (not blocking) socket to ztunnel's.
+    pub(crate) fn connect(&self, listener: &TcpListener) -> (Peer, Peer) {
+        let to = listener.local_addr().unwrap();
+        let app = self.on("pod", || connect(to, false));
+        let (zt, _) = listener.accept().unwrap();
+        zt.set_nonblocking(true).unwrap();
+        (Peer(app), Peer(zt))
+    }
+
+    pub(crate) fn pair(&self) -> (Peer, Peer) {
+        self.connect(&self.listener(IpAddr::V4(ZTUNNEL)))
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        drop(self.shortcut.take());
+        let removed = sockmap::remove(&self.bpffs());
+        for host in ["pod", "zt"] {
+            let _ = Command::new("ip")
+                .args(["netns", "del", &self.host(host)])
+                .status();
+        }
+        let unmounted = umount2(self.directory.path(), MntFlags::MNT_DETACH);
+        if !thread::panicking() {
+            removed.unwrap();
+            unmounted.unwrap();
+        }
+    }
+}
+
+/// Connects from the calling thread's namespace.
+pub(crate) fn connect(to: SocketAddr, blocking: bool) -> TcpStream {
+    let domain = Domain::for_address(to);
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).unwrap();
+    socket.set_nonblocking(!blocking).unwrap();
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
+            wait(&socket, PollFlags::POLLOUT);
+        }
+        other => other.unwrap(),
+    }
+    let stream = TcpStream::from(socket);
+    if let Some(error) = stream.take_error().unwrap() {
+        panic!("connect to {to}: {error}");
+    }
+    stream.set_nodelay(true).unwrap();
+    stream
+}
+
+/// Waits for `events`, at most [`PATIENCE`].
+pub(crate) fn wait(socket: &impl std::os::fd::AsFd, events: PollFlags) {
+    let mut fds = [PollFd::new(socket.as_fd(), events)];
+    let ms = u16::try_from(PATIENCE.as_millis()).unwrap();
+    let ready = poll(&mut fds, PollTimeout::from(ms)).unwrap();
+    assert!(ready > 0, "nothing happened on the socket in {PATIENCE:?}");
+}
+
+/// A socket that does not block, used as if it did, by polling.
+#[derive(Debug)]
+pub(crate) struct Peer(pub(crate) TcpStream);
+
+impl Peer {
+    /// One receive; 0 at the end.
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.0.read(buffer) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    wait(&self.0, PollFlags::POLLIN);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    pub(crate) fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.0.write(bytes) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    wait(&self.0, PollFlags::POLLOUT);
+                }
+                Err(e) => return Err(e),
+                Ok(n) => bytes = &bytes[n..],
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn expect(&mut self, bytes: &[u8]) {
+        let mut received = vec![0; bytes.len()];
+        let mut at = 0;
+        while at < received.len() {
+            let n = self.read(&mut received[at..]).unwrap();
+            assert!(n > 0, "end after {at} of {} bytes", bytes.len());
+            at += n;
+        }
+        assert!(received == bytes, "{} bytes differ", bytes.len());
+    }
+}
+
+/// Tries until `done`, at most [`PATIENCE`].
+pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "not in {PATIENCE:?}: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Sends and expects it at the other end.
+pub(crate) fn exchange(from: &mut Peer, to: &mut Peer, bytes: &[u8]) {
+    from.write_all(bytes).unwrap();
+    to.expect(bytes);
+}

@@ -1,0 +1,512 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+/*
+ * The short-cut between an application and its node's ztunnel (SOCKMAP=on): what one sends is put
+ * straight into the other's receive queue, past both TCP stacks.
+ *
+ *   shortcut_sockets  sock_ops on a cgroup that holds pods and ztunnel: enters established sockets
+ *   shortcut_send     sk_msg: decides for each message between short-cut and TCP
+ *
+ * The connection itself is set up, captured, authorized and closed by TCP as ever; only data takes
+ * another way, and only between an enrolled pod (address and network namespace must both be its)
+ * and ztunnel. Rules that keep the byte stream whole and memory bounded:
+ *
+ * - The receiver reads redirected data before TCP data. So a direction may start only when the
+ *   receiver has read all that was ever sent over TCP, and once it goes back to TCP it stays.
+ * - Redirected data knows no window: what is unread in the receiver is read from its socket before
+ *   each message, and a message that would exceed the budget is sent, with all later ones, by TCP.
+ * - A redirect to a socket that is not in the map drops the message: its result decides.
+ * - Sockets of applications that block are left alone, and MPTCP's. A recv(2) that waits on a
+ *   socket in a map wakes once: a reset, a signal or room to send makes it return EAGAIN. Nor
+ *   does it know MSG_WAITALL.
+ * - A socket in the map pays for it with each call even if it uses TCP, so it is taken out, by
+ *   user space (bpf/redirect/src/sockmap/reaper.rs), as soon as that cannot lose data: taking it
+ *   out throws away what is unread. Hence two maps: out of `shortcut_targets` first, so that
+ *   nothing more is redirected to it, and out of `shortcut_senders` when it has read everything.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_core_read.h>
+
+#include "sockmap.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define TCP_ESTABLISHED 1
+#define TCP_CLOSE 7
+#define TCP_CLOSE_WAIT 8
+#define O_NONBLOCK 04000
+#define NS_PER_MS 1000000ULL
+
+/* A direction that cannot start after this many messages never will. */
+#define ATTEMPTS_MAX 16
+/* Unread bytes up to which the receive buffer's size need not be looked at. */
+#define SMALL_BYTES 2048
+#define ASK_EVERY_NS (100 * NS_PER_MS)
+
+/* The kernel's own structures, the fields used here; offsets are fixed up when loading. */
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct list_head {
+	struct list_head *next;
+};
+typedef struct {
+	int counter;
+} atomic_t;
+typedef struct {
+	__s64 counter;
+} atomic64_t;
+struct file {
+	unsigned int f_flags;
+};
+struct socket {
+	struct file *file;
+};
+struct proto {
+	unsigned long *memory_pressure;
+};
+struct sock_common {
+	atomic64_t skc_cookie;
+	struct proto *skc_prot;
+};
+struct sock {
+	struct sock_common __sk_common;
+	struct {
+		atomic_t rmem_alloc;
+	} sk_backlog;
+	int sk_rcvbuf;
+	struct socket *sk_socket;
+	void *sk_user_data;
+};
+struct sk_psock {
+	struct list_head ingress_msg;
+};
+struct tcp_sock {
+	__u32 copied_seq;
+	__u32 write_seq;
+};
+#pragma clang attribute pop
+
+/* What a socket is known by to its peer. */
+struct end {
+	__u64 sock;		/* struct sock *, never dereferenced but by probe reads */
+	__u64 cookie;		/* tells whether it still is the same socket */
+	__u32 flags;
+	__u32 pad;
+};
+
+#define END_STARTED 1		/* something was redirected to it */
+#define END_CLOSED 2		/* nothing may be, if nothing was */
+
+enum mode { MODE_NEW, MODE_SHORTCUT, MODE_TCP };
+
+/* The direction that begins in a socket. */
+struct direction {
+	struct end_key self;
+	struct end_key peer;
+	__u64 own_sock;
+	__u64 peer_sock;
+	__u64 peer_cookie;
+	__u64 asked_ns;
+	__u32 attempts;
+	__u8 mode;
+	__u8 from_ztunnel;
+	__u16 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct shortcut_config);
+} shortcut_config SEC(".maps");
+
+/* Value: cookie of the pod's network namespace. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, SHORTCUT_PODS_MAX);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct pod_key);
+	__type(value, __u64);
+} shortcut_pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, SOCKETS_MAX);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct end_key);
+	__type(value, struct end);
+} shortcut_ends SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, SOCKETS_MAX);
+	__type(key, struct end_key);
+	__type(value, __u32);
+} shortcut_senders SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, SOCKETS_MAX);
+	__type(key, struct end_key);
+	__type(value, __u32);
+} shortcut_targets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct direction);
+} shortcut_directions SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, SHORTCUT_EVENT_BYTES);
+} shortcut_events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, SHORTCUT_COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} shortcut_counters SEC(".maps");
+
+static __always_inline void add(__u32 counter, __u64 n)
+{
+	__u64 *value = bpf_map_lookup_elem(&shortcut_counters, &counter);
+
+	if (value)
+		*value += n;
+}
+
+static __always_inline struct shortcut_config *get_config(void)
+{
+	__u32 key = 0;
+
+	return bpf_map_lookup_elem(&shortcut_config, &key);
+}
+
+static __always_inline void mapped(__be32 to[4], __be32 ipv4)
+{
+	to[0] = 0;
+	to[1] = 0;
+	to[2] = bpf_htonl(0xffff);
+	to[3] = ipv4;
+}
+
+/* False: not TCP over IP as we know it. */
+static __always_inline int own_key(struct bpf_sock_ops *ctx, struct end_key *key)
+{
+	if (ctx->family == AF_INET) {
+		mapped(key->local, ctx->local_ip4);
+		mapped(key->remote, ctx->remote_ip4);
+	} else if (ctx->family == AF_INET6) {
+		key->local[0] = ctx->local_ip6[0];
+		key->local[1] = ctx->local_ip6[1];
+		key->local[2] = ctx->local_ip6[2];
+		key->local[3] = ctx->local_ip6[3];
+		key->remote[0] = ctx->remote_ip6[0];
+		key->remote[1] = ctx->remote_ip6[1];
+		key->remote[2] = ctx->remote_ip6[2];
+		key->remote[3] = ctx->remote_ip6[3];
+	} else {
+		return 0;
+	}
+	key->local_port = ctx->local_port;
+	key->remote_port = bpf_ntohl(ctx->remote_port);
+	key->netns = bpf_get_netns_cookie(ctx);
+	return 1;
+}
+
+static __always_inline void mirror(struct end_key *to, const struct end_key *from, __u64 netns)
+{
+	__builtin_memcpy(to->local, from->remote, sizeof(to->local));
+	__builtin_memcpy(to->remote, from->local, sizeof(to->remote));
+	to->local_port = from->remote_port;
+	to->remote_port = from->local_port;
+	to->netns = netns;
+}
+
+/* Whose end it is, and the key of the other: false if it is not between a pod and ztunnel. */
+static __always_inline int find_peer(const struct shortcut_config *cfg, struct direction *dir)
+{
+	int from_ztunnel = dir->self.netns == cfg->ztunnel_netns;
+	struct pod_key pod;
+	__u64 *netns;
+
+	__builtin_memcpy(pod.addr, from_ztunnel ? dir->self.remote : dir->self.local,
+			 sizeof(pod.addr));
+	netns = bpf_map_lookup_elem(&shortcut_pods, &pod);
+	if (!netns || (!from_ztunnel && *netns != dir->self.netns))
+		return 0;
+	mirror(&dir->peer, &dir->self, from_ztunnel ? *netns : cfg->ztunnel_netns);
+	dir->from_ztunnel = from_ztunnel;
+	return 1;
+}
+
+enum blocking { BLOCKS, DOES_NOT_BLOCK, NO_FILE };
+
+/* NO_FILE: not accepted yet, or closed. */
+static __always_inline enum blocking blocking(__u64 sock)
+{
+	struct sock *sk = (struct sock *)sock;
+	struct socket *socket = 0;
+	struct file *file = 0;
+	unsigned int flags = 0;
+
+	if (BPF_CORE_READ_INTO(&socket, sk, sk_socket) || !socket ||
+	    BPF_CORE_READ_INTO(&file, socket, file) || !file ||
+	    BPF_CORE_READ_INTO(&flags, file, f_flags))
+		return NO_FILE;
+	return flags & O_NONBLOCK ? DOES_NOT_BLOCK : BLOCKS;
+}
+
+static __always_inline int enter(struct bpf_sock_ops *ctx, struct direction *fresh)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct end end = {};
+	struct direction *dir;
+
+	if (!sk || bpf_skc_to_mptcp_sock(sk))
+		return 0;
+	end.sock = (__u64)bpf_skc_to_tcp_sock(sk);
+	end.cookie = bpf_get_socket_cookie(ctx);
+	if (!end.sock)
+		return 0;
+	if (!fresh->from_ztunnel && blocking(end.sock) == BLOCKS)
+		return 0;
+	fresh->own_sock = end.sock;
+	dir = bpf_sk_storage_get(&shortcut_directions, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!dir)
+		return 0;
+	*dir = *fresh;
+	if (bpf_map_update_elem(&shortcut_ends, &fresh->self, &end, BPF_ANY))
+		return 0;
+	/* Removes the entry above, and must not clear others' flags. */
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	return !bpf_sock_hash_update(ctx, &shortcut_senders, &fresh->self, BPF_ANY) &&
+	       !bpf_sock_hash_update(ctx, &shortcut_targets, &fresh->self, BPF_ANY);
+}
+
+static __always_inline void leave(struct bpf_sock_ops *ctx)
+{
+	struct end_key key = {};
+	struct end *end;
+
+	if (!own_key(ctx, &key))
+		return;
+	end = bpf_map_lookup_elem(&shortcut_ends, &key);
+	if (end && end->cookie == bpf_get_socket_cookie(ctx))
+		bpf_map_delete_elem(&shortcut_ends, &key);
+}
+
+SEC("sockops")
+int shortcut_sockets(struct bpf_sock_ops *ctx)
+{
+	struct direction fresh = {};
+	struct shortcut_config *cfg;
+
+	if (ctx->op == BPF_SOCK_OPS_STATE_CB) {
+		if (ctx->args[1] == TCP_CLOSE)
+			leave(ctx);
+		return 1;
+	}
+	if (ctx->op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
+	    ctx->op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+		return 1;
+	cfg = get_config();
+	if (!cfg || !(cfg->flags & SHORTCUT_ENABLED) || !own_key(ctx, &fresh.self) ||
+	    !find_peer(cfg, &fresh))
+		return 1;
+	add(enter(ctx, &fresh) ? COUNT_SOCKETS : COUNT_REFUSED, 1);
+	return 1;
+}
+
+static __always_inline int has_unread(__u64 sock)
+{
+	struct list_head *queue, *first = 0;
+	struct sk_psock *psock;
+	__u64 data = 0;
+
+	if (bpf_core_read(&data, sizeof(data), &((struct sock *)sock)->sk_user_data))
+		return 1;
+	psock = (struct sk_psock *)(data & ~7ULL);	/* the low bits are flags */
+	if (!psock)
+		return 0;
+	queue = __builtin_preserve_access_index(&psock->ingress_msg);
+	if (bpf_core_read(&first, sizeof(first), &queue->next))
+		return 1;
+	return first != queue;
+}
+
+static __always_inline void tell(struct direction *dir, __u32 kind, __u32 started)
+{
+	struct shortcut_event *event;
+
+	dir->asked_ns = bpf_ktime_get_ns();
+	event = bpf_ringbuf_reserve(&shortcut_events, sizeof(*event), 0);
+	if (!event)
+		return;		/* the next message asks again */
+	event->when_ns = dir->asked_ns;
+	event->kind = kind;
+	event->started = started;
+	event->self = dir->self;
+	event->peer = dir->peer;
+	bpf_ringbuf_submit(event, 0);
+}
+
+/* Nothing is redirected to this end from now on if nothing was before. Returns what it was. */
+static __always_inline __u32 close_end(struct end_key *key)
+{
+	struct end *end = bpf_map_lookup_elem(&shortcut_ends, key);
+
+	return end ? __sync_fetch_and_or(&end->flags, END_CLOSED) & END_STARTED : 0;
+}
+
+static __always_inline int by_tcp(__u32 bytes)
+{
+	add(COUNT_BYPASSED_BYTES, bytes);
+	return SK_PASS;
+}
+
+/* For good, and the other direction with it: a socket can only leave the map with both. */
+static __always_inline int demote(struct direction *dir, __u32 bytes, __u32 reason)
+{
+	__u32 started = 0;
+
+	dir->mode = MODE_TCP;
+	add(reason, 1);
+	if (close_end(&dir->self))
+		started |= STARTED_SELF;
+	if (close_end(&dir->peer))
+		started |= STARTED_PEER;
+	tell(dir, EVENT_DEMOTED, started);
+	return by_tcp(bytes);
+}
+
+static __always_inline int not_yet(struct direction *dir, __u32 bytes, __u32 reason)
+{
+	if (++dir->attempts >= ATTEMPTS_MAX)
+		return demote(dir, bytes, reason);
+	return by_tcp(bytes);
+}
+
+static __always_inline int still_tcp(struct direction *dir, __u32 bytes)
+{
+	if (bpf_ktime_get_ns() - dir->asked_ns > ASK_EVERY_NS && !has_unread(dir->own_sock))
+		tell(dir, EVENT_DRAINED, 0);
+	return by_tcp(bytes);
+}
+
+/* Whether the receiver has read everything that was sent over TCP. */
+static __always_inline int has_read_tcp(const struct direction *dir)
+{
+	struct tcp_sock *own = (struct tcp_sock *)dir->own_sock;
+	struct tcp_sock *peer = (struct tcp_sock *)dir->peer_sock;
+	__u32 written = 0, read = 0;
+
+	if (BPF_CORE_READ_INTO(&written, own, write_seq) ||
+	    BPF_CORE_READ_INTO(&read, peer, copied_seq))
+		return 0;
+	return written == read;
+}
+
+/* How a message of a new direction goes: MODE_SHORTCUT, or the return value of `verdict`. */
+static __always_inline int start(struct direction *dir, __u32 bytes, int *verdict)
+{
+	struct end *peer = bpf_map_lookup_elem(&shortcut_ends, &dir->peer);
+
+	if (!peer) {
+		*verdict = not_yet(dir, bytes, COUNT_DEMOTED_NO_PEER);
+		return 0;
+	}
+	dir->peer_sock = peer->sock;
+	dir->peer_cookie = peer->cookie;
+	if (!dir->from_ztunnel && blocking(dir->own_sock) != DOES_NOT_BLOCK) {
+		*verdict = demote(dir, bytes, COUNT_DEMOTED_BLOCKING);
+		return 0;
+	}
+	if (dir->from_ztunnel && blocking(dir->peer_sock) == NO_FILE) {
+		*verdict = not_yet(dir, bytes, COUNT_DEMOTED_NO_PEER);
+		return 0;
+	}
+	if (!has_read_tcp(dir)) {
+		*verdict = not_yet(dir, bytes, COUNT_DEMOTED_BUDGET);
+		return 0;
+	}
+	if (__sync_fetch_and_or(&peer->flags, END_STARTED) & END_CLOSED) {
+		*verdict = demote(dir, bytes, COUNT_DEMOTED_CLOSED);
+		return 0;
+	}
+	return 1;
+}
+
+/* Whether the receiver may get `bytes` more; else `reason` says why not. */
+static __always_inline int has_room(const struct direction *dir, __u32 bytes, __u32 *reason)
+{
+	struct sock *peer = (struct sock *)dir->peer_sock;
+	unsigned long *pressure = 0, under_pressure = 0;
+	int unread = 0, buffer = 0;
+	__u64 cookie = 0, total;
+	struct proto *proto = 0;
+
+	*reason = COUNT_DEMOTED_NO_PEER;
+	if (BPF_CORE_READ_INTO(&cookie, peer, __sk_common.skc_cookie.counter) ||
+	    cookie != dir->peer_cookie ||
+	    BPF_CORE_READ_INTO(&unread, peer, sk_backlog.rmem_alloc.counter) || unread < 0)
+		return 0;
+	if (dir->from_ztunnel) {
+		*reason = COUNT_DEMOTED_BLOCKING;
+		if (blocking(dir->peer_sock) != DOES_NOT_BLOCK)
+			return 0;
+	}
+	total = (__u64)unread + bytes;
+	if (total <= SMALL_BYTES)
+		return 1;
+	*reason = COUNT_DEMOTED_BUDGET;
+	if (total > BUDGET_BYTES || BPF_CORE_READ_INTO(&buffer, peer, sk_rcvbuf) || buffer < 0 ||
+	    total > (__u64)buffer)
+		return 0;
+	*reason = COUNT_DEMOTED_PRESSURE;
+	if (BPF_CORE_READ_INTO(&proto, peer, __sk_common.skc_prot) ||
+	    BPF_CORE_READ_INTO(&pressure, proto, memory_pressure) ||
+	    bpf_probe_read_kernel(&under_pressure, sizeof(under_pressure), pressure))
+		return 0;
+	return !under_pressure;
+}
+
+SEC("sk_msg")
+int shortcut_send(struct sk_msg_md *msg)
+{
+	struct shortcut_config *cfg = get_config();
+	struct bpf_sock *sk = msg->sk;
+	__u32 bytes = msg->size, reason;
+	struct direction *dir;
+	int verdict;
+
+	if (!sk || !cfg)
+		return SK_PASS;
+	dir = bpf_sk_storage_get(&shortcut_directions, sk, 0, 0);
+	if (!dir)
+		return SK_PASS;
+	if (dir->mode == MODE_TCP)
+		return still_tcp(dir, bytes);
+	/* After shutdown(2) TCP says EPIPE; the short-cut would not. */
+	if (sk->state != TCP_ESTABLISHED && sk->state != TCP_CLOSE_WAIT)
+		return by_tcp(bytes);
+	if (!(cfg->flags & SHORTCUT_ENABLED) ||
+	    (dir->from_ztunnel && !(cfg->flags & SHORTCUT_TO_PODS)))
+		return demote(dir, bytes, COUNT_DEMOTED_CLOSED);
+	if (dir->mode == MODE_NEW && !start(dir, bytes, &verdict))
+		return verdict;
+	if (!has_room(dir, bytes, &reason))
+		return demote(dir, bytes, reason);
+	if (bpf_msg_redirect_hash(msg, &shortcut_targets, &dir->peer, BPF_F_INGRESS) != SK_PASS)
+		return demote(dir, bytes, COUNT_DEMOTED_NO_PEER);
+	/* From here on the message is redirected: no other verdict is possible. */
+	dir->mode = MODE_SHORTCUT;
+	add(dir->from_ztunnel ? COUNT_TO_POD_MESSAGES : COUNT_TO_ZTUNNEL_MESSAGES, 1);
+	add(dir->from_ztunnel ? COUNT_TO_POD_BYTES : COUNT_TO_ZTUNNEL_BYTES, bytes);
+	return SK_PASS;
+}
+
+char _license[] SEC("license") = "GPL";
