@@ -11,7 +11,9 @@
 //! * *large*: [`PoolConfig::segments`] records back to back, for bulk flows.
 //!
 //! Blocks are allocated on first use and kept for reuse up to a bound; ring memory is reserved at
-//! start but its pages are touched only when used.
+//! start, and more of it comes into use the more blocks are in use at a time.
+
+mod geometry;
 
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::{Cell, RefCell};
@@ -23,75 +25,14 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::types::BufRingEntry;
 
-/// Sizes of a worker's pool. All sizes are bytes.
-#[derive(Debug, Clone, Copy)]
-pub struct PoolConfig {
-    /// Blocks in the provided-buffer ring; a power of two, at most 32,768.
-    pub ring_entries: u16,
-    /// Size of one ring block, head and tail room included.
-    pub ring_block: u32,
-    /// Room in front of received bytes.
-    pub head: u32,
-    /// Payload of one segment of a segmented receive.
-    pub payload: u32,
-    /// Room behind received bytes.
-    pub tail: u32,
-    /// Segments of a large block.
-    pub segments: u32,
-    /// Record and large blocks kept for reuse, each; more are returned to the allocator.
-    pub keep_free: usize,
-}
-
-impl Default for PoolConfig {
-    /// Geometry of TLS 1.3 records that carry one HTTP/2 DATA frame: 5 + 9 bytes in front, type and
-    /// tag behind, 16,384 bytes of plaintext (RFC 8446 section 5.1).
-    fn default() -> Self {
-        Self {
-            ring_entries: 1024,
-            ring_block: 4096,
-            head: 14,
-            payload: 16_375,
-            tail: 17,
-            segments: 16,
-            keep_free: 64,
-        }
-    }
-}
-
-impl PoolConfig {
-    /// Bytes of one segment with its head and tail room.
-    #[must_use]
-    pub fn segment(&self) -> u32 {
-        self.head + self.payload + self.tail
-    }
-
-    /// Payload bytes of one ring block.
-    #[must_use]
-    pub fn ring_payload(&self) -> u32 {
-        self.ring_block - self.head - self.tail
-    }
-
-    fn block_size(&self, class: Class) -> u32 {
-        match class {
-            Class::Ring => self.ring_block,
-            Class::Record => self.segment(),
-            Class::Large => self.segment() * self.segments,
-        }
-    }
-}
-
-/// Which pool a block belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Class {
-    Ring,
-    Record,
-    Large,
-}
+pub use geometry::PoolConfig;
+use geometry::{Class, block_layout, entries_layout, ring_layout};
 
 /// Group id of the provided-buffer ring.
 pub(crate) const RING_GROUP: u16 = 0;
-const BLOCK_ALIGN: usize = 64;
-const PAGE: usize = 4096;
+/// Ring blocks at first. The ring goes round all its blocks, so that each costs memory and cache
+/// however little is going on; more are added when most are in use.
+const FIRST_BLOCKS: u16 = 32;
 
 #[derive(Debug, Clone, Copy)]
 struct Block {
@@ -124,6 +65,10 @@ struct PoolInner {
     ring_refs: Box<[Cell<u32>]>,
     ring_entries: NonNull<BufRingEntry>,
     ring_tail: Cell<u16>,
+    /// Next entry to use; only where no kernel takes entries from the ring.
+    ring_head: Cell<u16>,
+    /// Blocks that have ever been in the ring; the others' pages are untouched.
+    ring_provided: Cell<u16>,
     ring_lent: Cell<u32>,
     record: RefCell<Blocks>,
     large: RefCell<Blocks>,
@@ -145,14 +90,14 @@ impl Pool {
             ring_refs: (0..config.ring_entries).map(|_| Cell::new(0)).collect(),
             ring_entries: entries,
             ring_tail: Cell::new(0),
+            ring_head: Cell::new(0),
+            ring_provided: Cell::new(0),
             ring_lent: Cell::new(0),
             record: RefCell::default(),
             large: RefCell::default(),
             leak: Cell::new(false),
         }));
-        for bid in 0..config.ring_entries {
-            pool.0.provide(bid);
-        }
+        pool.0.grow(FIRST_BLOCKS);
         pool
     }
 
@@ -166,6 +111,16 @@ impl Pool {
     #[must_use]
     pub fn ring_blocks_in_use(&self) -> u32 {
         self.0.ring_lent.get()
+    }
+
+    /// Record and large blocks that are in use by buffers.
+    #[must_use]
+    pub fn other_blocks_in_use(&self) -> usize {
+        let used = |blocks: &RefCell<Blocks>| {
+            let blocks = blocks.borrow();
+            blocks.all.len() - blocks.vacant.len() - blocks.free.len()
+        };
+        used(&self.0.record) + used(&self.0.large)
     }
 
     /// Address of the ring entries for `IORING_REGISTER_PBUF_RING`.
@@ -184,7 +139,11 @@ impl Pool {
         assert!(len <= config.ring_payload() && bid < config.ring_entries);
         debug_assert_eq!(self.0.ring_refs[usize::from(bid)].get(), 0);
         self.0.ring_refs[usize::from(bid)].set(1);
-        self.0.ring_lent.set(self.0.ring_lent.get() + 1);
+        let lent = self.0.ring_lent.get() + 1;
+        self.0.ring_lent.set(lent);
+        if lent > u32::from(self.0.ring_provided.get()) / 4 * 3 {
+            self.grow();
+        }
         // SAFETY: the block starts inside ring_memory (bid < ring_entries) and head < ring_block.
         let ptr = unsafe { self.0.ring_block_ptr(bid).add(config.head as usize) };
         Buf {
@@ -196,6 +155,32 @@ impl Pool {
             block: u32::from(bid),
             pool: self.clone(),
         }
+    }
+
+    /// The next free ring block, and where to receive how many bytes. For a back end that fills
+    /// blocks itself.
+    pub(crate) fn provided(&self) -> Option<(u16, NonNull<u8>, u32)> {
+        let inner = &*self.0;
+        let head = inner.ring_head.get();
+        if head == inner.ring_tail.get() {
+            return None;
+        }
+        let slot = usize::from(head & (inner.config.ring_entries - 1));
+        // SAFETY: slot < ring_entries; the entry was written by `provide` on this thread.
+        let bid = unsafe { &*inner.ring_entries.as_ptr().add(slot) }.bid();
+        // SAFETY: head is less than the block's size, so the pointer stays inside the block.
+        let ptr = unsafe { inner.ring_block_ptr(bid).add(inner.config.head as usize) };
+        Some((bid, ptr, inner.config.ring_payload()))
+    }
+
+    /// Takes the block of [`Pool::provided`] out of the ring.
+    pub(crate) fn take_provided(&self) {
+        self.0.ring_head.set(self.0.ring_head.get().wrapping_add(1));
+    }
+
+    /// Puts as many fresh blocks into the ring as there are already, up to its size.
+    pub(crate) fn grow(&self) {
+        self.0.grow(self.0.ring_provided.get());
     }
 
     /// Gives a ring block back unread (its operation's owner is gone).
@@ -251,6 +236,16 @@ impl PoolInner {
         let offset = usize::from(bid) * self.config.ring_block as usize;
         // SAFETY: ring_memory spans ring_entries * ring_block bytes and bid < ring_entries.
         unsafe { self.ring_memory.add(offset) }
+    }
+
+    /// Puts up to `more` blocks into the ring that have never been there.
+    fn grow(&self, more: u16) {
+        let provided = self.ring_provided.get();
+        let end = provided.saturating_add(more).min(self.config.ring_entries);
+        self.ring_provided.set(end);
+        for bid in provided..end {
+            self.provide(bid);
+        }
     }
 
     /// Puts block `bid` at the tail of the provided-buffer ring.
@@ -374,20 +369,6 @@ impl Drop for PoolInner {
             );
         };
     }
-}
-
-fn block_layout(size: u32) -> Layout {
-    Layout::from_size_align(size as usize, BLOCK_ALIGN).expect("block sizes are small")
-}
-
-fn ring_layout(config: &PoolConfig) -> Layout {
-    let size = usize::from(config.ring_entries) * config.ring_block as usize;
-    Layout::from_size_align(size, PAGE).expect("ring sizes are small")
-}
-
-fn entries_layout(config: &PoolConfig) -> Layout {
-    let size = usize::from(config.ring_entries) * size_of::<BufRingEntry>();
-    Layout::from_size_align(size, PAGE).expect("ring sizes are small")
 }
 
 fn allocate(layout: Layout) -> NonNull<u8> {

@@ -13,19 +13,22 @@ use std::io;
 use std::os::fd::RawFd;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
 use std::time::{Duration, Instant};
 
 use crate::buf::{Pool, PoolConfig};
-use crate::driver::{Counters, Driver};
+use crate::counters::SharedCounters;
+use crate::driver::{Backend, Driver};
 use crate::probe::{self, Refusal};
 use crate::time::Timers;
 
 /// Sizes of one worker's runtime.
 #[derive(Debug, Clone, Copy)]
 pub struct RuntimeConfig {
+    /// What operations are done with.
+    pub backend: Backend,
     /// Submission queue entries (the completion queue has four times as many).
     pub entries: u32,
     /// Buffer memory.
@@ -39,7 +42,8 @@ pub struct RuntimeConfig {
 impl Default for RuntimeConfig {
     fn default() -> Self {
         Self {
-            entries: 1024,
+            backend: Backend::Auto,
+            entries: 512,
             pool: PoolConfig::default(),
             polls_per_turn: 1024,
             completions_per_turn: 2048,
@@ -128,55 +132,12 @@ pub(crate) fn current() -> Rc<Inner> {
     })
 }
 
-/// Counters of a worker, readable from any thread; the worker stores them once per turn.
-#[derive(Debug, Default)]
-pub struct SharedCounters {
-    values: [AtomicU64; 6],
-    tasks: AtomicU64,
-}
-
-impl SharedCounters {
-    fn publish(&self, counters: &Counters, tasks: usize) {
-        let values = [
-            counters.enters,
-            counters.completions,
-            counters.submissions,
-            counters.overflows,
-            counters.starved,
-            counters.wakes,
-        ];
-        for (cell, value) in self.values.iter().zip(values) {
-            cell.store(value, Ordering::Relaxed);
-        }
-        self.tasks.store(tasks as u64, Ordering::Relaxed);
-    }
-
-    /// The ring's counters as of the worker's last turn.
-    #[must_use]
-    pub fn ring(&self) -> Counters {
-        let value = |index: usize| self.values[index].load(Ordering::Relaxed);
-        Counters {
-            enters: value(0),
-            completions: value(1),
-            submissions: value(2),
-            overflows: value(3),
-            starved: value(4),
-            wakes: value(5),
-        }
-    }
-
-    /// Live tasks.
-    #[must_use]
-    pub fn tasks(&self) -> u64 {
-        self.tasks.load(Ordering::Relaxed)
-    }
-}
-
 /// One worker's runtime. Create and run it on the worker's own thread.
 pub struct Runtime {
     inner: Rc<Inner>,
     config: RuntimeConfig,
     counters: Arc<SharedCounters>,
+    refusal: Option<Refusal>,
 }
 
 impl fmt::Debug for Runtime {
@@ -196,9 +157,8 @@ impl Runtime {
         if WORKER.get() != u16::MAX {
             return Err(RuntimeError::Misuse("this thread already has one"));
         }
-        probe::check()?;
         let pool = Pool::new(config.pool);
-        let driver = Driver::new(config.entries, &pool)?;
+        let (driver, refusal) = drivers_choice(&config, &pool)?;
         let remote = Arc::new(Remote {
             inbox: Mutex::default(),
             wake_fd: driver.wake_fd(),
@@ -219,8 +179,21 @@ impl Runtime {
         Ok(Self {
             inner,
             config,
-            counters: Arc::default(),
+            counters: Arc::new(SharedCounters::of_this_thread()),
+            refusal,
         })
+    }
+
+    /// What operations are done with: never [`Backend::Auto`].
+    #[must_use]
+    pub fn backend(&self) -> Backend {
+        self.inner.driver.borrow().backend()
+    }
+
+    /// Why [`Backend::Auto`] became [`Backend::Epoll`].
+    #[must_use]
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.as_ref()
     }
 
     /// Counters that other threads may read.
@@ -271,8 +244,9 @@ impl Runtime {
             {
                 let mut driver = inner.driver.borrow_mut();
                 driver.turn(idle, timeout, self.config.completions_per_turn)?;
+                let tasks = inner.tasks.borrow().live;
                 self.counters
-                    .publish(&driver.counters, inner.tasks.borrow().live);
+                    .publish(driver.counters(), tasks, driver.in_flight());
             }
             inner.timers.borrow_mut().fire(Instant::now());
             inner.take_remote();
@@ -422,6 +396,29 @@ impl Inner {
             self.wake_checked(index, generation);
         }
     }
+}
+
+/// The back end that is asked for; [`Backend::Auto`] falls back to epoll where io_uring is refused.
+fn drivers_choice(
+    config: &RuntimeConfig,
+    pool: &Pool,
+) -> Result<(Driver, Option<Refusal>), RuntimeError> {
+    let refusal = match config.backend {
+        Backend::Epoll => None,
+        Backend::IoUring => {
+            probe::check()?;
+            return Ok((ring(config, pool)?, None));
+        }
+        Backend::Auto => match probe::check() {
+            Ok(()) => return Ok((ring(config, pool)?, None)),
+            Err(refusal) => Some(refusal),
+        },
+    };
+    Ok((Driver::with_epoll(pool)?, refusal))
+}
+
+fn ring(config: &RuntimeConfig, pool: &Pool) -> io::Result<Driver> {
+    Driver::with_ring(config.entries, config.entries * 4, pool)
 }
 
 fn register_remote(remote: &Arc<Remote>) -> Result<u16, RuntimeError> {

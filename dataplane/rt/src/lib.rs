@@ -13,11 +13,15 @@
 //! * **Cancellation is memory safe.** What the kernel may still touch is owned by the operation
 //!   table, never by the future; a dropped future leaves the operation to finish there.
 //!
-//! Limits: Linux >= 6.1 (`SINGLE_ISSUER`, `DEFER_TASKRUN`; Debian 12's kernel). [`probe::check`]
-//! says why io_uring is refused where it is. Queues are bounded: see [`RuntimeConfig`].
+//! * **Two back ends.** io_uring, and epoll with nonblocking calls for where it is refused: same
+//!   API, same tests ([`Backend`]).
+//!
+//! Limits: io_uring needs Linux >= 6.1 (`SINGLE_ISSUER`, `DEFER_TASKRUN`; Debian 12's kernel).
+//! [`probe::check`] says why it is refused where it is. Queues are bounded: see [`RuntimeConfig`].
 
 mod affinity;
 pub mod buf;
+mod counters;
 mod driver;
 mod exec;
 pub mod mailbox;
@@ -28,5 +32,6 @@ pub mod sync;
 pub mod time;
 
 pub use affinity::{available_cpus, pin_current_thread};
-pub use driver::Counters;
-pub use exec::{Runtime, RuntimeConfig, RuntimeError, SharedCounters, next_turn, spawn, yield_now};
+pub use counters::{Counters, CpuTime, SharedCounters};
+pub use driver::Backend;
+pub use exec::{Runtime, RuntimeConfig, RuntimeError, next_turn, spawn, yield_now};

@@ -39,19 +39,45 @@ impl OpId {
     }
 }
 
-/// What an operation owns while the kernel works on it.
+/// Which readiness to wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    Read,
+    Write,
+}
+
+/// What to do, and what the operation owns while the kernel works on it. The socket is always
+/// among it, so that its number is not reused meanwhile.
 #[derive(Debug)]
 pub(crate) enum Keep {
-    /// Only the socket, so that its number is not reused meanwhile.
-    Socket { _socket: Rc<Socket> },
-    /// A send list: buffers, vectors and message header.
+    /// Accept connections, again and again.
+    Accept(Rc<Socket>),
+    /// Receive into ring blocks, again and again.
+    Receive(Rc<Socket>),
+    /// Send a list: buffers, vectors and message header.
     Send(Rc<Socket>, Box<SendList>),
-    /// A buffer the kernel appends to.
+    /// Receive into a buffer, behind what it holds.
     Recv(Rc<Socket>, Buf),
-    /// Buffers the kernel scatters into.
+    /// Receive scattered into buffers.
     RecvMsg(Rc<Socket>, Box<MessageHeader>),
-    /// The address of a connect.
+    /// Connect to an address.
     Connect(Rc<Socket>, Box<RawAddr>),
+    /// Wait until the socket is ready.
+    Ready(Rc<Socket>, Readiness),
+}
+
+impl Keep {
+    pub(crate) fn socket(&self) -> &Rc<Socket> {
+        match self {
+            Self::Accept(socket)
+            | Self::Receive(socket)
+            | Self::Send(socket, _)
+            | Self::Recv(socket, _)
+            | Self::RecvMsg(socket, _)
+            | Self::Connect(socket, _)
+            | Self::Ready(socket, _) => socket,
+        }
+    }
 }
 
 /// One completion of a multishot operation.
@@ -68,18 +94,20 @@ enum State {
     Once {
         keep: Keep,
         result: Option<i32>,
+        /// Succeeds without a completion.
+        relaxed: bool,
     },
     /// Multishot: completions queue up until the owner takes them.
     Many {
+        keep: Keep,
         queue: VecDeque<Completion>,
         ended: bool,
         stopping: bool,
-        _keep: Keep,
     },
     /// The owner is gone.
     Orphan {
-        accepts: bool,
-        _keep: Keep,
+        keep: Keep,
+        relaxed: bool,
     },
 }
 
@@ -88,8 +116,6 @@ struct Slot {
     generation: u32,
     state: State,
     waker: Option<Waker>,
-    /// A multishot accept's results are descriptors, which an orphan must close.
-    accepts: bool,
 }
 
 /// What the driver must do after a completion was entered.
@@ -100,6 +126,8 @@ pub(crate) enum After {
     Stop,
     /// A completion nobody owns carried a descriptor: close it.
     Close(i32),
+    /// A relaxed send got only so far: submit the rest as an ordinary one.
+    Again,
 }
 
 /// Completions a multishot operation may queue before it is stopped.
@@ -118,45 +146,78 @@ impl OpTable {
         self.in_flight
     }
 
-    pub(crate) fn insert_once(&mut self, keep: Keep) -> OpId {
-        self.insert(State::Once { keep, result: None }, false)
-    }
-
-    pub(crate) fn insert_many(&mut self, keep: Keep, accepts: bool) -> OpId {
-        let queue = VecDeque::new();
-        self.insert(
-            State::Many {
-                queue,
+    /// A new operation; `relaxed` ones end by [`OpTable::settle`] unless they fail.
+    pub(crate) fn insert(&mut self, keep: Keep, relaxed: bool) -> OpId {
+        self.in_flight += 1;
+        let state = match keep {
+            Keep::Accept(_) | Keep::Receive(_) => State::Many {
+                keep,
+                queue: VecDeque::new(),
                 ended: false,
                 stopping: false,
-                _keep: keep,
             },
-            accepts,
-        )
-    }
-
-    fn insert(&mut self, state: State, accepts: bool) -> OpId {
-        self.in_flight += 1;
+            keep => State::Once {
+                keep,
+                result: None,
+                relaxed,
+            },
+        };
         if let Some(index) = self.free.pop() {
             let slot = &mut self.slots[index as usize];
             slot.state = state;
-            slot.accepts = accepts;
             return OpId::new(index as usize, slot.generation);
         }
         self.slots.push(Slot {
             generation: 1,
             state,
             waker: None,
-            accepts,
         });
         OpId::new(self.slots.len() - 1, 1)
     }
 
-    /// Mutable access to what a not yet submitted operation owns, to fill in the entry's pointers.
+    /// What an operation owns, to start it or to carry it on.
+    ///
+    /// # Panics
+    /// If the operation has ended.
     pub(crate) fn keep_mut(&mut self, id: OpId) -> &mut Keep {
-        match &mut self.slots[id.slot()].state {
-            State::Once { keep, .. } => keep,
-            _ => unreachable!("only single operations are prepared through their slot"),
+        self.keep_if_pending(id)
+            .expect("an operation owns its resources until it ends")
+    }
+
+    /// As [`OpTable::keep_mut`]; none if the operation has ended.
+    pub(crate) fn keep_if_pending(&mut self, id: OpId) -> Option<&mut Keep> {
+        match &mut self.get(id)?.state {
+            State::Once {
+                keep, result: None, ..
+            }
+            | State::Many {
+                keep, ended: false, ..
+            }
+            | State::Orphan { keep, .. } => Some(keep),
+            _ => None,
+        }
+    }
+
+    /// Whether an operation ends by [`OpTable::settle`].
+    pub(crate) fn is_relaxed(&self, id: OpId) -> bool {
+        let slot = self.slots.get(id.slot());
+        slot.filter(|slot| slot.generation == id.generation())
+            .is_some_and(|slot| {
+                matches!(
+                    slot.state,
+                    State::Once { relaxed: true, .. } | State::Orphan { relaxed: true, .. }
+                )
+            })
+    }
+
+    /// A relaxed send has succeeded.
+    pub(crate) fn settle(&mut self, id: OpId, pool: &Pool) {
+        if !self.is_relaxed(id) {
+            return;
+        }
+        if let Some(Keep::Send(_, list)) = self.keep_if_pending(id) {
+            let sent = list.bytes() as i32;
+            self.complete(id, sent, None, false, pool);
         }
     }
 
@@ -191,7 +252,26 @@ impl OpTable {
         };
         let mut after = After::Nothing;
         match &mut slot.state {
-            State::Once { result: done, .. } => *done = Some(result),
+            State::Once {
+                keep: Keep::Send(_, list),
+                relaxed: relaxed @ true,
+                ..
+            } if result == -libc::EAGAIN
+                || usize::try_from(result).is_ok_and(|sent| sent < list.bytes()) =>
+            {
+                *relaxed = false;
+                list.sent(usize::try_from(result).unwrap_or(0));
+                self.in_flight += 1;
+                return After::Again;
+            }
+            State::Once {
+                result: done,
+                relaxed,
+                ..
+            } => {
+                *relaxed = false;
+                *done = Some(result);
+            }
             State::Many {
                 queue,
                 ended,
@@ -205,11 +285,11 @@ impl OpTable {
                     after = After::Stop;
                 }
             }
-            State::Orphan { accepts, .. } => {
+            State::Orphan { keep, .. } => {
                 if let Some(bid) = buffer {
                     pool.discard_ring(bid);
                 }
-                if *accepts && result >= 0 {
+                if matches!(keep, Keep::Accept(_)) && result >= 0 {
                     after = After::Close(result);
                 }
                 if !more {
@@ -237,6 +317,7 @@ impl OpTable {
             let State::Once {
                 keep,
                 result: Some(result),
+                ..
             } = self.vacate(id)
             else {
                 unreachable!("checked above")
@@ -273,21 +354,19 @@ impl OpTable {
             return false;
         };
         slot.waker = None;
-        let accepts = slot.accepts;
         match std::mem::replace(&mut slot.state, State::Vacant) {
-            State::Once { keep, result: None } => {
-                slot.state = State::Orphan {
-                    accepts,
-                    _keep: keep,
-                };
-                true
+            State::Once {
+                keep,
+                result: None,
+                relaxed,
+            } => {
+                slot.state = State::Orphan { keep, relaxed };
+                !relaxed // which cannot linger in the kernel
             }
             State::Many {
-                queue,
-                ended,
-                _keep,
-                ..
+                queue, ended, keep, ..
             } => {
+                let accepts = matches!(keep, Keep::Accept(_));
                 for completion in queue {
                     if let Some(bid) = completion.buffer {
                         pool.discard_ring(bid);
@@ -299,7 +378,8 @@ impl OpTable {
                     drop(self.vacate(id));
                     return false;
                 }
-                slot.state = State::Orphan { accepts, _keep };
+                let relaxed = false;
+                slot.state = State::Orphan { keep, relaxed };
                 true
             }
             State::Once { .. } => {

@@ -6,7 +6,7 @@
 
 use std::{fmt, fs, io};
 
-use io_uring::{IoUring, Probe, opcode};
+use io_uring::{IoUring, Probe};
 
 /// Why io_uring cannot be used. `Display` is one line with the remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,16 +95,7 @@ pub fn check() -> Result<(), Refusal> {
         .map_err(|error| Refusal::Other {
             error: error.to_string(),
         })?;
-    let needed: [(u8, &'static str); 7] = [
-        (opcode::Accept::CODE, "IORING_OP_ACCEPT"),
-        (opcode::Recv::CODE, "IORING_OP_RECV"),
-        (opcode::RecvMsg::CODE, "IORING_OP_RECVMSG"),
-        (opcode::Send::CODE, "IORING_OP_SEND"),
-        (opcode::SendMsg::CODE, "IORING_OP_SENDMSG"),
-        (opcode::Connect::CODE, "IORING_OP_CONNECT"),
-        (opcode::AsyncCancel::CODE, "IORING_OP_ASYNC_CANCEL"),
-    ];
-    for (code, missing) in needed {
+    for (code, missing) in crate::driver::NEEDED {
         if !probe.is_supported(code) {
             return Err(Refusal::TooOld {
                 release: release(),

@@ -6,14 +6,16 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use rt::net::Listener;
-use rt::{Runtime, RuntimeConfig};
+use rt::{Backend, Runtime};
+
+mod both;
+use both::{both_back_ends, with};
 
 /// Far more connections at once than one operation may queue: each is accepted, none is an error.
-#[test]
-fn a_burst_is_accepted_without_an_error() {
+fn a_burst_is_accepted_without_an_error(backend: Backend) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let addr = listener.local_addr().unwrap();
-    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let mut runtime = Runtime::new(with(backend)).unwrap();
     let bursts = async move {
         let mut listener = Listener::from_std(listener);
         for _ in 0..3 {
@@ -31,12 +33,11 @@ fn a_burst_is_accepted_without_an_error() {
 }
 
 /// A listener that goes away closes what the kernel had accepted for it and nobody took.
-#[test]
-fn connections_nobody_took_are_closed_with_the_listener() {
+fn connections_nobody_took_are_closed_with_the_listener(backend: Backend) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let addr = listener.local_addr().unwrap();
     let clients: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(addr).unwrap()).collect();
-    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let mut runtime = Runtime::new(with(backend)).unwrap();
     runtime
         .run(async move {
             let mut listener = Listener::from_std(listener);
@@ -55,4 +56,9 @@ fn connections_nobody_took_are_closed_with_the_listener() {
             Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
         }
     }
+}
+
+both_back_ends! {
+    a_burst_is_accepted_without_an_error,
+    connections_nobody_took_are_closed_with_the_listener,
 }

@@ -11,7 +11,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rt::net::{ConnectOptions, Listener, Placement, ReadHalf, WriteHalf, connect};
-use rt::{Runtime, RuntimeConfig};
+use rt::{Backend, Runtime, RuntimeConfig};
+
+mod both;
+use both::{both_back_ends, with};
 
 const LOCAL: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
@@ -40,12 +43,16 @@ async fn pump(mut from: ReadHalf, mut to: WriteHalf) -> io::Result<u64> {
         for buf in bufs.drain(..) {
             to.push(buf);
         }
-        to.flush().await?;
+        if total.is_multiple_of(2) {
+            to.flush().await?;
+        } else {
+            to.hand_over().await?;
+        }
     }
 }
 
 /// Runs both directions; an error in one ends the other too.
-async fn both(
+async fn both_ways(
     one: impl Future<Output = io::Result<u64>>,
     other: impl Future<Output = io::Result<u64>>,
 ) {
@@ -103,7 +110,7 @@ fn relay(
                         let (mut far_read, far_write) = far.split();
                         near_read.set_placement(placement);
                         far_read.set_placement(placement);
-                        both(pump(far_read, near_write), pump(near_read, far_write)).await;
+                        both_ways(pump(far_read, near_write), pump(near_read, far_write)).await;
                         done.send(()).unwrap();
                     });
                 }
@@ -166,8 +173,7 @@ fn send_and_check(addr: SocketAddr, seed: u64, len: usize, chunk: usize) {
     );
 }
 
-#[test]
-fn bytes_are_exact_in_every_mode() {
+fn bytes_are_exact_in_every_mode(backend: Backend) {
     for placement in [Placement::Flat, Placement::Segmented] {
         let cases = [
             (1, 1),
@@ -177,7 +183,7 @@ fn bytes_are_exact_in_every_mode() {
             (8 << 20, 333_333),
         ];
         let (server, echo) = echo_server(cases.len());
-        let (addr, handle) = relay(server, cases.len(), placement, RuntimeConfig::default());
+        let (addr, handle) = relay(server, cases.len(), placement, with(backend));
         for (seed, (len, chunk)) in cases.into_iter().enumerate() {
             send_and_check(addr, seed as u64 + 1, len, chunk);
         }
@@ -186,9 +192,8 @@ fn bytes_are_exact_in_every_mode() {
     }
 }
 
-#[test]
-fn many_connections_with_few_buffers_all_finish() {
-    let mut config = RuntimeConfig::default();
+fn many_connections_with_few_buffers_all_finish(backend: Backend) {
+    let mut config = with(backend);
     config.pool.ring_entries = 4; // the ring of buffers runs dry all the time
     config.entries = 8; // and so does the submission queue
     let count = 64;
@@ -210,10 +215,9 @@ fn many_connections_with_few_buffers_all_finish() {
     echo.join().unwrap();
 }
 
-#[test]
-fn a_reader_that_stops_bounds_memory_and_others_go_on() {
+fn a_reader_that_stops_bounds_memory_and_others_go_on(backend: Backend) {
     let (server, echo) = echo_server(2);
-    let (addr, handle) = relay(server, 2, Placement::Flat, RuntimeConfig::default());
+    let (addr, handle) = relay(server, 2, Placement::Flat, with(backend));
     let stuck = TcpStream::connect(addr).unwrap();
     stuck
         .set_write_timeout(Some(Duration::from_millis(300)))
@@ -233,9 +237,8 @@ fn a_reader_that_stops_bounds_memory_and_others_go_on() {
     echo.join().unwrap();
 }
 
-#[test]
-fn connect_errors_and_cancelled_operations_are_clean() {
-    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+fn connect_errors_and_cancelled_operations_are_clean(backend: Backend) {
+    let mut runtime = Runtime::new(with(backend)).unwrap();
     let closed = TcpListener::bind(LOCAL).unwrap().local_addr().unwrap();
     let quiet = TcpListener::bind(LOCAL).unwrap();
     let quiet_addr = quiet.local_addr().unwrap();
@@ -267,8 +270,7 @@ fn connect_errors_and_cancelled_operations_are_clean() {
         .unwrap();
 }
 
-#[test]
-fn a_dropped_connection_is_closed_although_a_receive_was_armed() {
+fn a_dropped_connection_is_closed_although_a_receive_was_armed(backend: Backend) {
     let listener = TcpListener::bind(LOCAL).unwrap();
     let addr = listener.local_addr().unwrap();
     let client = thread::spawn(move || {
@@ -278,7 +280,7 @@ fn a_dropped_connection_is_closed_although_a_receive_was_armed() {
             .unwrap();
         stream.read(&mut [0; 1])
     });
-    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+    let mut runtime = Runtime::new(with(backend)).unwrap();
     runtime
         .run(async move {
             let mut listener = Listener::from_std(listener);
@@ -297,9 +299,8 @@ fn a_dropped_connection_is_closed_although_a_receive_was_armed() {
     );
 }
 
-#[test]
-fn timers_fire_in_order_and_messages_cross_threads() {
-    let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+fn timers_fire_in_order_and_messages_cross_threads(backend: Backend) {
+    let mut runtime = Runtime::new(with(backend)).unwrap();
     let (sender, mut receiver) = rt::mailbox::channel(4);
     let started = Instant::now();
     let other = thread::spawn(move || {
@@ -326,4 +327,13 @@ fn timers_fire_in_order_and_messages_cross_threads() {
     assert_eq!(seen, [1, 2, 3]);
     assert!(started.elapsed() >= Duration::from_millis(60));
     other.join().unwrap();
+}
+
+both_back_ends! {
+    bytes_are_exact_in_every_mode,
+    many_connections_with_few_buffers_all_finish,
+    a_reader_that_stops_bounds_memory_and_others_go_on,
+    connect_errors_and_cancelled_operations_are_clean,
+    a_dropped_connection_is_closed_although_a_receive_was_armed,
+    timers_fire_in_order_and_messages_cross_threads,
 }

@@ -1,304 +1,221 @@
-//! The ring: submission, waiting, completion.
+//! The driver: starts operations, waits, and enters what completes into the operation table.
+//!
+//! Two back ends do the same operations ([`Keep`]): [`ring`] hands them to io_uring, [`poll`] does
+//! them itself with nonblocking calls when epoll says that a socket is ready. Everything above
+//! (sockets, tasks, timers) sees operations that complete later, and no difference.
 
-use std::collections::VecDeque;
+mod poll;
+mod ring;
+
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::time::Duration;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
-use io_uring::types::{Fd, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use crate::buf::Pool;
+use crate::counters::Counters;
+use crate::op::{Completion, Keep, OpId, OpTable};
 
-use crate::buf::{Pool, RING_GROUP};
-use crate::op::{After, Keep, OpId, OpTable};
+use poll::Epoll;
+pub(crate) use poll::Watch;
+pub(crate) use ring::NEEDED;
+use ring::Ring;
 
-/// Counters of one worker's ring. They only grow; all are totals since start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// `io_uring_enter(2)` calls.
-    pub enters: u64,
-    /// Completions taken from the ring.
-    pub completions: u64,
-    /// Operations submitted.
-    pub submissions: u64,
-    /// Times the completion queue overflowed (the kernel then keeps the entries, nothing is lost).
-    pub overflows: u64,
-    /// Receives that found the provided-buffer ring empty (`ENOBUFS`).
-    pub starved: u64,
-    /// Wake-ups from other threads.
-    pub wakes: u64,
+/// What a worker does its operations with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backend {
+    /// io_uring where it is allowed, else epoll.
+    #[default]
+    Auto,
+    /// io_uring or nothing.
+    IoUring,
+    /// epoll and nonblocking system calls.
+    Epoll,
 }
 
-const USER_DATA_IGNORE: u64 = u64::MAX;
-const USER_DATA_WAKE: u64 = u64::MAX - 1;
-
-/// One ring with its operations. Field order: the ring closes before anything its operations own.
-pub(crate) struct Driver {
-    ring: IoUring,
-    backlog: VecDeque<squeue::Entry>,
+/// What both back ends work on.
+pub(crate) struct Books {
     pub(crate) ops: OpTable,
-    pool: Pool,
-    wake_fd: OwnedFd,
-    /// Where the kernel puts the eventfd's counter; boxed so that its address is stable.
-    wake_value: Box<u64>,
+    pub(crate) pool: Pool,
     pub(crate) counters: Counters,
-    /// Multishot receives to stop after this turn; kept to reuse its memory.
-    stop: Vec<OpId>,
+}
+
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one per worker, on the ring's path"
+)]
+enum Engine {
+    Ring(Ring),
+    Epoll(Epoll),
+}
+
+/// One worker's operations. Field order: the ring closes before anything its operations own.
+pub(crate) struct Driver {
+    engine: Engine,
+    books: Books,
 }
 
 impl Driver {
-    /// Sets up the ring and its provided buffers.
-    pub(crate) fn new(entries: u32, pool: &Pool) -> io::Result<Self> {
-        let build = |no_sqarray: bool| {
-            let mut builder = IoUring::builder();
-            builder
-                .setup_single_issuer()
-                .setup_defer_taskrun()
-                .setup_taskrun_flag()
-                .setup_submit_all()
-                .setup_clamp()
-                .setup_cqsize(entries * 4)
-                .dontfork();
-            if no_sqarray {
-                builder.setup_no_sqarray();
-            }
-            builder.build(entries)
-        };
-        // NO_SQARRAY is Linux 6.6; without it the ring only costs one more indirection.
-        let ring = build(true).or_else(|error| {
-            if error.raw_os_error() == Some(libc::EINVAL) {
-                build(false)
-            } else {
-                Err(error)
-            }
-        })?;
-        // SAFETY: the pool outlives the ring (field order) or is leaked, and its entries array has
-        // `ring_entries` elements, page aligned.
-        unsafe {
-            ring.submitter().register_buf_ring_with_flags(
-                pool.ring_address(),
-                pool.config().ring_entries,
-                RING_GROUP,
-                0,
-            )?;
-        }
-        // SAFETY: eventfd has no memory-safety preconditions.
-        let wake_fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if wake_fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let mut driver = Self {
-            ring,
-            backlog: VecDeque::new(),
-            ops: OpTable::default(),
-            pool: pool.clone(),
-            // SAFETY: the descriptor was just created and nobody else owns it.
-            wake_fd: unsafe { OwnedFd::from_raw_fd(wake_fd) },
-            wake_value: Box::new(0),
-            counters: Counters::default(),
-            stop: Vec::new(),
-        };
-        driver.arm_wake();
-        Ok(driver)
+    /// Sets up a ring with provided buffers.
+    pub(crate) fn with_ring(entries: u32, completions: u32, pool: &Pool) -> io::Result<Self> {
+        let mut books = Books::new(pool);
+        let engine = Engine::Ring(Ring::new(entries, completions, &mut books)?);
+        Ok(Self { engine, books })
     }
 
+    /// Sets up an epoll instance.
+    pub(crate) fn with_epoll(pool: &Pool) -> io::Result<Self> {
+        let engine = Engine::Epoll(Epoll::new()?);
+        let books = Books::new(pool);
+        Ok(Self { engine, books })
+    }
+
+    /// Descriptor other threads write to wake this worker.
     pub(crate) fn wake_fd(&self) -> RawFd {
-        self.wake_fd.as_raw_fd()
-    }
-
-    fn arm_wake(&mut self) {
-        let fd = Fd(self.wake_fd.as_raw_fd());
-        let address = (&raw mut *self.wake_value).cast::<u8>();
-        self.push(
-            opcode::Read::new(fd, address, 8)
-                .build()
-                .user_data(USER_DATA_WAKE),
-        );
-    }
-
-    /// Queues an entry; a full submission queue spills into the backlog.
-    fn push(&mut self, entry: squeue::Entry) {
-        self.counters.submissions += 1;
-        if !self.backlog.is_empty() {
-            self.backlog.push_back(entry);
-            return;
-        }
-        // SAFETY: every entry points only to memory owned by the operation table, the pool or this
-        // driver, all of which outlive the operation.
-        if unsafe { self.ring.submission().push(&entry) }.is_err() {
-            self.backlog.push_back(entry);
+        match &self.engine {
+            Engine::Ring(ring) => ring.wake_fd(),
+            Engine::Epoll(epoll) => epoll.wake_fd(),
         }
     }
 
-    /// Starts an operation with one completion. `build` makes the entry from what is kept.
-    pub(crate) fn submit_once(
-        &mut self,
-        keep: Keep,
-        build: impl FnOnce(&mut Keep) -> squeue::Entry,
-    ) -> OpId {
-        let id = self.ops.insert_once(keep);
-        let entry = build(self.ops.keep_mut(id)).user_data(id.user_data());
-        self.push(entry);
+    pub(crate) fn backend(&self) -> Backend {
+        match self.engine {
+            Engine::Ring(_) => Backend::IoUring,
+            Engine::Epoll(_) => Backend::Epoll,
+        }
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.books.counters
+    }
+
+    /// Operations the kernel has not finished.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.books.ops.in_flight()
+    }
+
+    /// Starts an operation.
+    pub(crate) fn start(&mut self, keep: Keep) -> OpId {
+        let id = self.books.ops.insert(keep, false);
+        self.submit(id);
         id
     }
 
-    /// Starts a multishot operation.
-    pub(crate) fn submit_many(&mut self, keep: Keep, entry: squeue::Entry, accepts: bool) -> OpId {
-        let id = self.ops.insert_many(keep, accepts);
-        self.push(entry.user_data(id.user_data()));
+    /// Starts a send that is to complete at once or fail, and says nothing when it succeeds: it
+    /// costs no completion and no wake-up. What the socket does not take at once is sent as an
+    /// ordinary operation under the same name.
+    pub(crate) fn start_relaxed(&mut self, keep: Keep) -> OpId {
+        let relaxed = matches!(self.engine, Engine::Ring(_));
+        let id = self.books.ops.insert(keep, relaxed);
+        self.submit(id);
         id
     }
 
-    /// Asks the kernel to cancel an operation; its completion still arrives.
+    fn submit(&mut self, id: OpId) {
+        self.books.counters.submissions += 1;
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.submit(id, &mut self.books),
+            Engine::Epoll(epoll) => epoll.submit(id, &mut self.books),
+        }
+    }
+
+    /// The result of an operation with one completion, with what it owned.
+    pub(crate) fn poll_once(&mut self, id: OpId, cx: &Context<'_>) -> Poll<(i32, Keep)> {
+        let polled = self.books.ops.poll_once(id, cx);
+        if polled.is_pending()
+            && let Engine::Ring(ring) = &mut self.engine
+            && self.books.ops.is_relaxed(id)
+        {
+            // Its end is known after the next submission, which must not wait for anything else.
+            ring.hurry();
+        }
+        polled
+    }
+
+    /// Takes the next queued completion of a multishot operation. `Ready(None)`: it has ended and
+    /// its slot is free again.
+    pub(crate) fn poll_many(&mut self, id: OpId, cx: &Context<'_>) -> Poll<Option<Completion>> {
+        self.books.ops.poll_many(id, cx)
+    }
+
+    /// Asks for an operation to be cancelled; its completion still arrives.
     pub(crate) fn cancel(&mut self, id: OpId) {
-        let entry = opcode::AsyncCancel::new(id.user_data()).build();
-        self.push(entry.user_data(USER_DATA_IGNORE));
+        self.books.counters.submissions += 1;
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.cancel(id),
+            Engine::Epoll(epoll) => epoll.cancel(id),
+        }
     }
 
     /// The owner of an operation is dropped: keep its resources until the kernel is done.
     pub(crate) fn abandon(&mut self, id: OpId) {
-        if self.ops.abandon(id, &self.pool, close_fd) {
+        if self.books.ops.abandon(id, &self.books.pool, close_fd) {
             self.cancel(id);
         }
     }
 
     /// Submits what is queued and, with `wait`, blocks until a completion arrives or `timeout`
-    /// passes. Then takes up to `limit` completions.
+    /// passes. Then enters up to `limit` completions.
     pub(crate) fn turn(
         &mut self,
         wait: bool,
         timeout: Option<Duration>,
         limit: usize,
     ) -> io::Result<()> {
-        self.flush_backlog()?;
-        let wait = wait && self.backlog.is_empty();
-        self.enter(usize::from(wait), timeout)?;
-        self.reap(limit);
-        Ok(())
-    }
-
-    fn flush_backlog(&mut self) -> io::Result<()> {
-        while let Some(entry) = self.backlog.front() {
-            // SAFETY: as in `push`.
-            if unsafe { self.ring.submission().push(entry) }.is_ok() {
-                self.backlog.pop_front();
-                continue;
-            }
-            self.enter(0, None)?;
-            if self.ring.submission().is_full() {
-                return Ok(()); // the kernel took nothing: completions must be reaped first
-            }
-        }
-        Ok(())
-    }
-
-    fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
-        self.counters.enters += 1;
-        let result = match timeout {
-            Some(timeout) if want > 0 => {
-                let spec = Timespec::from(timeout);
-                let args = SubmitArgs::new().timespec(&spec);
-                self.ring.submitter().submit_with_args(want, &args)
-            }
-            _ => self.ring.submit_and_wait(want),
-        };
-        match result {
-            Ok(_) => Ok(()),
-            // ETIME: the timeout passed. EINTR: a signal. EBUSY, EAGAIN: completions are to be
-            // reaped or memory is short; the caller's loop comes back either way.
-            Err(error) => match error.raw_os_error() {
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
-                _ => Err(error),
-            },
-        }
-    }
-
-    fn reap(&mut self, limit: usize) {
-        let mut rearm_wake = false;
-        if self.ring.submission().cq_overflow() {
-            self.counters.overflows += 1;
-        }
-        let Self {
-            ring,
-            ops,
-            pool,
-            counters,
-            stop,
-            ..
-        } = self;
-        for entry in ring.completion().take(limit) {
-            counters.completions += 1;
-            match entry.user_data() {
-                USER_DATA_IGNORE => continue,
-                USER_DATA_WAKE => {
-                    counters.wakes += 1;
-                    rearm_wake = true;
-                    continue;
-                }
-                _ => {}
-            }
-            let id = OpId::from_user_data(entry.user_data());
-            let (result, flags) = (entry.result(), entry.flags());
-            if result == -libc::ENOBUFS {
-                counters.starved += 1;
-            }
-            let buffer = cqueue::buffer_select(flags);
-            match ops.complete(id, result, buffer, cqueue::more(flags), pool) {
-                After::Nothing => {}
-                After::Close(fd) => close_fd(fd),
-                After::Stop => stop.push(id),
-            }
-        }
-        while let Some(id) = self.stop.pop() {
-            self.cancel(id);
-        }
-        if rearm_wake {
-            self.arm_wake();
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.turn(&mut self.books, wait, timeout, limit),
+            Engine::Epoll(epoll) => epoll.turn(&mut self.books, wait, timeout, limit),
         }
     }
 
     /// Cancels everything and waits until the kernel is done with all memory, at most `patience`.
     /// Returns whether it is.
     pub(crate) fn quiesce(&mut self, patience: Duration) -> bool {
-        let deadline = std::time::Instant::now() + patience;
-        for id in self.ops.pending() {
+        let deadline = Instant::now() + patience;
+        for id in self.books.ops.pending() {
             self.cancel(id);
         }
-        while self.ops.in_flight() > 0 {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
+        while self.in_flight() > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.turn(true, Some(left), usize::MAX).is_err() {
                 return false;
             }
         }
-        // The eventfd read is cancelled last; it writes to memory this driver owns.
-        let entry = opcode::AsyncCancel::new(USER_DATA_WAKE).build();
-        self.push(entry.user_data(USER_DATA_IGNORE));
-        let wakes = self.counters.wakes;
-        while self.counters.wakes == wakes {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
-            if left.is_zero() || self.turn_without_rearm(left).is_err() {
-                return false;
-            }
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.stop_wake(&mut self.books, deadline),
+            Engine::Epoll(_) => true,
         }
-        true
-    }
-
-    fn turn_without_rearm(&mut self, timeout: Duration) -> io::Result<()> {
-        self.flush_backlog()?;
-        self.enter(1, Some(timeout))?;
-        for entry in self.ring.completion() {
-            if entry.user_data() == USER_DATA_WAKE {
-                self.counters.wakes += 1;
-            }
-        }
-        Ok(())
     }
 
     /// The kernel would not finish: nothing it may still write to is ever freed.
     pub(crate) fn leak(&mut self) {
-        self.pool.leak();
-        std::mem::forget(std::mem::take(&mut self.ops));
-        std::mem::forget(std::mem::take(&mut self.wake_value));
+        self.books.pool.leak();
+        std::mem::forget(std::mem::take(&mut self.books.ops));
+        if let Engine::Ring(ring) = &mut self.engine {
+            ring.leak();
+        }
     }
+}
+
+impl Books {
+    fn new(pool: &Pool) -> Self {
+        Self {
+            ops: OpTable::default(),
+            pool: pool.clone(),
+            counters: Counters::default(),
+        }
+    }
+}
+
+/// An eventfd for wake-ups.
+fn eventfd(flags: i32) -> io::Result<OwnedFd> {
+    // SAFETY: eventfd has no memory-safety preconditions.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just created and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn close_fd(fd: i32) {

@@ -6,9 +6,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
-use io_uring::opcode;
-use io_uring::types::Fd;
-
 use super::sockaddr::{RawAddr, set_option};
 use super::socket::{Keepalive, Socket, TcpStream};
 use crate::exec::{Inner, current};
@@ -34,17 +31,12 @@ pub async fn connect(to: SocketAddr, options: &ConnectOptions) -> io::Result<Tcp
     let socket = Rc::new(Socket::new(prepare(to, options)?));
     let inner = current();
     let keep = Keep::Connect(Rc::clone(&socket), Box::new(RawAddr::new(to)));
-    let op = inner.driver.borrow_mut().submit_once(keep, |keep| {
-        let Keep::Connect(socket, addr) = keep else {
-            unreachable!("just built")
-        };
-        opcode::Connect::new(Fd(socket.raw()), addr.as_ptr(), addr.len()).build()
-    });
+    let op = inner.driver.borrow_mut().start(keep);
     let mut guard = Guard {
         inner: &inner,
         op: Some(op),
     };
-    let (result, keep) = poll_fn(|cx| inner.driver.borrow_mut().ops.poll_once(op, cx)).await;
+    let (result, keep) = poll_fn(|cx| inner.driver.borrow_mut().poll_once(op, cx)).await;
     guard.op = None;
     drop(keep);
     if result < 0 {

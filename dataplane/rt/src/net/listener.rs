@@ -6,9 +6,6 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Poll, ready};
 
-use io_uring::opcode;
-use io_uring::types::Fd;
-
 use super::socket::{Socket, TcpStream};
 use crate::exec::{Inner, current};
 use crate::op::{Keep, OpId};
@@ -48,15 +45,10 @@ impl Listener {
                 let op = if let Some(op) = self.op {
                     op
                 } else {
-                    let entry = opcode::AcceptMulti::new(Fd(self.socket.raw()))
-                        .flags(libc::SOCK_CLOEXEC)
-                        .build();
-                    let keep = Keep::Socket {
-                        _socket: Rc::clone(&self.socket),
-                    };
-                    *self.op.insert(driver.submit_many(keep, entry, true))
+                    let keep = Keep::Accept(Rc::clone(&self.socket));
+                    *self.op.insert(driver.start(keep))
                 };
-                match ready!(driver.ops.poll_many(op, cx)) {
+                match ready!(driver.poll_many(op, cx)) {
                     None => self.op = None, // the kernel ended it: arm it again
                     // Stopped because many connections came at once, or one that is gone already.
                     Some(done) if is_passing(-done.result) => {}

@@ -9,12 +9,15 @@ mod listener;
 mod read;
 pub(crate) mod sockaddr;
 pub(crate) mod socket;
+mod splice;
 mod write;
 
 pub use connect::{ConnectOptions, connect};
 pub use listener::Listener;
 pub(crate) use read::MessageHeader;
 pub use read::{Placement, ReadHalf};
+pub(crate) use socket::set_nonblocking;
 pub use socket::{Keepalive, TcpStream};
+pub use splice::{Splice, Spliced};
 pub(crate) use write::SendList;
 pub use write::WriteHalf;

@@ -13,11 +13,8 @@ use std::io;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use io_uring::opcode;
-use io_uring::types::Fd;
-
 use super::socket::{Socket, reset_on_close};
-use crate::buf::{Buf, RING_GROUP};
+use crate::buf::Buf;
 use crate::exec::Inner;
 use crate::op::{Keep, OpId};
 
@@ -89,6 +86,26 @@ impl ReadHalf {
         self.bulk
     }
 
+    /// Whether no receive is under way and the next one would find what the socket has next.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        matches!(self.mode, Mode::Idle) && !self.eof && self.error.is_none()
+    }
+
+    /// The flow is small again.
+    pub(crate) fn calm_down(&mut self) {
+        self.bulk = false;
+        self.short = 0;
+    }
+
+    pub(crate) fn socket(&self) -> &Rc<Socket> {
+        &self.socket
+    }
+
+    pub(crate) fn inner(&self) -> &Rc<Inner> {
+        &self.inner
+    }
+
     /// Makes the final close of the connection send RST.
     ///
     /// # Errors
@@ -133,7 +150,7 @@ impl ReadHalf {
                     }
                 }
                 Mode::Single { op } => {
-                    let done = self.inner.driver.borrow_mut().ops.poll_once(op, cx);
+                    let done = self.inner.driver.borrow_mut().poll_once(op, cx);
                     let (result, keep) = ready!(done);
                     self.mode = Mode::Idle;
                     return Poll::Ready(self.finish_single(result, keep, out, carry));
@@ -154,15 +171,8 @@ impl ReadHalf {
             };
             return;
         }
-        let entry = opcode::RecvMulti::new(Fd(self.socket.raw()), RING_GROUP).build();
-        let keep = Keep::Socket {
-            _socket: Rc::clone(&self.socket),
-        };
-        let op = self
-            .inner
-            .driver
-            .borrow_mut()
-            .submit_many(keep, entry, false);
+        let keep = Keep::Receive(Rc::clone(&self.socket));
+        let op = self.inner.driver.borrow_mut().start(keep);
         self.mode = Mode::Multi {
             op,
             stopping: false,
@@ -188,13 +198,7 @@ impl ReadHalf {
             }
         };
         let keep = Keep::Recv(Rc::clone(&self.socket), buf);
-        self.inner.driver.borrow_mut().submit_once(keep, |keep| {
-            let Keep::Recv(socket, buf) = keep else {
-                unreachable!("just built")
-            };
-            let (ptr, len) = buf.tail_ptr();
-            opcode::Recv::new(Fd(socket.raw()), ptr, len).build()
-        })
+        self.inner.driver.borrow_mut().start(keep)
     }
 
     fn starved_block(&self) -> Buf {
@@ -206,12 +210,7 @@ impl ReadHalf {
         let mut header = self.header.take().unwrap_or_default();
         header.prepare(self.inner.pool.large(), self.inner.pool.config().payload);
         let keep = Keep::RecvMsg(Rc::clone(&self.socket), header);
-        self.inner.driver.borrow_mut().submit_once(keep, |keep| {
-            let Keep::RecvMsg(socket, header) = keep else {
-                unreachable!("just built")
-            };
-            opcode::RecvMsg::new(Fd(socket.raw()), header.message()).build()
-        })
+        self.inner.driver.borrow_mut().start(keep)
     }
 
     fn finish_single(
@@ -272,7 +271,7 @@ impl ReadHalf {
         let mut received = 0;
         let mut driver = self.inner.driver.borrow_mut();
         loop {
-            match driver.ops.poll_many(op, cx) {
+            match driver.poll_many(op, cx) {
                 Poll::Pending if received == 0 => return Poll::Pending,
                 Poll::Pending => break,
                 Poll::Ready(None) => {
@@ -352,7 +351,7 @@ impl MessageHeader {
         }
     }
 
-    fn message(&mut self) -> *mut libc::msghdr {
+    pub(crate) fn message(&mut self) -> *mut libc::msghdr {
         // SAFETY: msghdr is plain old data; all zeroes means no name, vectors and control data.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = self.vectors.as_mut_ptr();

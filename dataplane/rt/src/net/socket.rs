@@ -1,5 +1,6 @@
 //! One connected TCP descriptor, its options and addresses.
 
+use std::cell::OnceCell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -9,19 +10,35 @@ use std::time::Duration;
 use super::read::ReadHalf;
 use super::sockaddr::{RawAddr, set_option};
 use super::write::WriteHalf;
+use crate::driver::Watch;
 use crate::exec::current;
 
 /// An owned descriptor; closed when the last half and the last operation let go of it.
 #[derive(Debug)]
-pub(crate) struct Socket(OwnedFd);
+pub(crate) struct Socket {
+    fd: OwnedFd,
+    /// Its registration with epoll, where that is the back end.
+    watch: OnceCell<Watch>,
+}
 
 impl Socket {
     pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self(fd)
+        let watch = OnceCell::new();
+        Self { fd, watch }
     }
 
     pub(crate) fn raw(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
+    }
+
+    pub(crate) fn watch(&self) -> Option<&Watch> {
+        self.watch.get()
+    }
+
+    /// Remembers the registration; there is only one.
+    pub(crate) fn set_watch(&self, watch: Watch) {
+        let fresh = self.watch.set(watch).is_ok();
+        debug_assert!(fresh, "a socket is registered once");
     }
 }
 
@@ -167,5 +184,16 @@ pub(crate) fn reset_on_close(socket: &Socket) -> io::Result<()> {
         Err(io::Error::last_os_error())
     } else {
         Ok(())
+    }
+}
+
+/// Makes calls that would block fail with `EAGAIN`.
+pub(crate) fn set_nonblocking(fd: RawFd) {
+    // SAFETY: F_GETFL and F_SETFL have no memory-safety preconditions.
+    unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        if flags & libc::O_NONBLOCK == 0 {
+            libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK);
+        }
     }
 }

@@ -6,9 +6,6 @@ use std::net::Shutdown;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use io_uring::opcode;
-use io_uring::types::Fd;
-
 use super::socket::{Socket, reset_on_close};
 use crate::buf::Buf;
 use crate::exec::Inner;
@@ -16,6 +13,9 @@ use crate::op::{Keep, OpId};
 
 /// Vectors of one send; the kernel takes at most 1024 (`UIO_MAXIOV`).
 const VECTORS_MAX: usize = 512;
+
+/// Most bytes that [`WriteHalf::hand_over`] does not wait for.
+const HAND_OVER_BYTES: usize = 16 * 1024;
 
 /// Buffers of one send with their vectors. Boxed: the kernel reads it while the send is under way.
 #[derive(Debug, Default)]
@@ -31,6 +31,20 @@ pub(crate) struct SendList {
 impl SendList {
     fn is_full(&self) -> bool {
         self.vectors.len() >= VECTORS_MAX
+    }
+
+    /// Bytes left to send.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Address and length of what is left, if it is in one piece.
+    pub(crate) fn only_vector(&self) -> Option<(*const u8, u32)> {
+        let [vector] = &self.vectors[self.first..] else {
+            return None;
+        };
+        let base = vector.iov_base.cast::<u8>().cast_const();
+        Some((base, vector.iov_len as u32))
     }
 
     /// Appends a buffer; one that follows the last in memory extends its vector.
@@ -50,7 +64,7 @@ impl SendList {
     }
 
     /// Marks `n` bytes as sent. Returns whether all are.
-    fn sent(&mut self, mut n: usize) -> bool {
+    pub(crate) fn sent(&mut self, mut n: usize) -> bool {
         self.bytes -= n;
         while let Some(vector) = self.vectors.get_mut(self.first) {
             if n < vector.iov_len {
@@ -73,7 +87,8 @@ impl SendList {
         self.bytes = 0;
     }
 
-    fn message(&mut self) -> *const libc::msghdr {
+    /// The kernel's description of what is left.
+    pub(crate) fn message(&mut self) -> *const libc::msghdr {
         // SAFETY: msghdr is plain old data; all zeroes means no name, vectors and control data.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         let left = &mut self.vectors[self.first..];
@@ -151,62 +166,89 @@ impl WriteHalf {
     /// As [`WriteHalf::flush`].
     pub fn poll_flush(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
         loop {
-            if let Some(op) = self.in_flight {
-                let done = self.inner.driver.borrow_mut().ops.poll_once(op, cx);
-                let (result, keep) = ready!(done);
-                self.in_flight = None;
-                let Keep::Send(_, mut list) = keep else {
-                    unreachable!("a send keeps its list")
-                };
-                if result < 0 {
-                    self.in_flight_bytes = 0;
-                    return Poll::Ready(Err(io::Error::from_raw_os_error(-result)));
-                }
-                if list.sent(result as usize) {
-                    self.in_flight_bytes = 0;
-                    self.spare = Some(list);
-                } else {
-                    self.submit(list);
-                }
-                continue;
-            }
-            if self.queue.bytes == 0 {
+            ready!(self.poll_in_flight(cx))?;
+            let Some(list) = self.next_list() else {
                 return Poll::Ready(Ok(()));
-            }
-            let next = self.spare.take().unwrap_or_default();
-            let list = std::mem::replace(&mut self.queue, next);
-            while !self.queue.is_full() {
-                let Some(buf) = self.overflow.pop_front() else {
-                    break;
-                };
-                self.overflow_bytes -= buf.len();
-                self.queue.push(buf);
-            }
-            self.submit(list);
+            };
+            self.submit(list, false);
         }
     }
 
-    fn submit(&mut self, list: Box<SendList>) {
+    /// As [`WriteHalf::flush`], but done as soon as the kernel is told to send: waits only for what
+    /// was handed over before. A relay that receives next saves a wake-up and a system call per
+    /// message. More than 16 KiB are flushed. What the socket does not take at once follows by
+    /// itself. Flush before [`WriteHalf::shutdown`].
+    ///
+    /// # Errors
+    /// As [`WriteHalf::flush`]; an error of this send comes with the next call.
+    pub async fn hand_over(&mut self) -> io::Result<()> {
+        poll_fn(|cx| self.poll_hand_over(cx)).await
+    }
+
+    /// Poll form of [`WriteHalf::hand_over`].
+    ///
+    /// # Errors
+    /// As [`WriteHalf::hand_over`].
+    pub fn poll_hand_over(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
+        if self.queue.bytes + self.overflow_bytes > HAND_OVER_BYTES {
+            return self.poll_flush(cx);
+        }
+        ready!(self.poll_in_flight(cx))?;
+        if let Some(list) = self.next_list() {
+            self.submit(list, self.queue.bytes == 0);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Waits for the send under way.
+    fn poll_in_flight(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(op) = self.in_flight {
+            let done = self.inner.driver.borrow_mut().poll_once(op, cx);
+            let (result, keep) = ready!(done);
+            self.in_flight = None;
+            let Keep::Send(_, mut list) = keep else {
+                unreachable!("a send keeps its list")
+            };
+            if result < 0 {
+                self.in_flight_bytes = 0;
+                return Poll::Ready(Err(io::Error::from_raw_os_error(-result)));
+            }
+            if list.sent(result as usize) {
+                self.in_flight_bytes = 0;
+                self.spare = Some(list);
+            } else {
+                self.submit(list, false);
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// What to send next, taken out of the queue.
+    fn next_list(&mut self) -> Option<Box<SendList>> {
+        if self.queue.bytes == 0 {
+            return None;
+        }
+        let next = self.spare.take().unwrap_or_default();
+        let list = std::mem::replace(&mut self.queue, next);
+        while !self.queue.is_full() {
+            let Some(buf) = self.overflow.pop_front() else {
+                break;
+            };
+            self.overflow_bytes -= buf.len();
+            self.queue.push(buf);
+        }
+        Some(list)
+    }
+
+    fn submit(&mut self, list: Box<SendList>, relaxed: bool) {
         self.in_flight_bytes = list.bytes;
         let keep = Keep::Send(Rc::clone(&self.socket), list);
-        let op = self.inner.driver.borrow_mut().submit_once(keep, |keep| {
-            let Keep::Send(socket, list) = keep else {
-                unreachable!("just built")
-            };
-            let fd = Fd(socket.raw());
-            // WAITALL: the kernel retries short sends itself and completes once.
-            let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
-            if let [vector] = &list.vectors[list.first..] {
-                let base = vector.iov_base.cast::<u8>().cast_const();
-                return opcode::Send::new(fd, base, vector.iov_len as u32)
-                    .flags(flags)
-                    .build();
-            }
-            opcode::SendMsg::new(fd, list.message())
-                .flags(flags as u32)
-                .build()
+        let mut driver = self.inner.driver.borrow_mut();
+        self.in_flight = Some(if relaxed {
+            driver.start_relaxed(keep)
+        } else {
+            driver.start(keep)
         });
-        self.in_flight = Some(op);
     }
 
     /// Sends FIN. Call after a flush.
@@ -215,6 +257,10 @@ impl WriteHalf {
     /// `ENOTCONN` when the connection is gone.
     pub fn shutdown(&self) -> io::Result<()> {
         shutdown(&self.socket, Shutdown::Write)
+    }
+
+    pub(crate) fn socket(&self) -> &Rc<Socket> {
+        &self.socket
     }
 
     /// Makes the final close of the connection send RST.

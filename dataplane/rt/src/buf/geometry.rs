@@ -1,0 +1,89 @@
+//! Sizes of a pool and its blocks.
+
+use std::alloc::Layout;
+
+use io_uring::types::BufRingEntry;
+
+const BLOCK_ALIGN: usize = 64;
+const PAGE: usize = 4096;
+
+/// Sizes of a worker's pool. All sizes are bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolConfig {
+    /// Blocks in the provided-buffer ring; a power of two, at most 32,768.
+    pub ring_entries: u16,
+    /// Size of one ring block, head and tail room included.
+    pub ring_block: u32,
+    /// Room in front of received bytes.
+    pub head: u32,
+    /// Payload of one segment of a segmented receive.
+    pub payload: u32,
+    /// Room behind received bytes.
+    pub tail: u32,
+    /// Segments of a large block.
+    pub segments: u32,
+    /// Record and large blocks kept for reuse, each; more are returned to the allocator.
+    pub keep_free: usize,
+}
+
+impl Default for PoolConfig {
+    /// Geometry of TLS 1.3 records that carry one HTTP/2 DATA frame: 5 + 9 bytes in front, type and
+    /// tag behind, 16,384 bytes of plaintext (RFC 8446 section 5.1).
+    fn default() -> Self {
+        Self {
+            ring_entries: 1024,
+            ring_block: 4096,
+            head: 14,
+            payload: 16_375,
+            tail: 17,
+            segments: 16,
+            keep_free: 64,
+        }
+    }
+}
+
+impl PoolConfig {
+    /// Bytes of one segment with its head and tail room.
+    #[must_use]
+    pub fn segment(&self) -> u32 {
+        self.head + self.payload + self.tail
+    }
+
+    /// Payload bytes of one ring block.
+    #[must_use]
+    pub fn ring_payload(&self) -> u32 {
+        self.ring_block - self.head - self.tail
+    }
+
+    pub(super) fn block_size(&self, class: Class) -> u32 {
+        match class {
+            Class::Ring => self.ring_block,
+            Class::Record => self.segment(),
+            Class::Large => self.segment() * self.segments,
+        }
+    }
+}
+
+/// Which pool a block belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    Ring,
+    Record,
+    Large,
+}
+
+pub(super) fn block_layout(size: u32) -> Layout {
+    Layout::from_size_align(size as usize, BLOCK_ALIGN).expect("block sizes are small")
+}
+
+/// Of the memory of all ring blocks.
+pub(super) fn ring_layout(config: &PoolConfig) -> Layout {
+    let size = usize::from(config.ring_entries) * config.ring_block as usize;
+    Layout::from_size_align(size, PAGE).expect("ring sizes are small")
+}
+
+/// Of the ring itself.
+pub(super) fn entries_layout(config: &PoolConfig) -> Layout {
+    let size = usize::from(config.ring_entries) * size_of::<BufRingEntry>();
+    Layout::from_size_align(size, PAGE).expect("ring sizes are small")
+}

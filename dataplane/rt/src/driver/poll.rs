@@ -1,0 +1,371 @@
+//! The epoll back end: operations are done by nonblocking calls, when sockets are ready.
+//!
+//! A socket is registered once, edge-triggered, with its first operation that finds nothing to do,
+//! and leaves epoll when it closes. Per direction there is at most one operation that waits. An
+//! operation is tried when it is submitted or when an edge has come; what it yields is entered into
+//! the operation table as the ring's completions are. Blocks for received data come from the same
+//! provided-buffer ring, whose head is kept here instead of in the kernel.
+//!
+//! Accepting and receiving go on for a bounded number of results, then others have their turn.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::{Books, close_fd, eventfd};
+use crate::buf::Pool;
+use crate::net::set_nonblocking;
+use crate::op::{After, Keep, OpId, Readiness};
+
+/// Results one multishot operation may yield before others have their turn.
+const RESULTS_PER_TRY: usize = 16;
+/// Events taken by one `epoll_wait(2)`.
+const EVENTS: usize = 256;
+const WAKE: u64 = u64::MAX;
+/// Bits of an event after which reading tells something new.
+const READ_EDGE: u32 = (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) as u32;
+const WRITE_EDGE: u32 = (libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR) as u32;
+
+/// A socket's place in the table of registered sockets; frees it when dropped.
+pub(crate) struct Watch {
+    index: u32,
+    freed: Rc<RefCell<Vec<u32>>>,
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").field("index", &self.index).finish()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.freed.borrow_mut().push(self.index);
+    }
+}
+
+/// One direction of a registered socket.
+#[derive(Debug, Clone, Copy, Default)]
+struct Side {
+    waiting: Option<OpId>,
+    /// An edge has come since the last attempt that found nothing.
+    ready: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Watched {
+    sides: [Side; 2],
+}
+
+pub(super) struct Epoll {
+    epoll: OwnedFd,
+    wake_fd: OwnedFd,
+    watched: Vec<Watched>,
+    freed: Rc<RefCell<Vec<u32>>>,
+    /// Operations to try in this turn.
+    tries: VecDeque<OpId>,
+    cancelled: Vec<OpId>,
+    events: Vec<libc::epoll_event>,
+}
+
+impl Epoll {
+    pub(super) fn new() -> io::Result<Self> {
+        // SAFETY: epoll_create1 has no memory-safety preconditions.
+        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just created and nobody else owns it.
+        let epoll = unsafe { OwnedFd::from_raw_fd(fd) };
+        let wake_fd = eventfd(libc::EFD_NONBLOCK)?;
+        let flags = (libc::EPOLLIN | libc::EPOLLET) as u32;
+        add(&epoll, wake_fd.as_raw_fd(), flags, WAKE)?;
+        Ok(Self {
+            epoll,
+            wake_fd,
+            watched: Vec::new(),
+            freed: Rc::default(),
+            tries: VecDeque::new(),
+            cancelled: Vec::new(),
+            events: Vec::with_capacity(EVENTS),
+        })
+    }
+
+    pub(super) fn wake_fd(&self) -> RawFd {
+        self.wake_fd.as_raw_fd()
+    }
+
+    /// Tries an operation at once; it waits for an edge if there is nothing to do yet.
+    pub(super) fn submit(&mut self, id: OpId, books: &mut Books) {
+        match books.ops.keep_mut(id) {
+            Keep::Accept(socket) | Keep::Connect(socket, _) => set_nonblocking(socket.raw()),
+            _ => {}
+        }
+        self.attempt(id, books);
+    }
+
+    pub(super) fn cancel(&mut self, id: OpId) {
+        self.cancelled.push(id);
+    }
+
+    pub(super) fn turn(
+        &mut self,
+        books: &mut Books,
+        wait: bool,
+        timeout: Option<Duration>,
+        limit: usize,
+    ) -> io::Result<()> {
+        let idle = self.tries.is_empty() && self.cancelled.is_empty();
+        let wait = wait && idle;
+        books.counters.enters += 1;
+        self.take_events(books, if wait { timeout } else { Some(Duration::ZERO) })?;
+        while let Some(id) = self.cancelled.pop() {
+            if books.ops.keep_if_pending(id).is_some() {
+                finish(books, id, -libc::ECANCELED, None, false);
+            }
+        }
+        for _ in 0..self.tries.len().min(limit) {
+            if let Some(id) = self.tries.pop_front() {
+                self.attempt(id, books);
+            }
+        }
+        Ok(())
+    }
+
+    fn take_events(&mut self, books: &mut Books, timeout: Option<Duration>) -> io::Result<()> {
+        // Rounded up: a timer must be due when the wait for it is over.
+        let milliseconds = timeout.map_or(-1, |timeout| {
+            timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32
+        });
+        // SAFETY: the vector has room for EVENTS events, and the kernel says how many it wrote.
+        let count = unsafe {
+            let events = self.events.as_mut_ptr();
+            libc::epoll_wait(self.epoll.as_raw_fd(), events, EVENTS as i32, milliseconds)
+        };
+        if count < 0 {
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                Some(libc::EINTR) => Ok(()),
+                _ => Err(error),
+            };
+        }
+        // SAFETY: the kernel has initialised this many events.
+        unsafe { self.events.set_len(count as usize) };
+        for event in &self.events {
+            let (bits, data) = (event.events, event.u64);
+            if data == WAKE {
+                books.counters.wakes += 1;
+                let mut value = 0_u64;
+                // SAFETY: reads eight bytes from the eventfd into a live local.
+                unsafe { libc::read(self.wake_fd.as_raw_fd(), (&raw mut value).cast(), 8) };
+                continue;
+            }
+            let Some(watched) = self.watched.get_mut(data as usize) else {
+                continue;
+            };
+            for (side, edge) in watched.sides.iter_mut().zip([READ_EDGE, WRITE_EDGE]) {
+                if bits & edge == 0 {
+                    continue;
+                }
+                match side.waiting.take() {
+                    Some(id) => self.tries.push_back(id),
+                    None => side.ready = true,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what can be done of an operation now.
+    fn attempt(&mut self, id: OpId, books: &mut Books) {
+        for _ in 0..RESULTS_PER_TRY {
+            let Books { ops, pool, .. } = books;
+            let Some(keep) = ops.keep_if_pending(id) else {
+                return; // cancelled meanwhile
+            };
+            let (result, buffer) = perform(keep, pool);
+            if result == -libc::EAGAIN {
+                match self.wait_for_edge(id, books) {
+                    Ok(true) => return,
+                    Ok(false) => continue,
+                    Err(code) => return self.conclude(books, id, -code, None, false),
+                }
+            }
+            let more = match keep {
+                Keep::Accept(_) => result >= 0,
+                Keep::Receive(_) => result > 0,
+                Keep::Send(_, list) if result >= 0 && (result as usize) < list.bytes() => {
+                    list.sent(result as usize);
+                    continue;
+                }
+                _ => false,
+            };
+            if result == -libc::ENOBUFS {
+                books.counters.starved += 1;
+                books.pool.grow();
+            }
+            self.conclude(books, id, result, buffer, more);
+            if !more {
+                return;
+            }
+        }
+        self.tries.push_back(id); // there may be more: after the others
+    }
+
+    fn conclude(
+        &mut self,
+        books: &mut Books,
+        id: OpId,
+        result: i32,
+        buffer: Option<u16>,
+        more: bool,
+    ) {
+        match finish(books, id, result, buffer, more) {
+            After::Close(fd) => close_fd(fd),
+            After::Stop => self.cancel(id),
+            After::Again => self.tries.push_back(id),
+            After::Nothing => {}
+        }
+    }
+
+    /// Registers the socket if need be. False: an edge came that nobody has answered, try again.
+    fn wait_for_edge(&mut self, id: OpId, books: &mut Books) -> Result<bool, i32> {
+        let keep = books.ops.keep_mut(id);
+        let side = usize::from(matches!(
+            keep,
+            Keep::Send(..) | Keep::Connect(..) | Keep::Ready(_, Readiness::Write)
+        ));
+        let socket = Rc::clone(keep.socket());
+        let index = if let Some(watch) = socket.watch() {
+            watch.index as usize
+        } else {
+            let index = self.vacant();
+            let bits = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
+            if let Err(error) = add(&self.epoll, socket.raw(), bits as u32, index as u64) {
+                self.freed.borrow_mut().push(index as u32);
+                return Err(error.raw_os_error().unwrap_or(libc::EIO));
+            }
+            let freed = Rc::clone(&self.freed);
+            let index = index as u32;
+            socket.set_watch(Watch { index, freed });
+            index as usize
+        };
+        let side = &mut self.watched[index].sides[side];
+        if std::mem::take(&mut side.ready) {
+            return Ok(false);
+        }
+        side.waiting = Some(id);
+        Ok(true)
+    }
+
+    fn vacant(&mut self) -> usize {
+        if let Some(index) = self.freed.borrow_mut().pop() {
+            self.watched[index as usize] = Watched::default();
+            return index as usize;
+        }
+        self.watched.push(Watched::default());
+        self.watched.len() - 1
+    }
+}
+
+fn add(epoll: &OwnedFd, fd: RawFd, events: u32, data: u64) -> io::Result<()> {
+    let mut event = libc::epoll_event { events, u64: data };
+    // SAFETY: the event lives across the call.
+    let rc = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event) };
+    if rc != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn finish(books: &mut Books, id: OpId, result: i32, buffer: Option<u16>, more: bool) -> After {
+    books.counters.completions += 1;
+    books.ops.complete(id, result, buffer, more, &books.pool)
+}
+
+/// One attempt. The result is that of the system call, or minus its error; with the ring block it
+/// filled, for a multishot receive.
+fn perform(keep: &mut Keep, pool: &Pool) -> (i32, Option<u16>) {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    let result = match keep {
+        Keep::Accept(socket) => {
+            // SAFETY: null is allowed for the address.
+            let fd = unsafe {
+                let none = std::ptr::null_mut();
+                libc::accept4(socket.raw(), none, std::ptr::null_mut(), libc::SOCK_CLOEXEC)
+            };
+            fd as isize
+        }
+        Keep::Receive(socket) => return receive(socket.raw(), pool),
+        Keep::Recv(socket, buf) => {
+            let (ptr, len) = buf.tail_ptr();
+            // SAFETY: the buffer's tail room is valid for writes and exclusively owned.
+            unsafe { libc::recv(socket.raw(), ptr.cast(), len as usize, flags) }
+        }
+        // SAFETY: the header's vectors point to tail room that it owns.
+        Keep::RecvMsg(socket, header) => unsafe {
+            libc::recvmsg(socket.raw(), header.message(), flags)
+        },
+        // SAFETY: the list's vectors point to bytes that it owns.
+        Keep::Send(socket, list) => unsafe { libc::sendmsg(socket.raw(), list.message(), flags) },
+        Keep::Connect(socket, addr) => {
+            // SAFETY: address and length describe live, initialised storage.
+            let rc = unsafe { libc::connect(socket.raw(), addr.as_ptr(), addr.len()) };
+            rc as isize
+        }
+        Keep::Ready(socket, readiness) => return (is_ready(socket.raw(), *readiness), None),
+    };
+    if result >= 0 {
+        return (result as i32, None);
+    }
+    let code = io::Error::last_os_error().raw_os_error();
+    let code = match code.unwrap_or(libc::EIO) {
+        // EALREADY: an edge that was not about the end of connecting.
+        libc::EINPROGRESS | libc::EALREADY => libc::EAGAIN,
+        libc::EISCONN if matches!(keep, Keep::Connect(..)) => return (0, None),
+        code => code,
+    };
+    (-code, None)
+}
+
+fn receive(fd: RawFd, pool: &Pool) -> (i32, Option<u16>) {
+    let Some((bid, ptr, len)) = pool.provided() else {
+        return (-libc::ENOBUFS, None);
+    };
+    // SAFETY: a provided block is nobody's, and `len` bytes at `ptr` lie inside it.
+    let result = unsafe { libc::recv(fd, ptr.as_ptr().cast(), len as usize, libc::MSG_DONTWAIT) };
+    if result > 0 {
+        pool.take_provided();
+        return (result as i32, Some(bid));
+    }
+    if result == 0 {
+        return (0, None);
+    }
+    let code = io::Error::last_os_error().raw_os_error();
+    (-code.unwrap_or(libc::EIO), None)
+}
+
+fn is_ready(fd: RawFd, readiness: Readiness) -> i32 {
+    let events = match readiness {
+        Readiness::Read => libc::POLLIN | libc::POLLRDHUP,
+        Readiness::Write => libc::POLLOUT,
+    };
+    let mut poll = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    // SAFETY: one structure is passed, which lives across the call.
+    match unsafe { libc::poll(&raw mut poll, 1, 0) } {
+        0 => -libc::EAGAIN,
+        1.. => i32::from(poll.revents),
+        _ => -io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EIO),
+    }
+}

@@ -1,0 +1,425 @@
+//! The io_uring back end: submission, waiting, completion.
+//!
+//! `COOP_TASKRUN` is not among the set-up flags: `DEFER_TASKRUN` replaces it (completion work runs
+//! only inside `io_uring_enter`, so there is no interrupt to be cooperative about).
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use io_uring::types::Fd;
+use io_uring::{IoUring, cqueue, opcode, squeue};
+
+use super::{Books, close_fd, eventfd};
+use crate::buf::RING_GROUP;
+use crate::op::{After, Keep, OpId, Readiness};
+
+const USER_DATA_IGNORE: u64 = u64::MAX;
+const USER_DATA_WAKE: u64 = u64::MAX - 1;
+
+// linux/io_uring.h
+const ENTER_GETEVENTS: u32 = 1;
+const ENTER_EXT_ARG: u32 = 1 << 3;
+const ENTER_REGISTERED_RING: u32 = 1 << 4;
+const REGISTER_RING_FDS: u32 = 20;
+
+/// `struct io_uring_getevents_arg`.
+#[repr(C)]
+struct GetEvents {
+    sigmask: u64,
+    sigmask_size: u32,
+    min_wait_us: u32,
+    timeout: u64,
+}
+
+/// `struct __kernel_timespec`.
+#[repr(C)]
+struct KernelTime {
+    seconds: i64,
+    nanoseconds: i64,
+}
+
+/// `struct io_uring_rsrc_update`.
+#[repr(C)]
+struct RingFd {
+    offset: u32,
+    reserved: u32,
+    data: u64,
+}
+
+pub(super) struct Ring {
+    ring: IoUring,
+    /// What `io_uring_enter` is called with: an index of a registered ring, or the descriptor.
+    enter_fd: i32,
+    enter_flags: u32,
+    backlog: VecDeque<squeue::Entry>,
+    wake_fd: OwnedFd,
+    /// Where the kernel puts the eventfd's counter; boxed so that its address is stable.
+    wake_value: Box<u64>,
+    /// Multishot receives to stop after this turn; kept to reuse its memory.
+    stop: Vec<OpId>,
+    /// Sends that stopped half-way and go on as ordinary ones.
+    again: Vec<OpId>,
+    /// Relaxed sends that have gone out with no word of failure yet.
+    relaxed: Vec<OpId>,
+    /// Some of them are from an earlier turn.
+    unsettled: bool,
+    hurry: bool,
+}
+
+impl Ring {
+    pub(super) fn new(entries: u32, completions: u32, books: &mut Books) -> io::Result<Self> {
+        let ring = build(entries, completions)?;
+        let pool = &books.pool;
+        // SAFETY: the pool outlives the ring (field order of the driver) or is leaked, and its
+        // entries array has `ring_entries` elements, page aligned.
+        unsafe {
+            ring.submitter().register_buf_ring_with_flags(
+                pool.ring_address(),
+                pool.config().ring_entries,
+                RING_GROUP,
+                0,
+            )?;
+        }
+        // Linux 5.18; without it each call looks the descriptor up.
+        let (enter_fd, enter_flags) = match register_ring_fd(ring.as_raw_fd()) {
+            Some(index) => (index, ENTER_REGISTERED_RING),
+            None => (ring.as_raw_fd(), 0),
+        };
+        let mut this = Self {
+            ring,
+            enter_fd,
+            enter_flags,
+            backlog: VecDeque::new(),
+            wake_fd: eventfd(0)?,
+            wake_value: Box::new(0),
+            stop: Vec::new(),
+            again: Vec::new(),
+            relaxed: Vec::new(),
+            unsettled: false,
+            hurry: false,
+        };
+        this.arm_wake();
+        Ok(this)
+    }
+
+    pub(super) fn wake_fd(&self) -> RawFd {
+        self.wake_fd.as_raw_fd()
+    }
+
+    /// The next turn does not wait.
+    pub(super) fn hurry(&mut self) {
+        self.hurry = true;
+    }
+
+    fn arm_wake(&mut self) {
+        let fd = Fd(self.wake_fd.as_raw_fd());
+        let address = (&raw mut *self.wake_value).cast::<u8>();
+        let entry = opcode::Read::new(fd, address, 8).build();
+        self.push(entry.user_data(USER_DATA_WAKE));
+    }
+
+    /// Queues an entry; a full submission queue spills into the backlog.
+    fn push(&mut self, entry: squeue::Entry) {
+        if !self.backlog.is_empty() {
+            self.backlog.push_back(entry);
+            return;
+        }
+        // SAFETY: every entry points only to memory owned by the operation table, the pool or this
+        // ring, all of which outlive the operation.
+        if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            self.backlog.push_back(entry);
+        }
+    }
+
+    pub(super) fn submit(&mut self, id: OpId, books: &mut Books) {
+        let relaxed = books.ops.is_relaxed(id);
+        let mut entry = entry(books.ops.keep_mut(id), relaxed);
+        if relaxed {
+            entry = entry.flags(squeue::Flags::SKIP_SUCCESS);
+            self.relaxed.push(id);
+        }
+        self.push(entry.user_data(id.user_data()));
+    }
+
+    pub(super) fn cancel(&mut self, id: OpId) {
+        let entry = opcode::AsyncCancel::new(id.user_data()).build();
+        let entry = entry.flags(squeue::Flags::SKIP_SUCCESS);
+        self.push(entry.user_data(USER_DATA_IGNORE));
+    }
+
+    pub(super) fn turn(
+        &mut self,
+        books: &mut Books,
+        wait: bool,
+        timeout: Option<Duration>,
+        limit: usize,
+    ) -> io::Result<()> {
+        self.flush_backlog(books)?;
+        let hurry = std::mem::take(&mut self.hurry) || self.unsettled;
+        let wait = wait && !hurry && self.backlog.is_empty();
+        self.enter(books, wait, timeout)?;
+        self.reap(books, limit);
+        self.settle(books);
+        Ok(())
+    }
+
+    fn flush_backlog(&mut self, books: &mut Books) -> io::Result<()> {
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: as in `push`.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                self.backlog.pop_front();
+                continue;
+            }
+            self.enter(books, false, None)?;
+            if self.ring.submission().is_full() {
+                return Ok(()); // the kernel took nothing: completions must be reaped first
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(
+        &mut self,
+        books: &mut Books,
+        wait: bool,
+        timeout: Option<Duration>,
+    ) -> io::Result<()> {
+        books.counters.enters += 1;
+        let queued = self.ring.submission().len() as u32;
+        // GETEVENTS also without waiting: only then does deferred completion work run.
+        let mut flags = self.enter_flags | ENTER_GETEVENTS;
+        let time;
+        let mut events = GetEvents {
+            sigmask: 0,
+            sigmask_size: 0,
+            min_wait_us: 0,
+            timeout: 0,
+        };
+        let (mut arg, mut size) = (std::ptr::null(), 0);
+        if let Some(timeout) = timeout.filter(|_| wait) {
+            time = KernelTime {
+                seconds: timeout.as_secs().min(1 << 40) as i64,
+                nanoseconds: i64::from(timeout.subsec_nanos()),
+            };
+            events.timeout = (&raw const time).expose_provenance() as u64;
+            flags |= ENTER_EXT_ARG;
+            arg = &raw const events;
+            size = size_of::<GetEvents>();
+        }
+        // SAFETY: the ring is set up, its entries obey `push`, and `arg` is null or points to
+        // structures that live across the call.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_io_uring_enter,
+                self.enter_fd,
+                queued,
+                u32::from(wait),
+                flags,
+                arg,
+                size,
+            )
+        };
+        if result >= 0 {
+            return Ok(());
+        }
+        // ETIME: the timeout passed. EINTR: a signal. EBUSY, EAGAIN: completions are to be
+        // reaped or memory is short; the caller's loop comes back either way.
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+            _ => Err(error),
+        }
+    }
+
+    fn reap(&mut self, books: &mut Books, limit: usize) {
+        let mut rearm_wake = false;
+        books.counters.overflows += u64::from(self.ring.submission().cq_overflow());
+        let mut queue = self.ring.completion();
+        for entry in (&mut queue).take(limit) {
+            books.counters.completions += 1;
+            match entry.user_data() {
+                USER_DATA_IGNORE => continue,
+                USER_DATA_WAKE => {
+                    books.counters.wakes += 1;
+                    rearm_wake = true;
+                    continue;
+                }
+                _ => {}
+            }
+            let id = OpId::from_user_data(entry.user_data());
+            let (result, flags) = (entry.result(), entry.flags());
+            if result == -libc::ENOBUFS {
+                books.counters.starved += 1;
+                books.pool.grow();
+            }
+            let buffer = cqueue::buffer_select(flags);
+            let more = cqueue::more(flags);
+            match books.ops.complete(id, result, buffer, more, &books.pool) {
+                After::Nothing => {}
+                After::Close(fd) => close_fd(fd),
+                After::Stop => self.stop.push(id),
+                After::Again => self.again.push(id),
+            }
+        }
+        drop(queue);
+        while let Some(id) = self.stop.pop() {
+            self.cancel(id);
+        }
+        while let Some(id) = self.again.pop() {
+            self.submit(id, books);
+        }
+        if rearm_wake {
+            self.arm_wake();
+        }
+    }
+
+    /// Relaxed sends that have been submitted and did not fail have succeeded: a send that must
+    /// not wait is over when `io_uring_enter` returns, and its failure is in the queue by then.
+    fn settle(&mut self, books: &mut Books) {
+        if self.relaxed.is_empty() {
+            return;
+        }
+        let submission = self.ring.submission();
+        let overflow = submission.cq_overflow();
+        let submitted = submission.is_empty();
+        drop(submission);
+        if overflow || !submitted || !self.backlog.is_empty() || !self.ring.completion().is_empty()
+        {
+            self.unsettled = true;
+            return;
+        }
+        self.unsettled = false;
+        for id in self.relaxed.drain(..) {
+            books.ops.settle(id, &books.pool);
+        }
+    }
+
+    /// Cancels the read of the eventfd, which writes to memory this ring owns. Returns whether it
+    /// has ended.
+    pub(super) fn stop_wake(&mut self, books: &mut Books, deadline: Instant) -> bool {
+        let entry = opcode::AsyncCancel::new(USER_DATA_WAKE).build();
+        self.push(entry.user_data(USER_DATA_IGNORE));
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.flush_backlog(books).is_err() {
+                return false;
+            }
+            if self.enter(books, true, Some(left)).is_err() {
+                return false;
+            }
+            if self
+                .ring
+                .completion()
+                .any(|entry| entry.user_data() == USER_DATA_WAKE)
+            {
+                return true;
+            }
+        }
+    }
+
+    pub(super) fn leak(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.wake_value));
+    }
+}
+
+fn build(entries: u32, completions: u32) -> io::Result<IoUring> {
+    let build = |no_sqarray: bool| {
+        let mut builder = IoUring::builder();
+        builder
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_submit_all()
+            .setup_clamp()
+            .setup_cqsize(completions)
+            .dontfork();
+        if no_sqarray {
+            builder.setup_no_sqarray();
+        }
+        builder.build(entries)
+    };
+    // NO_SQARRAY is Linux 6.6; without it the ring only costs one more indirection.
+    build(true).or_else(|error| {
+        if error.raw_os_error() == Some(libc::EINVAL) {
+            build(false)
+        } else {
+            Err(error)
+        }
+    })
+}
+
+/// Registers the ring's descriptor with this thread; the index it is known by then.
+fn register_ring_fd(fd: RawFd) -> Option<i32> {
+    let mut update = RingFd {
+        offset: u32::MAX, // any index
+        reserved: 0,
+        data: fd as u64,
+    };
+    // SAFETY: one update structure is passed, which the kernel reads and writes during the call.
+    let registered = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            fd,
+            REGISTER_RING_FDS,
+            &raw mut update,
+            1_u32,
+        )
+    };
+    (registered == 1).then_some(update.offset as i32)
+}
+
+/// The submission queue entry of an operation.
+fn entry(keep: &mut Keep, relaxed: bool) -> squeue::Entry {
+    match keep {
+        Keep::Accept(socket) => opcode::AcceptMulti::new(Fd(socket.raw()))
+            .flags(libc::SOCK_CLOEXEC)
+            .build(),
+        Keep::Receive(socket) => opcode::RecvMulti::new(Fd(socket.raw()), RING_GROUP).build(),
+        Keep::Recv(socket, buf) => {
+            let (ptr, len) = buf.tail_ptr();
+            opcode::Recv::new(Fd(socket.raw()), ptr, len).build()
+        }
+        Keep::RecvMsg(socket, header) => {
+            opcode::RecvMsg::new(Fd(socket.raw()), header.message()).build()
+        }
+        Keep::Connect(socket, addr) => {
+            opcode::Connect::new(Fd(socket.raw()), addr.as_ptr(), addr.len()).build()
+        }
+        Keep::Ready(socket, readiness) => {
+            let events = match readiness {
+                Readiness::Read => libc::POLLIN | libc::POLLRDHUP,
+                Readiness::Write => libc::POLLOUT,
+            };
+            opcode::PollAdd::new(Fd(socket.raw()), events as u32).build()
+        }
+        Keep::Send(socket, list) => {
+            let fd = Fd(socket.raw());
+            // WAITALL: the kernel retries short sends itself and completes once; with DONTWAIT a
+            // short send is a failure, so that it is told.
+            let mut flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
+            if relaxed {
+                flags |= libc::MSG_DONTWAIT;
+            }
+            if let Some((base, len)) = list.only_vector() {
+                return opcode::Send::new(fd, base, len).flags(flags).build();
+            }
+            opcode::SendMsg::new(fd, list.message())
+                .flags(flags as u32)
+                .build()
+        }
+    }
+}
+
+/// What the kernel must be able to do, for the probe.
+pub(crate) const NEEDED: [(u8, &str); 8] = [
+    (opcode::Accept::CODE, "IORING_OP_ACCEPT"),
+    (opcode::Recv::CODE, "IORING_OP_RECV"),
+    (opcode::RecvMsg::CODE, "IORING_OP_RECVMSG"),
+    (opcode::Send::CODE, "IORING_OP_SEND"),
+    (opcode::SendMsg::CODE, "IORING_OP_SENDMSG"),
+    (opcode::Connect::CODE, "IORING_OP_CONNECT"),
+    (opcode::PollAdd::CODE, "IORING_OP_POLL_ADD"),
+    (opcode::AsyncCancel::CODE, "IORING_OP_ASYNC_CANCEL"),
+];

@@ -1,0 +1,211 @@
+//! Moving bulk between two sockets without copying it through user space: splice(2) by way of a
+//! pipe, nonblocking, with readiness from the worker's back end.
+//!
+//! A [`Splice`] owns the pipe and can be used for one direction after the other. It moves bytes
+//! only while a flow is bulk: [`Splice::relay`] returns when the flow ends or falls quiet, and the
+//! caller goes on with ordinary receives.
+//!
+//! Not for sockets whose data sockmap redirects: splice(2) does not see what sockmap has queued.
+
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use super::read::ReadHalf;
+use super::socket::{Socket, set_nonblocking};
+use super::write::WriteHalf;
+use crate::exec::Inner;
+use crate::op::{Keep, OpId, Readiness};
+
+/// Capacity asked for; the pipe keeps its own (64 KiB) where the user has too many pages in pipes.
+const PIPE_BYTES: i32 = 1 << 20;
+/// Bytes moved before other tasks have their turn.
+const BYTES_PER_TURN: usize = 4 << 20;
+/// Batches in a row below [`SMALL_BATCH`] bytes after which a flow counts as small again.
+const SMALL_BATCHES: u8 = 16;
+const SMALL_BATCH: usize = 4 * 1024;
+
+/// Why [`Splice::relay`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spliced {
+    /// The sender has ended its stream, and everything has been passed on.
+    End,
+    /// The flow is small now; everything has been passed on.
+    Small,
+}
+
+/// A pipe to splice through.
+#[derive(Debug)]
+pub struct Splice {
+    reader: OwnedFd,
+    writer: OwnedFd,
+    inside: usize,
+}
+
+impl Splice {
+    /// Makes the pipe: two descriptors.
+    ///
+    /// # Errors
+    /// Those of `pipe2(2)`, such as `EMFILE`: go on copying then.
+    pub fn new() -> io::Result<Self> {
+        let mut ends = [0; 2];
+        // SAFETY: the array has room for the two descriptors.
+        if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptors were just created and nobody else owns them.
+        let [reader, writer] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        // SAFETY: F_SETPIPE_SZ has no memory-safety preconditions. Failure leaves the size.
+        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, PIPE_BYTES) };
+        Ok(Self {
+            reader,
+            writer,
+            inside: 0,
+        })
+    }
+
+    /// Whether `from` can be spliced: it is bulk, and nothing it has received is waiting.
+    #[must_use]
+    pub fn is_possible(from: &ReadHalf) -> bool {
+        from.is_bulk() && from.is_quiet()
+    }
+
+    /// Moves bytes from one socket to the other until the flow ends or is small; tells `moved` how
+    /// many the receiver's socket has taken, as it goes. `to` is flushed first. Does not end `to`.
+    ///
+    /// Not cancel safe: if this is dropped while bytes are in the pipe, they are lost. The
+    /// connection `to` belongs to is then reset when it closes, so that it does not look whole.
+    ///
+    /// # Errors
+    /// Those of `recv(2)` and `send(2)`.
+    ///
+    /// # Panics
+    /// If [`Splice::is_possible`] says no.
+    pub async fn relay(
+        &mut self,
+        from: &mut ReadHalf,
+        to: &mut WriteHalf,
+        mut moved: impl FnMut(usize),
+    ) -> io::Result<Spliced> {
+        assert!(from.is_quiet(), "received data would be overtaken");
+        to.flush().await?;
+        if self.inside > 0 {
+            *self = Self::new()?; // what an earlier flow left behind is nobody else's
+        }
+        let (source, target) = (Rc::clone(from.socket()), Rc::clone(to.socket()));
+        set_nonblocking(source.raw());
+        set_nonblocking(target.raw());
+        let mut transfer = Transfer {
+            pipe: self,
+            inner: Rc::clone(from.inner()),
+            source,
+            target,
+            waiting: None,
+            small: 0,
+        };
+        let result = poll_fn(|cx| transfer.poll(cx, &mut moved)).await;
+        if !matches!(result, Ok(Spliced::End)) {
+            from.calm_down();
+        }
+        result
+    }
+}
+
+/// One call of [`Splice::relay`].
+struct Transfer<'a> {
+    pipe: &'a mut Splice,
+    inner: Rc<Inner>,
+    source: Rc<Socket>,
+    target: Rc<Socket>,
+    waiting: Option<OpId>,
+    small: u8,
+}
+
+impl Transfer<'_> {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        moved: &mut impl FnMut(usize),
+    ) -> Poll<io::Result<Spliced>> {
+        let mut budget = BYTES_PER_TURN;
+        let mut ended = false;
+        loop {
+            if let Some(op) = self.waiting {
+                let (result, _) = ready!(self.inner.driver.borrow_mut().poll_once(op, cx));
+                self.waiting = None;
+                if result < 0 {
+                    return Poll::Ready(Err(io::Error::from_raw_os_error(-result)));
+                }
+            }
+            while self.pipe.inside > 0 {
+                let ends = (self.pipe.reader.as_raw_fd(), self.target.raw());
+                match splice(ends.0, ends.1, self.pipe.inside) {
+                    Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Ok(n) => {
+                        self.pipe.inside -= n;
+                        budget = budget.saturating_sub(n);
+                        moved(n);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+            }
+            if self.pipe.inside > 0 {
+                self.wait(Readiness::Write);
+                continue;
+            }
+            if ended {
+                return Poll::Ready(Ok(Spliced::End));
+            }
+            if self.small >= SMALL_BATCHES {
+                return Poll::Ready(Ok(Spliced::Small));
+            }
+            if budget == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let ends = (self.source.raw(), self.pipe.writer.as_raw_fd());
+            match splice(ends.0, ends.1, PIPE_BYTES as usize) {
+                Ok(0) => ended = true,
+                Ok(n) => {
+                    self.pipe.inside = n;
+                    self.small = if n < SMALL_BATCH { self.small + 1 } else { 0 };
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(Readiness::Read);
+                }
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    fn wait(&mut self, readiness: Readiness) {
+        let socket = match readiness {
+            Readiness::Read => &self.source,
+            Readiness::Write => &self.target,
+        };
+        let keep = Keep::Ready(Rc::clone(socket), readiness);
+        self.waiting = Some(self.inner.driver.borrow_mut().start(keep));
+    }
+}
+
+impl Drop for Transfer<'_> {
+    fn drop(&mut self) {
+        if let Some(op) = self.waiting.take() {
+            self.inner.driver.borrow_mut().abandon(op);
+        }
+        if self.pipe.inside > 0 {
+            let _ = super::socket::reset_on_close(&self.target); // it may be gone already
+        }
+    }
+}
+
+fn splice(from: RawFd, to: RawFd, len: usize) -> io::Result<usize> {
+    let none = std::ptr::null_mut();
+    let flags = libc::SPLICE_F_MOVE | libc::SPLICE_F_NONBLOCK;
+    // SAFETY: null offsets are allowed for pipes and sockets.
+    let n = unsafe { libc::splice(from, none, to, none, len, flags) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
