@@ -224,6 +224,8 @@ mod ours {
             workload_timeout: Duration::from_secs(5),
             client: hbone::Config::client(),
             server: hbone::Config::server(),
+            ping_interval: Duration::from_secs(10),
+            ping_timeout: Duration::from_secs(20),
             pool_unused: Duration::from_secs(300),
             response_baggage: true,
         };

@@ -39,6 +39,10 @@ pub struct ProxyConfig {
     pub client: hbone::Config,
     /// HTTP/2 settings of tunnels it accepts.
     pub server: hbone::Config,
+    /// Silence after which a tunnel's peer is asked for a sign of life.
+    pub ping_interval: Duration,
+    /// Silence after which a tunnel is given up.
+    pub ping_timeout: Duration,
     /// Unused tunnels are closed after this time (`POOL_UNUSED_RELEASE_TIMEOUT`).
     pub pool_unused: Duration,
     /// Send `baggage` with the answer to a CONNECT (`ENABLE_RESPONSE_BAGGAGE`).

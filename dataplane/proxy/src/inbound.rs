@@ -88,6 +88,7 @@ async fn accept(
         config: &context.config.server,
         cpu: context.handshakes.cpu(),
         telemetry: &context.telemetry,
+        ping: (context.config.ping_interval, context.config.ping_timeout),
     };
     let tunnel = tunnel::run(client, src, handshake, &setup, owner);
     let left = deadline.saturating_duration_since(Instant::now());

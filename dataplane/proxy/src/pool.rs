@@ -248,6 +248,7 @@ async fn establish(context: &Context, key: &Key) -> Result<Rc<Tunnel>, ProxyErro
         config: &context.config.client,
         cpu: context.handshakes.cpu(),
         telemetry: &context.telemetry,
+        ping: (context.config.ping_interval, context.config.ping_timeout),
     };
     let max = context.config.handshakes_max;
     let tunnel = async {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use control::LocalConfig;
 use mesh::{NodeContext, WorkloadName};
 use proxy::{ProxyConfig, RedirectMode};
+use rt::Backend;
 use rt::net::Keepalive;
 
 use crate::environment::{BadSetting, Environment};
@@ -61,6 +62,7 @@ pub(crate) struct Settings {
     pub(crate) transparent: Transparent,
     pub(crate) certificate_ttl: Duration,
     pub(crate) workers: usize,
+    pub(crate) backend: Backend,
     pub(crate) listener_map: Option<PathBuf>,
     pub(crate) ipv6: bool,
     pub(crate) drain: Duration,
@@ -106,7 +108,8 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
         certificate_ttl: environment
             .duration("SECRET_TTL")?
             .unwrap_or(Duration::from_secs(24 * 3600)),
-        workers: workers(environment, cpus)?,
+        workers: workers(environment, cpus, rt::cpu_limit())?,
+        backend: backend(environment)?,
         listener_map: environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from),
         ipv6: environment.boolean("IPV6_ENABLED")?.unwrap_or(true),
         drain: drain(environment)?,
@@ -276,6 +279,8 @@ fn proxy_config(
         workload_timeout: Duration::from_secs(5),
         client,
         server,
+        ping_interval: Duration::from_secs(10),
+        ping_timeout: Duration::from_secs(20),
         pool_unused: environment
             .duration("POOL_UNUSED_RELEASE_TIMEOUT")?
             .unwrap_or(Duration::from_secs(300)),
@@ -327,14 +332,34 @@ fn keepalive(environment: &Environment<'_>) -> Result<Option<Keepalive>, ConfigE
     }))
 }
 
+/// What the data path does its operations with.
+fn backend(environment: &Environment<'_>) -> Result<Backend, ConfigError> {
+    let backends = [
+        ("auto", Backend::Auto),
+        ("io_uring", Backend::IoUring),
+        ("epoll", Backend::Epoll),
+    ];
+    let chosen = environment.one_of("ZTUNNEL_RUNTIME_BACKEND", &backends)?;
+    Ok(chosen.unwrap_or_default())
+}
+
 /// Worker threads: `ZTUNNEL_WORKER_THREADS` as N, N% or 0 (all); else one per usable CPU.
 ///
 /// Upstream's default is a quarter of the CPUs because its workers share work; here a worker is
 /// the CPU its packets arrive on, so every CPU the process may use has one, within
-/// `ZTUNNEL_CPU_LIMIT` where that is set.
-fn workers(environment: &Environment<'_>, cpus: usize) -> Result<usize, ConfigError> {
+/// `ZTUNNEL_CPU_LIMIT` or else the limit of the control group: more workers than that would only
+/// take turns at being throttled. A number that is asked for may exceed the limit.
+fn workers(
+    environment: &Environment<'_>,
+    cpus: usize,
+    group_limit: Option<usize>,
+) -> Result<usize, ConfigError> {
     let limit = environment.number("ZTUNNEL_CPU_LIMIT", 1..=4096)?;
-    let cpus = limit.map_or(cpus, |limit| cpus.min(limit as usize)).max(1);
+    let limit = limit.map(|limit| limit as usize).or(group_limit);
+    let (usable, cpus) = (
+        cpus.max(1),
+        limit.map_or(cpus, |limit| cpus.min(limit)).max(1),
+    );
     let Some(text) = environment.text("ZTUNNEL_WORKER_THREADS") else {
         return Ok(cpus);
     };
@@ -348,7 +373,13 @@ fn workers(environment: &Environment<'_>, cpus: usize) -> Result<usize, ConfigEr
             .parse::<usize>()
             .ok()
             .filter(|number| *number <= 4096)
-            .map(|number| if number == 0 { cpus } else { number.min(cpus) }),
+            .map(|number| {
+                if number == 0 {
+                    cpus
+                } else {
+                    number.min(usable)
+                }
+            }),
     };
     wanted.ok_or_else(|| {
         let reason = "expected a number from 0 (all CPUs) to 4096, or 0% to 100%";
@@ -463,7 +494,11 @@ mod tests {
     #[test]
     fn workers_by_number_and_percentage() {
         let count = |value: &str, cpus| {
-            workers(&Environment::of(&[("ZTUNNEL_WORKER_THREADS", value)]), cpus)
+            workers(
+                &Environment::of(&[("ZTUNNEL_WORKER_THREADS", value)]),
+                cpus,
+                None,
+            )
         };
         let cases = [
             ("", 8, 8),
@@ -479,6 +514,29 @@ mod tests {
         for value in ["many", "-1", "101%", "%"] {
             assert!(count(value, 8).is_err(), "{value}");
         }
+    }
+
+    #[test]
+    fn workers_follow_the_cpu_limit_unless_told_otherwise() {
+        let count =
+            |pairs: &[(&str, &str)], group| workers(&Environment::of(pairs), 8, group).unwrap();
+        assert_eq!(count(&[], None), 8);
+        assert_eq!(count(&[], Some(2)), 2);
+        assert_eq!(count(&[], Some(64)), 8);
+        assert_eq!(count(&[("ZTUNNEL_CPU_LIMIT", "3")], Some(2)), 3);
+        assert_eq!(count(&[("ZTUNNEL_WORKER_THREADS", "50%")], Some(4)), 2);
+        assert_eq!(count(&[("ZTUNNEL_WORKER_THREADS", "0")], Some(4)), 4);
+        assert_eq!(count(&[("ZTUNNEL_WORKER_THREADS", "6")], Some(2)), 6);
+    }
+
+    #[test]
+    fn the_back_end_can_be_forced() {
+        let chosen = |value| with(&[("ZTUNNEL_RUNTIME_BACKEND", value)]).map(|s| s.backend);
+        assert_eq!(with(&[]).unwrap().backend, Backend::Auto);
+        assert_eq!(chosen("epoll").unwrap(), Backend::Epoll);
+        assert_eq!(chosen("io_uring").unwrap(), Backend::IoUring);
+        let text = chosen("kqueue").unwrap_err().to_string();
+        assert!(text.contains("auto or io_uring or epoll"), "{text}");
     }
 
     #[test]

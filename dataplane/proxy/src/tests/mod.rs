@@ -5,8 +5,10 @@
 mod authorization;
 mod credit;
 mod end_to_end;
+mod envoy;
 mod handshakes;
 mod hostile;
+mod pooling;
 mod relays;
 mod streams;
 mod violations;
@@ -21,7 +23,7 @@ use std::time::Duration;
 
 use hbone::{Config, ConnectRequest, RequestHead, Role};
 use mesh::{Identity, NodeContext, Snapshot};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType};
 use rt::buf::Buf;
 use rt::net::{ConnectOptions, Listener, TcpStream};
 use rt::sync::Signal;
@@ -52,14 +54,50 @@ fn store() -> Arc<CertificateStore> {
 }
 
 fn issuer() -> LocalIssuer {
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-    let key = KeyPair::generate().unwrap();
-    let certificate = params.self_signed(&key).unwrap().pem();
-    let authority =
-        Authority::from_pem(certificate.as_bytes(), key.serialize_pem().as_bytes()).unwrap();
-    LocalIssuer::new(authority, Duration::from_secs(3600))
+    Ca::new().issuer()
+}
+
+/// A certificate authority whose certificates other programs can use as well.
+struct Ca {
+    certificate: rcgen::Certificate,
+    params: CertificateParams,
+    key: KeyPair,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        Self {
+            certificate,
+            params,
+            key,
+        }
+    }
+
+    fn pem(&self) -> String {
+        self.certificate.pem()
+    }
+
+    fn issuer(&self) -> LocalIssuer {
+        let key = self.key.serialize_pem();
+        let authority = Authority::from_pem(self.pem().as_bytes(), key.as_bytes()).unwrap();
+        LocalIssuer::new(authority, Duration::from_secs(3600))
+    }
+
+    /// Certificate and key of a workload, as PEM.
+    fn workload(&self, account: &str) -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        let uri = identity(account).uri().try_into().unwrap();
+        params.subject_alt_names = vec![SanType::URI(uri)];
+        let issuer = rcgen::Issuer::from_params(&self.params, &self.key);
+        let certificate = params.signed_by(&key, &issuer).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    }
 }
 
 fn identity(account: &str) -> Identity {
@@ -149,6 +187,7 @@ fn setup<'a>(role: Role, config: &'a Config, telemetry: &'a WorkerTelemetry) -> 
         config,
         cpu: CPU.with(|cpu| *cpu),
         telemetry,
+        ping: (Duration::from_secs(10), Duration::from_secs(20)),
     }
 }
 
@@ -266,6 +305,8 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         workload_timeout: Duration::from_millis(200),
         client: Config::client(),
         server: Config::server(),
+        ping_interval: Duration::from_secs(10),
+        ping_timeout: Duration::from_secs(20),
         pool_unused: Duration::from_secs(300),
         response_baggage: true,
     };

@@ -20,9 +20,6 @@ use crate::gate::Cpu;
 
 use super::{SEND_LOW, Tunnel, TunnelError, TunnelOwner};
 
-/// Time between pings, and from the last sign of life to giving up (upstream's values).
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the writer tries to send what is left when a tunnel ends.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
 /// How long, and for how many bytes, the peer of a failed handshake is listened to.
@@ -55,6 +52,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) cpu: &'a Cpu,
     /// Where errors are counted.
     pub(crate) telemetry: &'a WorkerTelemetry,
+    /// Silence after which the peer is asked for a sign of life, and the one that is too long.
+    pub(crate) ping: (Duration, Duration),
 }
 
 /// Shakes hands over `stream` and starts the tunnel's tasks.
@@ -81,7 +80,7 @@ pub(crate) async fn run(
     let pool = write.pool().clone();
     let tunnel = Tunnel::new(setup, session, write, peer_addr, owner);
     rt::spawn(write_loop(Rc::clone(&tunnel)));
-    rt::spawn(keepalive(Rc::downgrade(&tunnel)));
+    rt::spawn(keepalive(Rc::downgrade(&tunnel), setup.ping));
     rt::spawn(read_loop(Rc::clone(&tunnel), read, early, pool));
     Ok(tunnel)
 }
@@ -216,9 +215,9 @@ async fn flush(tunnel: &Rc<Tunnel>) -> Result<(), ()> {
 }
 
 /// Asks for signs of life.
-async fn keepalive(tunnel: Weak<Tunnel>) {
+async fn keepalive(tunnel: Weak<Tunnel>, (interval, timeout): (Duration, Duration)) {
     loop {
-        rt::time::sleep(PING_INTERVAL).await;
+        rt::time::sleep(interval).await;
         let Some(tunnel) = tunnel.upgrade() else {
             return;
         };
@@ -227,11 +226,11 @@ async fn keepalive(tunnel: Weak<Tunnel>) {
             return;
         }
         let silent = tunnel.last_heard.get().elapsed();
-        if silent >= PING_TIMEOUT {
+        if silent >= timeout {
             tunnel.abort(TunnelError::KeepaliveTimeout, ErrorCode::NO_ERROR);
             return;
         }
-        if silent >= PING_INTERVAL {
+        if silent >= interval {
             tunnel.codec.borrow_mut().ping(PING_PAYLOAD);
             tunnel.pump();
         }

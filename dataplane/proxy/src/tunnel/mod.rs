@@ -66,7 +66,7 @@ pub(crate) enum TunnelError {
     #[error("tls error: {0}")]
     TlsAlert(Rc<str>),
     /// No answer to pings.
-    #[error("tunnel lost: no answer to PING for 20 s")]
+    #[error("tunnel lost: the peer does not answer PING")]
     KeepaliveTimeout,
     /// The peer makes us answer and takes no answers.
     #[error("tunnel given up: {0} bytes wait to be sent, the peer asks for more and reads nothing")]
