@@ -9,40 +9,60 @@
 #include <linux/types.h>
 
 /* Listener roles; the key of `listeners` is role * MAX_CPUS + cpu. */
-enum role { ROLE_OUTBOUND, ROLE_INBOUND_PLAIN, ROLE_INBOUND_HBONE, ROLE_COUNT };
+enum role { ROLE_OUTBOUND, ROLE_INBOUND_PLAIN, ROLE_INBOUND_HBONE, ROLE_DNS_UDP, ROLE_DNS_TCP,
+	    ROLE_COUNT };
 
 #define MAX_CPUS 1024
-#define MAX_PODS 4096
+/* Entries take memory when they are made; this bounds the table of buckets (4 MiB). */
+#define MAX_PODS 262144
 #define MAX_POD_CIDRS 64
 #define MAX_UNDERLAYS 8
 #define MAX_NODE_ADDRS 16
 #define MAX_NODE_FLOWS 65536
+#define MAX_OLDER_FLOWS 262144
+#define EVENT_BYTES_MAX 65536
 
 #define PORT_OUTBOUND 15001
 #define PORT_INBOUND_PLAIN 15006
 #define PORT_INBOUND_HBONE 15008
+#define PORT_DNS 53
 
-/* One value, index 0. Addresses are in network byte order. */
+/* An IPv6 address, or an IPv4 address as ::ffff:a.b.c.d. Network byte order. */
+struct addr {
+	__be32 w[4];
+};
+
+#define CONFIG_DNS 1		/* pods' DNS queries go to ztunnel */
+
+/* One value, index 0. */
 struct config {
 	__u32 ztunnel_ifindex;		/* ztunnel's interface on the node; 0: no ztunnel, drop */
-	__be32 ztunnel_addr;
-	__be32 node_addrs[MAX_NODE_ADDRS];	/* the node's own, the rest 0 */
+	__u32 flags;
+	struct addr ztunnel_addrs[2];	/* IPv4 and IPv6, 0 if there is none */
+	struct addr node_addrs[MAX_NODE_ADDRS];	/* the node's own, the rest 0 */
 	__u32 underlays[MAX_UNDERLAYS];	/* ifindex of each underlay interface, the rest 0 */
 	__u8 ztunnel_mac[6];		/* of the interface inside ztunnel's netns */
 	__u8 pad[2];
 };
 
-/* Value of `pods`, keyed by the pod's IPv4 address in network byte order. */
+#define POD_OLDER 1		/* has entries in `older_flows` */
+#define POD_ENROLLING 2		/* they are still being collected */
+
+/* Value of `pods`, keyed by each of the pod's addresses. */
 struct pod {
 	__u32 ifindex;			/* host-side interface */
+	__u32 flags;
 };
 
-/* Key of `node_flows`: a connection ztunnel made to a pod with an address of the node. */
-struct node_flow {
-	__be32 pod_addr;
-	__be32 node_addr;
+/*
+ * A connection of a pod, seen from the pod. Key of `node_flows`: one that ztunnel made to a pod
+ * with an address of the node. Key of `older_flows`: one that is older than the pod's capture.
+ */
+struct flow {
+	struct addr pod_addr;
+	struct addr peer_addr;
 	__be16 pod_port;
-	__be16 node_port;
+	__be16 peer_port;
 };
 
 /* Counter index is program * REASON_COUNT + reason. */
@@ -55,14 +75,25 @@ enum reason {
 	REASON_HOST,		/* to or from the node itself: exempt */
 	REASON_SPOOFED,		/* dropped: source address is not the sender's */
 	REASON_FRAGMENT,	/* dropped: TCP fragment */
-	REASON_OPTIONS,		/* dropped: TCP with IP options */
-	REASON_IPV6,		/* dropped: IPv6 is not captured and must not be a way around */
+	REASON_OPTIONS,		/* dropped: TCP with IP options or IPv6 extension headers */
+	REASON_IPV6,		/* dropped: IPv6 address that is not among the pod's */
 	REASON_MALFORMED,	/* dropped: headers shorter than they must be */
 	REASON_NO_ZTUNNEL,	/* dropped: no configuration or no ztunnel */
 	REASON_NO_LISTENER,	/* dropped: ztunnel has no listener for this role */
 	REASON_CAPTURE_PORT,	/* dropped: a capture port addressed directly */
 	REASON_ICMP_ERROR,	/* ICMP error about a connection of ztunnel: redirected to it */
+	REASON_OLDER,		/* connection older than the pod's capture: left to the stack */
+	REASON_ENROLLING,	/* dropped while such connections are collected; TCP sends again */
+	REASON_DNS,		/* DNS query or its answer: redirected */
 	REASON_COUNT
+};
+
+/* A dropped packet, in the ring buffer `events`. */
+struct event {
+	struct addr saddr, daddr;
+	__be16 sport, dport;	/* 0 if not known */
+	__u32 ifindex;
+	__u8 program, reason, protocol, pad;
 };
 
 #endif

@@ -18,13 +18,14 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MAX_PODS);
-	__type(key, __be32);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
 	__type(value, struct pod);
 } pods SEC(".maps");
 
 struct cidr {
 	__u32 prefix_len;
-	__be32 addr;
+	struct addr addr;
 };
 
 /* Addresses of pods of the whole cluster: reached without the node's stack. */
@@ -46,9 +47,17 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_NODE_FLOWS);
-	__type(key, struct node_flow);
+	__type(key, struct flow);
 	__type(value, __u8);
 } node_flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_OLDER_FLOWS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct flow);
+	__type(value, __u8);
+} older_flows SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -56,6 +65,11 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, EVENT_BYTES_MAX);
+} events SEC(".maps");
 
 static __always_inline void count(__u32 program, __u32 reason)
 {
@@ -73,20 +87,31 @@ static __always_inline struct config *get_config(void)
 	return bpf_map_lookup_elem(&config, &key);
 }
 
-static __always_inline struct pod *get_pod(__be32 addr)
+static __always_inline struct pod *get_pod(const struct addr *addr)
 {
-	return bpf_map_lookup_elem(&pods, &addr);
+	return bpf_map_lookup_elem(&pods, addr);
 }
 
-static __always_inline int is_node_address(const struct config *cfg, __be32 addr)
+/* The last word first: it is the one that differs. */
+static __always_inline int same_addr(const struct addr *a, const struct addr *b)
+{
+	return a->w[3] == b->w[3] && a->w[2] == b->w[2] && a->w[1] == b->w[1] && a->w[0] == b->w[0];
+}
+
+static __always_inline int is_node_address(const struct config *cfg, const struct addr *addr)
 {
 	for (int i = 0; i < MAX_NODE_ADDRS; i++) {
-		if (!cfg->node_addrs[i])
+		if (!(cfg->node_addrs[i].w[3] | cfg->node_addrs[i].w[0]))
 			return 0;
-		if (cfg->node_addrs[i] == addr)
+		if (same_addr(&cfg->node_addrs[i], addr))
 			return 1;
 	}
 	return 0;
+}
+
+static __always_inline int is_ztunnel_address(const struct config *cfg, const struct addr *addr)
+{
+	return same_addr(&cfg->ztunnel_addrs[0], addr) || same_addr(&cfg->ztunnel_addrs[1], addr);
 }
 
 #endif

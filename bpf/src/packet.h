@@ -14,8 +14,11 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
+#include <linux/udp.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+
+#include "maps.h"
 
 #define ZT_NEXT (-1)		/* TCX_NEXT, and TC_ACT_UNSPEC under clsact: the next program decides */
 #define ZT_DROP 2		/* TC_ACT_SHOT */
@@ -27,6 +30,13 @@
 #define ZT_ICMP_DEST_UNREACH 3
 #define ZT_ICMP_TIME_EXCEEDED 11
 #define ZT_ICMP_PARAMETER_PROBLEM 12
+#define ZT_NDP_FIRST 133		/* router solicitation */
+#define ZT_NDP_LAST 137		/* redirect */
+#define ZT_ICMPV6_INFORMATION 128	/* types below are errors */
+
+#define ZT_IPPROTO_MOBILITY 135
+#define ZT_IPPROTO_HIP 139
+#define ZT_IPPROTO_SHIM6 140
 
 struct icmp_header {
 	__u8 type, code;
@@ -37,19 +47,21 @@ struct icmp_header {
 enum kind {
 	KIND_OTHER,		/* neither IPv4 nor IPv6: ARP and the like */
 	KIND_MALFORMED,
-	KIND_IPV6,
-	KIND_IPV4,		/* not TCP */
-	KIND_TCP,		/* IPv4 and TCP, fragments included */
+	KIND_IP,		/* not TCP */
+	KIND_TCP,		/* TCP, fragments included, and what may hide it */
 };
 
 struct packet {
 	enum kind kind;
-	__u8 protocol;		/* IP protocol, IPv6: of the first header */
-	__u8 options;		/* IPv4 header longer than 20 bytes */
+	__u8 v6;
+	__u8 protocol;		/* behind at most one IPv6 extension header */
+	__u8 options;		/* IPv4 header longer than 20 bytes, IPv6 extension header */
 	__u8 fragment;
 	__u8 syn;		/* SYN without ACK; TCP that is neither fragment nor with options */
-	__be32 saddr, daddr;
-	__be16 sport, dport;
+	__u8 icmp_type;		/* of ICMPv6 without extension headers */
+	__u8 headers;		/* bytes of its IP and TCP headers */
+	__be16 sport, dport;	/* of TCP and UDP that is neither fragment nor with options */
+	struct addr saddr, daddr;
 };
 
 /*
@@ -86,16 +98,28 @@ static __always_inline int pull(struct __sk_buff *skb, __u32 len)
 	return bpf_skb_pull_data(skb, len) ? -1 : 0;
 }
 
-static __always_inline void parse_tcp(struct __sk_buff *skb, struct packet *p)
+static __always_inline void set_ipv4(struct addr *addr, __be32 ipv4)
 {
-	const __u32 need = sizeof(struct ethhdr) + sizeof(struct iphdr) + sizeof(struct tcphdr);
+	addr->w[0] = 0;
+	addr->w[1] = 0;
+	addr->w[2] = bpf_htonl(0xffff);
+	addr->w[3] = ipv4;
+}
+
+static __always_inline int is_mapped(const struct addr *addr)
+{
+	return addr->w[2] == bpf_htonl(0xffff) && !addr->w[1] && !addr->w[0];
+}
+
+static __always_inline void parse_tcp(struct __sk_buff *skb, struct packet *p, __u32 offset)
+{
 	struct tcphdr *tcp;
 
-	if (pull(skb, need)) {
+	if (pull(skb, offset + sizeof(*tcp))) {
 		p->kind = KIND_MALFORMED;
 		return;
 	}
-	tcp = frame_start(skb) + sizeof(struct ethhdr) + sizeof(struct iphdr);
+	tcp = frame_start(skb) + offset;
 	if ((void *)(tcp + 1) > frame_end(skb)) {
 		p->kind = KIND_MALFORMED;
 		return;
@@ -103,14 +127,51 @@ static __always_inline void parse_tcp(struct __sk_buff *skb, struct packet *p)
 	p->sport = tcp->source;
 	p->dport = tcp->dest;
 	p->syn = tcp->syn && !tcp->ack;
+	p->headers = offset - sizeof(struct ethhdr) + tcp->doff * 4;
+}
+
+/* A datagram too short for its header is no reason to drop: it is not the mesh's. */
+static __always_inline void parse_udp(struct __sk_buff *skb, struct packet *p, __u32 offset)
+{
+	struct udphdr *udp;
+
+	if (pull(skb, offset + sizeof(*udp)))
+		return;
+	udp = frame_start(skb) + offset;
+	if ((void *)(udp + 1) > frame_end(skb))
+		return;
+	p->sport = udp->source;
+	p->dport = udp->dest;
+}
+
+static __always_inline void parse_icmp6(struct __sk_buff *skb, struct packet *p, __u32 offset)
+{
+	struct icmp_header *icmp;
+
+	if (pull(skb, offset + sizeof(*icmp)))
+		return;
+	icmp = frame_start(skb) + offset;
+	if ((void *)(icmp + 1) <= frame_end(skb))
+		p->icmp_type = icmp->type;
+}
+
+static __always_inline void parse_ports(struct __sk_buff *skb, struct packet *p, __u32 offset)
+{
+	if (p->kind == KIND_TCP)
+		parse_tcp(skb, p, offset);
+	else if (p->protocol == IPPROTO_UDP)
+		parse_udp(skb, p, offset);
+	else if (p->v6 && p->protocol == IPPROTO_ICMPV6)
+		parse_icmp6(skb, p, offset);
 }
 
 static __always_inline void parse_ipv4(struct __sk_buff *skb, struct packet *p)
 {
+	const __u32 end = sizeof(struct ethhdr) + sizeof(struct iphdr);
 	struct iphdr *ip;
 
 	p->kind = KIND_MALFORMED;
-	if (pull(skb, sizeof(struct ethhdr) + sizeof(*ip)))
+	if (pull(skb, end))
 		return;
 	ip = frame_start(skb) + sizeof(struct ethhdr);
 	if ((void *)(ip + 1) > frame_end(skb) || ip->version != 4 || ip->ihl < 5)
@@ -118,44 +179,109 @@ static __always_inline void parse_ipv4(struct __sk_buff *skb, struct packet *p)
 	p->protocol = ip->protocol;
 	p->options = ip->ihl != 5;
 	p->fragment = (ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET)) != 0;
-	p->saddr = ip->saddr;
-	p->daddr = ip->daddr;
-	p->kind = ip->protocol == IPPROTO_TCP ? KIND_TCP : KIND_IPV4;
-	if (p->kind == KIND_TCP && !p->options && !p->fragment)
-		parse_tcp(skb, p);
+	set_ipv4(&p->saddr, ip->saddr);
+	set_ipv4(&p->daddr, ip->daddr);
+	p->kind = ip->protocol == IPPROTO_TCP ? KIND_TCP : KIND_IP;
+	if (!p->options && !p->fragment)
+		parse_ports(skb, p, end);
+}
+
+static __always_inline int is_extension(__u8 header)
+{
+	switch (header) {
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_FRAGMENT:
+	case IPPROTO_DSTOPTS:
+	case IPPROTO_AH:
+	case ZT_IPPROTO_MOBILITY:
+	case ZT_IPPROTO_HIP:
+	case ZT_IPPROTO_SHIM6:
+		return 1;
+	}
+	return 0;
+}
+
+/*
+ * Behind one extension header ICMPv6 (multicast listener reports come like that) and UDP are
+ * recognized. Whatever else has one counts as TCP with options, or as a fragment of TCP: a longer
+ * chain may hide TCP.
+ */
+static __always_inline void parse_ipv6(struct __sk_buff *skb, struct packet *p)
+{
+	const __u32 end = sizeof(struct ethhdr) + sizeof(struct ipv6hdr);
+	struct ipv6hdr *ip6;
+	__u8 *extension;
+
+	p->kind = KIND_MALFORMED;
+	p->v6 = 1;
+	if (pull(skb, end))
+		return;
+	ip6 = frame_start(skb) + sizeof(struct ethhdr);
+	if ((void *)(ip6 + 1) > frame_end(skb) || ip6->version != 6)
+		return;
+	p->protocol = ip6->nexthdr;
+	__builtin_memcpy(&p->saddr, &ip6->saddr, sizeof(p->saddr));
+	__builtin_memcpy(&p->daddr, &ip6->daddr, sizeof(p->daddr));
+	/* Must not be on any wire, and would be taken for an IPv4 pod's. */
+	if (is_mapped(&p->saddr) || is_mapped(&p->daddr))
+		return;
+	if (!is_extension(p->protocol)) {
+		p->kind = p->protocol == IPPROTO_TCP ? KIND_TCP : KIND_IP;
+		parse_ports(skb, p, end);
+		return;
+	}
+	p->fragment = p->protocol == IPPROTO_FRAGMENT;
+	p->options = !p->fragment;
+	if (pull(skb, end + 8))
+		return;
+	extension = frame_start(skb) + end;
+	if ((void *)(extension + 8) > frame_end(skb))
+		return;
+	p->protocol = *extension;
+	p->kind = p->protocol == IPPROTO_ICMPV6 || p->protocol == IPPROTO_UDP ? KIND_IP : KIND_TCP;
 }
 
 static __always_inline void parse(struct __sk_buff *skb, struct packet *p)
 {
-	struct ipv6hdr *ip6;
-
 	__builtin_memset(p, 0, sizeof(*p));
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+	if (skb->protocol == bpf_htons(ETH_P_IP))
 		parse_ipv4(skb, p);
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		p->kind = KIND_IPV6;
-		if (pull(skb, sizeof(struct ethhdr) + sizeof(*ip6)))
-			return;
-		ip6 = frame_start(skb) + sizeof(struct ethhdr);
-		if ((void *)(ip6 + 1) <= frame_end(skb))
-			p->protocol = ip6->nexthdr;
-	}
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		parse_ipv6(skb, p);
+}
+
+static __always_inline int is_link_local(const struct addr *addr)
+{
+	return (addr->w[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
 /*
- * If this is an ICMP error about a TCP connection of the packet's destination: where that
- * connection goes, else 0. A pod's TCP is all ztunnel's unless it is with the node, so such an
- * error (path MTU above all) is meant for ztunnel's socket.
+ * Neighbour discovery; multicast listener reports, DHCPv6: from a link-local or no address to the
+ * link. Nobody takes these from farther than the link, so that they need no check against the
+ * pod's addresses.
  */
-static __always_inline __be32 icmp_error_about(struct __sk_buff *skb, const struct packet *p)
+static __always_inline int stays_on_link(const struct packet *p)
+{
+	const struct addr *from = &p->saddr, *to = &p->daddr;
+
+	if (!p->v6 || p->kind != KIND_IP)
+		return 0;
+	if (p->icmp_type >= ZT_NDP_FIRST && p->icmp_type <= ZT_NDP_LAST)
+		return 1;
+	if (!is_link_local(from) && (from->w[0] | from->w[1] | from->w[2] | from->w[3]))
+		return 0;
+	return is_link_local(to) || (to->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000);
+}
+
+static __always_inline int icmp4_error_about(struct __sk_buff *skb, const struct packet *p,
+					     struct addr *to)
 {
 	const __u32 need = sizeof(struct ethhdr) + 2 * sizeof(struct iphdr) +
 			   sizeof(struct icmp_header);
 	struct icmp_header *icmp;
 	struct iphdr *inner;
 
-	if (p->kind != KIND_IPV4 || p->protocol != IPPROTO_ICMP || p->options || p->fragment)
-		return 0;
 	if (pull(skb, need))
 		return 0;
 	icmp = frame_start(skb) + sizeof(struct ethhdr) + sizeof(struct iphdr);
@@ -165,7 +291,42 @@ static __always_inline __be32 icmp_error_about(struct __sk_buff *skb, const stru
 	if (icmp->type != ZT_ICMP_DEST_UNREACH && icmp->type != ZT_ICMP_TIME_EXCEEDED &&
 	    icmp->type != ZT_ICMP_PARAMETER_PROBLEM)
 		return 0;
-	return inner->protocol == IPPROTO_TCP && inner->saddr == p->daddr ? inner->daddr : 0;
+	set_ipv4(to, inner->daddr);
+	return inner->protocol == IPPROTO_TCP && inner->saddr == p->daddr.w[3];
+}
+
+static __always_inline int icmp6_error_about(struct __sk_buff *skb, const struct packet *p,
+					     struct addr *to)
+{
+	const __u32 need = sizeof(struct ethhdr) + 2 * sizeof(struct ipv6hdr) +
+			   sizeof(struct icmp_header);
+	struct icmp_header *icmp;
+	struct ipv6hdr *inner;
+
+	if (pull(skb, need))
+		return 0;
+	icmp = frame_start(skb) + sizeof(struct ethhdr) + sizeof(struct ipv6hdr);
+	inner = (void *)(icmp + 1);
+	if ((void *)(inner + 1) > frame_end(skb) || icmp->type >= ZT_ICMPV6_INFORMATION)
+		return 0;
+	__builtin_memcpy(to, &inner->daddr, sizeof(*to));
+	return inner->nexthdr == IPPROTO_TCP &&
+	       same_addr((struct addr *)&inner->saddr, &p->daddr);
+}
+
+/*
+ * Whether this is an ICMP error about a TCP connection of the packet's destination, and then where
+ * that connection goes. A pod's TCP is all ztunnel's unless it is with the node, so such an error
+ * (path MTU above all) is meant for ztunnel's socket.
+ */
+static __always_inline int icmp_error_about(struct __sk_buff *skb, const struct packet *p,
+					    struct addr *to)
+{
+	if (p->kind != KIND_IP || p->options || p->fragment)
+		return 0;
+	if (p->v6)
+		return p->protocol == IPPROTO_ICMPV6 && icmp6_error_about(skb, p, to);
+	return p->protocol == IPPROTO_ICMP && icmp4_error_about(skb, p, to);
 }
 
 #endif

@@ -12,11 +12,15 @@
  * - ztunnel takes a connection's direction and the workload's identity from its source address,
  *   so no packet may reach ztunnel with a pod's address that did not come from that pod's
  *   interface. Three programs check it, one for each way in.
- * - What should be captured and cannot be (fragments, IP options, IPv6, no ztunnel, no listener)
- *   is dropped, never let around the mesh. A fragment or option that the stack would accept and
- *   these programs cannot steer would be a bypass; real TCP stacks send neither.
- * - ARP, ICMP, ICMPv6 (neighbour discovery included), UDP and other IPv4 protocols are not the
- *   mesh's and pass, except from a spoofed source.
+ * - What should be captured and cannot be (fragments, IP options, IPv6 extension headers that may
+ *   hide TCP, no ztunnel, no listener) is dropped, never let around the mesh. A fragment or option
+ *   that the stack would accept and these programs cannot steer would be a bypass; real TCP stacks
+ *   send neither.
+ * - ARP, ICMP, ICMPv6 (neighbour discovery included), UDP and other IP protocols are not the
+ *   mesh's and pass, except from a spoofed source. DNS queries are ztunnel's if it is asked for.
+ * - A connection that is older than the pod's capture is left alone until it ends: user space
+ *   lists it in `older_flows`. None can be added by a packet, and a SYN never counts as one.
+ * - Each drop is counted and told in `events`, as long as there is room.
  * - "Not mine" is TCX_NEXT, so that programs attached after these still see the packet.
  * - Forwarding here does not decrement the TTL; each packet crosses at most once per node.
  */
@@ -30,6 +34,7 @@
 
 #ifndef AF_INET
 #define AF_INET 2
+#define AF_INET6 10
 #endif
 
 static __always_inline int next(__u32 program, __u32 reason)
@@ -38,9 +43,30 @@ static __always_inline int next(__u32 program, __u32 reason)
 	return ZT_NEXT;
 }
 
-static __always_inline int drop(__u32 program, __u32 reason)
+/* Without a wake-up: the reader looks from time to time, and a flood must not cost more. */
+static __noinline int report(struct event *event)
 {
-	count(program, reason);
+	if (!event)
+		return 0;
+	count(event->program, event->reason);
+	return (int)bpf_ringbuf_output(&events, event, sizeof(*event), BPF_RB_NO_WAKEUP);
+}
+
+static __always_inline int drop(__u32 program, __u32 reason, const struct __sk_buff *skb,
+				const struct packet *p)
+{
+	struct event event = {
+		.saddr = p->saddr,
+		.daddr = p->daddr,
+		.sport = p->sport,
+		.dport = p->dport,
+		.ifindex = skb->ifindex,
+		.program = program,
+		.reason = reason,
+		.protocol = p->protocol,
+	};
+
+	report(&event);
 	return ZT_DROP;
 }
 
@@ -52,10 +78,10 @@ static __always_inline int to_peer(__u32 program, __u32 reason, __u32 ifindex)
 
 /* From an egress hook there is no redirect_peer: across the veth, with ztunnel's MAC. */
 static __always_inline int to_ztunnel_by_egress(struct __sk_buff *skb, __u32 reason,
-						const struct config *cfg)
+						const struct config *cfg, const struct packet *p)
 {
 	if (bpf_skb_store_bytes(skb, 0, cfg->ztunnel_mac, sizeof(cfg->ztunnel_mac), 0))
-		return drop(PROG_APP_INBOUND, REASON_MALFORMED);
+		return drop(PROG_APP_INBOUND, REASON_MALFORMED, skb, p);
 	count(PROG_APP_INBOUND, reason);
 	return bpf_redirect(cfg->ztunnel_ifindex, 0);
 }
@@ -63,9 +89,55 @@ static __always_inline int to_ztunnel_by_egress(struct __sk_buff *skb, __u32 rea
 static __always_inline int is_ztunnels_icmp_error(struct __sk_buff *skb, const struct packet *p,
 						  const struct config *cfg)
 {
-	__be32 to = icmp_error_about(skb, p);
+	struct addr to;
 
-	return to && !is_node_address(cfg, to) && cfg->ztunnel_ifindex;
+	return icmp_error_about(skb, p, &to) && !is_node_address(cfg, &to) && cfg->ztunnel_ifindex;
+}
+
+/* What the pod at the packet's source sent, as a connection of that pod. */
+static __always_inline void flow_from(struct flow *flow, const struct packet *p)
+{
+	flow->pod_addr = p->saddr;
+	flow->peer_addr = p->daddr;
+	flow->pod_port = p->sport;
+	flow->peer_port = p->dport;
+}
+
+/* What is for the pod at the packet's destination. */
+static __always_inline void flow_to(struct flow *flow, const struct packet *p)
+{
+	flow->pod_addr = p->daddr;
+	flow->peer_addr = p->saddr;
+	flow->pod_port = p->dport;
+	flow->peer_port = p->sport;
+}
+
+enum age { NEW, OLDER, UNKNOWN };
+
+/*
+ * Whether a packet of TCP is of a connection that is older than the pod's capture. Most pods have
+ * none, which costs nothing more to know.
+ */
+static __always_inline enum age age_of(const struct pod *pod, const struct packet *p,
+				       const struct flow *flow)
+{
+	if (!(pod->flags & (POD_OLDER | POD_ENROLLING)) || p->syn || p->fragment || p->options)
+		return NEW;
+	if (bpf_map_lookup_elem(&older_flows, flow))
+		return OLDER;
+	return pod->flags & POD_ENROLLING ? UNKNOWN : NEW;
+}
+
+static __always_inline int is_dns_query(const struct config *cfg, const struct packet *p)
+{
+	return (cfg->flags & CONFIG_DNS) && p->protocol == IPPROTO_UDP &&
+	       p->dport == bpf_htons(PORT_DNS);
+}
+
+static __always_inline int is_dns_answer(const struct config *cfg, const struct packet *p)
+{
+	return (cfg->flags & CONFIG_DNS) && p->protocol == IPPROTO_UDP &&
+	       p->sport == bpf_htons(PORT_DNS);
 }
 
 SEC("classifier")
@@ -74,39 +146,83 @@ int app_outbound(struct __sk_buff *skb)
 	const __u32 me = PROG_APP_OUTBOUND;
 	struct config *cfg = get_config();
 	struct packet p;
+	struct flow flow;
 	struct pod *pod;
+	enum age age;
 
-	if (!cfg)
-		return drop(me, REASON_NO_ZTUNNEL);
 	parse(skb, &p);
-	if (p.kind == KIND_OTHER)
+	if (!cfg)
+		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
+	if (p.kind == KIND_OTHER || stays_on_link(&p))
 		return next(me, REASON_PASSED);
 	if (p.kind == KIND_MALFORMED)
-		return drop(me, REASON_MALFORMED);
-	if (p.kind == KIND_IPV6)
-		return p.protocol == IPPROTO_ICMPV6 ? next(me, REASON_PASSED) :
-						      drop(me, REASON_IPV6);
-	pod = get_pod(p.saddr);
+		return drop(me, REASON_MALFORMED, skb, &p);
+	pod = get_pod(&p.saddr);
 	if (!pod || pod->ifindex != skb->ifindex)
-		return drop(me, REASON_SPOOFED);
-	if (p.kind != KIND_TCP)
-		return next(me, REASON_PASSED);
-	if (p.fragment)
-		return drop(me, REASON_FRAGMENT);
-	if (p.options)
-		return drop(me, REASON_OPTIONS);
-	if (!cfg->ztunnel_ifindex)
-		return drop(me, REASON_NO_ZTUNNEL);
-	if (is_node_address(cfg, p.daddr)) {
-		/* The node's own traffic is exempt, but ztunnel may be speaking with the node's
-		 * address: for traffic the node masqueraded on its way to a pod. */
-		struct node_flow flow = { .pod_addr = p.saddr, .node_addr = p.daddr,
-					  .pod_port = p.sport, .node_port = p.dport };
-
-		if (!bpf_map_lookup_elem(&node_flows, &flow))
-			return next(me, REASON_HOST);
+		return drop(me, p.v6 && !pod ? REASON_IPV6 : REASON_SPOOFED, skb, &p);
+	if (p.kind != KIND_TCP) {
+		if (!is_dns_query(cfg, &p))
+			return next(me, REASON_PASSED);
+		if (!cfg->ztunnel_ifindex)
+			return drop(me, REASON_NO_ZTUNNEL, skb, &p);
+		return to_peer(me, REASON_DNS, cfg->ztunnel_ifindex);
 	}
+	if (p.fragment)
+		return drop(me, REASON_FRAGMENT, skb, &p);
+	if (p.options)
+		return drop(me, REASON_OPTIONS, skb, &p);
+	flow_from(&flow, &p);
+	age = age_of(pod, &p, &flow);
+	if (age == OLDER)
+		return next(me, REASON_OLDER);
+	/* The node's own traffic is exempt, but ztunnel may be speaking with the node's address:
+	 * for traffic the node masqueraded on its way to a pod. */
+	if (is_node_address(cfg, &p.daddr) && !bpf_map_lookup_elem(&node_flows, &flow))
+		return next(me, REASON_HOST);
+	if (age == UNKNOWN)
+		return drop(me, REASON_ENROLLING, skb, &p);
+	if (!cfg->ztunnel_ifindex)
+		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
 	return to_peer(me, REASON_REDIRECTED, cfg->ztunnel_ifindex);
+}
+
+/* TCP that the node's stack delivers to a pod for someone else. */
+static __always_inline int forwarded_to_app(struct __sk_buff *skb, const struct packet *p,
+					    const struct config *cfg)
+{
+	const __u32 me = PROG_APP_INBOUND;
+	struct pod *pod = get_pod(&p->daddr), *sender = get_pod(&p->saddr);
+	enum age age = NEW;
+	struct flow flow;
+
+	if (p->fragment)
+		return drop(me, REASON_FRAGMENT, skb, p);
+	if (p->options)
+		return drop(me, REASON_OPTIONS, skb, p);
+	if (!pod && p->v6)
+		return drop(me, REASON_IPV6, skb, p);
+	if (sender) {
+		/* A mesh pod's own TCP takes the stack to another mesh pod only if it is older
+		 * than the capture. Else this is a pod outside the mesh using a mesh pod's
+		 * address, or a node port dialled by a mesh pod without masquerading, whose
+		 * answer could not be translated back. */
+		flow_from(&flow, p);
+		if (age_of(sender, p, &flow) == OLDER)
+			return next(me, REASON_OLDER);
+	}
+	if (pod) {
+		flow_to(&flow, p);
+		age = age_of(pod, p, &flow);
+	}
+	if (age == OLDER)
+		return next(me, REASON_OLDER);
+	if (sender)
+		return drop(me, REASON_SPOOFED, skb, p);
+	if (age == UNKNOWN)
+		return drop(me, REASON_ENROLLING, skb, p);
+	if (!cfg->ztunnel_ifindex)
+		return drop(me, REASON_NO_ZTUNNEL, skb, p);
+	return to_ztunnel_by_egress(skb, REASON_REDIRECTED, cfg, p);
 }
 
 SEC("classifier")
@@ -114,48 +230,29 @@ int app_inbound(struct __sk_buff *skb)
 {
 	const __u32 me = PROG_APP_INBOUND;
 	struct config *cfg = get_config();
-	/* Sent by a socket of the node itself (also TIME_WAIT answers, which have no struct
-	 * socket), and not forwarded for someone else. */
-	int from_node = skb->ingress_ifindex == 0;
 	struct packet p;
+	struct flow flow;
 
-	if (!cfg)
-		return drop(me, REASON_NO_ZTUNNEL);
 	parse(skb, &p);
+	if (!cfg)
+		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
 	if (p.kind == KIND_OTHER)
 		return next(me, REASON_PASSED);
 	if (p.kind == KIND_MALFORMED)
-		return drop(me, REASON_MALFORMED);
-	if (p.kind == KIND_IPV6) {
-		if (from_node)
-			return next(me, REASON_HOST);
-		return p.protocol == IPPROTO_ICMPV6 ? next(me, REASON_PASSED) :
-						      drop(me, REASON_IPV6);
-	}
+		return drop(me, REASON_MALFORMED, skb, &p);
 	if (is_ztunnels_icmp_error(skb, &p, cfg))
-		return to_ztunnel_by_egress(skb, REASON_ICMP_ERROR, cfg);
+		return to_ztunnel_by_egress(skb, REASON_ICMP_ERROR, cfg, &p);
 	if (p.kind != KIND_TCP)
 		return next(me, REASON_PASSED);
-	if (from_node) {
-		struct node_flow flow = { .pod_addr = p.daddr, .node_addr = p.saddr,
-					  .pod_port = p.dport, .node_port = p.sport };
-
+	/* Sent by a socket of the node itself (also TIME_WAIT answers, which have no struct
+	 * socket), and not forwarded for someone else. */
+	if (skb->ingress_ifindex == 0) {
+		flow_to(&flow, &p);
 		if (p.syn)
 			bpf_map_delete_elem(&node_flows, &flow);
 		return next(me, REASON_HOST);
 	}
-	if (p.fragment)
-		return drop(me, REASON_FRAGMENT);
-	if (p.options)
-		return drop(me, REASON_OPTIONS);
-	/* A mesh pod's own TCP never takes the stack to another mesh pod, so this is either a
-	 * pod outside the mesh using a mesh pod's address or a node port dialled by a mesh pod
-	 * without masquerading, whose answer could not be translated back. */
-	if (get_pod(p.saddr))
-		return drop(me, REASON_SPOOFED);
-	if (!cfg->ztunnel_ifindex)
-		return drop(me, REASON_NO_ZTUNNEL);
-	return to_ztunnel_by_egress(skb, REASON_REDIRECTED, cfg);
+	return forwarded_to_app(skb, &p, cfg);
 }
 
 static __always_inline int is_underlay(const struct config *cfg, __u32 ifindex)
@@ -169,25 +266,35 @@ static __always_inline int is_underlay(const struct config *cfg, __u32 ifindex)
 /*
  * A pod of another node: out of the underlay without the node's stack. The route decides, so
  * that a pod of this node outside the mesh (in the same CIDR) takes the stack, and so does what
- * leaves the cluster, which may need masquerading.
+ * leaves the cluster, which may need masquerading, and what is too large for the way, so that the
+ * stack says so.
  */
 static __always_inline int to_other_node(struct __sk_buff *skb, const struct packet *p,
 					 const struct config *cfg)
 {
 	const __u32 me = PROG_ZTUNNEL_HOST;
-	struct cidr key = { .prefix_len = 32, .addr = p->daddr };
+	struct cidr key = { .prefix_len = 128, .addr = p->daddr };
 	struct bpf_fib_lookup fib = {
-		.family = AF_INET,
-		.ipv4_src = p->saddr,
-		.ipv4_dst = p->daddr,
 		.ifindex = skb->ifindex,
 		.l4_protocol = IPPROTO_TCP,
+		/* Of each packet that a large one will be cut into. */
+		.tot_len = skb->gso_size ? skb->gso_size + p->headers :
+					   skb->len - sizeof(struct ethhdr),
 	};
 	struct ethhdr *eth;
 	long ret;
 
 	if (!bpf_map_lookup_elem(&pod_cidrs, &key))
 		return next(me, REASON_PASSED);
+	if (p->v6) {
+		fib.family = AF_INET6;
+		__builtin_memcpy(fib.ipv6_src, &p->saddr, sizeof(fib.ipv6_src));
+		__builtin_memcpy(fib.ipv6_dst, &p->daddr, sizeof(fib.ipv6_dst));
+	} else {
+		fib.family = AF_INET;
+		fib.ipv4_src = p->saddr.w[3];
+		fib.ipv4_dst = p->daddr.w[3];
+	}
 	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
 	if ((ret != BPF_FIB_LKUP_RET_SUCCESS && ret != BPF_FIB_LKUP_RET_NO_NEIGH) ||
 	    !is_underlay(cfg, fib.ifindex))
@@ -198,7 +305,7 @@ static __always_inline int to_other_node(struct __sk_buff *skb, const struct pac
 	}
 	eth = frame_start(skb);
 	if ((void *)(eth + 1) > frame_end(skb))
-		return drop(me, REASON_MALFORMED);
+		return drop(me, REASON_MALFORMED, skb, p);
 	__builtin_memcpy(eth->h_dest, fib.dmac, ETH_ALEN);
 	__builtin_memcpy(eth->h_source, fib.smac, ETH_ALEN);
 	count(me, REASON_REDIRECTED);
@@ -211,23 +318,27 @@ int ztunnel_host(struct __sk_buff *skb)
 	const __u32 me = PROG_ZTUNNEL_HOST;
 	struct config *cfg = get_config();
 	struct packet p;
+	struct flow flow;
 	struct pod *pod;
 
-	if (!cfg)
-		return drop(me, REASON_NO_ZTUNNEL);
 	parse(skb, &p);
+	if (!cfg)
+		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
+	if (p.kind == KIND_IP && is_dns_answer(cfg, &p)) {
+		pod = get_pod(&p.daddr);
+		return pod ? to_peer(me, REASON_DNS, pod->ifindex) : next(me, REASON_PASSED);
+	}
 	/* ztunnel's own stack sends no fragments or options; what is odd takes the stack, where
 	 * app_inbound drops it if it is for a pod. */
 	if (p.kind != KIND_TCP || p.fragment || p.options)
 		return next(me, REASON_PASSED);
-	pod = get_pod(p.daddr);
+	pod = get_pod(&p.daddr);
 	if (!pod)
 		return to_other_node(skb, &p, cfg);
-	if (p.syn && is_node_address(cfg, p.saddr)) {
-		struct node_flow flow = { .pod_addr = p.daddr, .node_addr = p.saddr,
-					  .pod_port = p.dport, .node_port = p.sport };
+	if (p.syn && is_node_address(cfg, &p.saddr)) {
 		__u8 one = 1;
 
+		flow_to(&flow, &p);
 		bpf_map_update_elem(&node_flows, &flow, &one, BPF_ANY);
 	}
 	return to_peer(me, REASON_REDIRECTED, pod->ifindex);
@@ -239,34 +350,82 @@ int underlay_ingress(struct __sk_buff *skb)
 	const __u32 me = PROG_UNDERLAY;
 	struct config *cfg = get_config();
 	struct packet p;
+	struct flow flow;
 	struct pod *pod;
+	enum age age = NEW;
 
 	parse(skb, &p);
 	/* Without configuration nothing is diverted here; app_inbound still guards the pods. */
-	if (!cfg || (p.kind != KIND_TCP && p.kind != KIND_IPV4))
+	if (!cfg || (p.kind != KIND_TCP && p.kind != KIND_IP))
 		return next(me, REASON_PASSED);
-	pod = get_pod(p.daddr);
-	if (!pod && p.daddr != cfg->ztunnel_addr)
+	pod = get_pod(&p.daddr);
+	if (!pod && !is_ztunnel_address(cfg, &p.daddr))
 		return next(me, REASON_PASSED);
-	if (get_pod(p.saddr))
-		return drop(me, REASON_SPOOFED);
+	if (get_pod(&p.saddr))
+		return drop(me, REASON_SPOOFED, skb, &p);
 	if (pod && is_ztunnels_icmp_error(skb, &p, cfg))
 		return to_peer(me, REASON_ICMP_ERROR, cfg->ztunnel_ifindex);
 	if (p.kind != KIND_TCP)
 		return next(me, REASON_PASSED);
 	if (p.fragment)
-		return drop(me, REASON_FRAGMENT);
+		return drop(me, REASON_FRAGMENT, skb, &p);
 	if (p.options)
-		return drop(me, REASON_OPTIONS);
+		return drop(me, REASON_OPTIONS, skb, &p);
+	if (pod) {
+		flow_to(&flow, &p);
+		age = age_of(pod, &p, &flow);
+	}
+	if (age == OLDER)
+		return next(me, REASON_OLDER);
+	if (age == UNKNOWN)
+		return drop(me, REASON_ENROLLING, skb, &p);
 	if (!cfg->ztunnel_ifindex)
-		return drop(me, REASON_NO_ZTUNNEL);
+		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
 	return to_peer(me, REASON_REDIRECTED, cfg->ztunnel_ifindex);
 }
 
-static __always_inline int lookup_drop(__u32 reason)
+struct ends {
+	struct addr local, remote;
+};
+
+static __always_inline int refuse(const struct bpf_sk_lookup *ctx, const struct ends *ends,
+				  __u32 reason)
 {
-	count(PROG_ZTUNNEL_INGRESS, reason);
+	struct event event = {
+		.saddr = ends->remote,
+		.daddr = ends->local,
+		.sport = (__be16)ctx->remote_port,
+		.dport = bpf_htons((__u16)ctx->local_port),
+		.program = PROG_ZTUNNEL_INGRESS,
+		.reason = reason,
+		.protocol = ctx->protocol,
+	};
+
+	report(&event);
 	return SK_DROP;
+}
+
+static __always_inline int ends_of(const struct bpf_sk_lookup *ctx, struct ends *ends)
+{
+	if (ctx->family == AF_INET) {
+		set_ipv4(&ends->local, ctx->local_ip4);
+		set_ipv4(&ends->remote, ctx->remote_ip4);
+		return 0;
+	}
+	if (ctx->family != AF_INET6)
+		return -1;
+	for (int i = 0; i < 4; i++) {
+		ends->local.w[i] = ctx->local_ip6[i];
+		ends->remote.w[i] = ctx->remote_ip6[i];
+	}
+	return 0;
+}
+
+static __always_inline int is_loopback(const struct addr *addr)
+{
+	if (is_mapped(addr))
+		return (addr->w[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return addr->w[3] == bpf_htonl(1) && !addr->w[2] && !addr->w[1] && !addr->w[0];
 }
 
 static __always_inline int is_capture_port(__u32 port)
@@ -277,33 +436,43 @@ static __always_inline int is_capture_port(__u32 port)
 /*
  * Runs for new connections only: established sockets, half-open ones and TIME_WAIT are matched
  * before it. The worker on this CPU gets the connection; NO_REUSEPORT, so that the kernel does
- * not pick another member of the listener's group.
+ * not pick another member of the listener's group. For UDP it runs for each DNS query.
  */
 SEC("sk_lookup")
 int ztunnel_ingress(struct bpf_sk_lookup *ctx)
 {
 	struct config *cfg = get_config();
 	__u32 port = ctx->local_port, cpu = bpf_get_smp_processor_id(), key, role;
+	int tcp = ctx->protocol == IPPROTO_TCP, dns, from_pod;
 	struct bpf_sock *sk;
+	struct ends ends;
 	long err;
 
-	if (ctx->protocol != IPPROTO_TCP)
+	if (ends_of(ctx, &ends))
 		return SK_PASS;
 	if (!cfg)
-		return lookup_drop(REASON_NO_ZTUNNEL);
+		return tcp ? refuse(ctx, &ends, REASON_NO_ZTUNNEL) : SK_PASS;
+	dns = (cfg->flags & CONFIG_DNS) && port == PORT_DNS;
+	if (!tcp && !dns)
+		return SK_PASS;
 	/* ztunnel's own addresses: administration, metrics, readiness. The capture ports have no
 	 * business there: whoever dials them directly would choose the direction himself. */
-	if (ctx->family != AF_INET || ctx->local_ip4 == cfg->ztunnel_addr ||
-	    (ctx->local_ip4 & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000)) {
-		if (is_capture_port(port))
-			return lookup_drop(REASON_CAPTURE_PORT);
+	if (is_ztunnel_address(cfg, &ends.local) || is_loopback(&ends.local) ||
+	    is_link_local(&ends.local)) {
+		if (tcp && is_capture_port(port))
+			return refuse(ctx, &ends, REASON_CAPTURE_PORT);
 		count(PROG_ZTUNNEL_INGRESS, REASON_PASSED);
 		return SK_PASS;
 	}
-	if (get_pod(ctx->remote_ip4))
-		role = ROLE_OUTBOUND;
-	else
+	from_pod = get_pod(&ends.remote) != 0;
+	if (!tcp && !from_pod)
+		return SK_PASS;
+	if (!from_pod)
 		role = port == PORT_INBOUND_HBONE ? ROLE_INBOUND_HBONE : ROLE_INBOUND_PLAIN;
+	else if (dns)
+		role = tcp ? ROLE_DNS_TCP : ROLE_DNS_UDP;
+	else
+		role = ROLE_OUTBOUND;
 	if (cpu >= MAX_CPUS)
 		cpu = 0;
 	key = role * MAX_CPUS + cpu;
@@ -313,12 +482,12 @@ int ztunnel_ingress(struct bpf_sk_lookup *ctx)
 		sk = bpf_map_lookup_elem(&listeners, &key);
 	}
 	if (!sk)
-		return lookup_drop(REASON_NO_LISTENER);
+		return refuse(ctx, &ends, REASON_NO_LISTENER);
 	err = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
 	bpf_sk_release(sk);
 	if (err)
-		return lookup_drop(REASON_NO_LISTENER);
-	count(PROG_ZTUNNEL_INGRESS, REASON_REDIRECTED);
+		return refuse(ctx, &ends, REASON_NO_LISTENER);
+	count(PROG_ZTUNNEL_INGRESS, dns && from_pod ? REASON_DNS : REASON_REDIRECTED);
 	return SK_PASS;
 }
 

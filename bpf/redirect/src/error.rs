@@ -85,6 +85,13 @@ pub enum Error {
         /// Those needed.
         expected: String,
     },
+    /// The process is not in the network namespace that it is meant for.
+    #[error("node.netns {}: this process is in another network namespace: start it in that one \
+             (nsenter --net={} ...)", path.display(), path.display())]
+    WrongNetns {
+        /// The one it is meant for.
+        path: PathBuf,
+    },
     /// The journal cannot be understood.
     #[error("journal {} is damaged ({reason}): remove what is left by hand, then the file",
             path.display())]

@@ -4,6 +4,7 @@
 //! changes that were never made (taking those back finds nothing, which is fine) but no change
 //! without an entry. Entries are taken back newest first.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -16,7 +17,7 @@ use crate::ebpf::attach;
 use crate::error::{Error, Result};
 use crate::iptables_tunnel::tables;
 use crate::netns::Netns;
-use crate::settings::Pod;
+use crate::settings::{Iptables, Pod};
 use crate::sysctl;
 
 const FILE: &str = "redirection.json";
@@ -34,7 +35,11 @@ pub(crate) enum Undo {
     /// Run `ip`, `ipset` or `tc` with these words.
     Command { netns: Netns, line: String },
     /// Remove our iptables chains and the jumps to them.
-    Chains { netns: Netns },
+    Chains {
+        netns: Netns,
+        #[serde(default)]
+        iptables: Iptables,
+    },
     /// Remove a pin.
     Pin { path: PathBuf },
     /// Remove our tc filter.
@@ -61,7 +66,7 @@ impl Undo {
         match self {
             Self::Sysctl { netns, .. }
             | Self::Command { netns, .. }
-            | Self::Chains { netns }
+            | Self::Chains { netns, .. }
             | Self::Filter { netns, .. }
             | Self::Clsact { netns, .. } => Some(netns),
             Self::Pin { .. } | Self::Directory { .. } => None,
@@ -96,7 +101,7 @@ impl Undo {
                     None => Ok(()),
                 }
             }),
-            Self::Chains { netns } => netns.run(tables::remove),
+            Self::Chains { netns, iptables } => netns.run(|| tables::remove(*iptables)),
             Self::Pin { path } => {
                 let removed = fs::remove_file(path);
                 ignore_missing(removed.map_err(|e| Error::file("remove pin", path, e)))
@@ -148,6 +153,8 @@ pub(crate) struct Journal {
     path: PathBuf,
     redirect: &'static str,
     content: Option<Content>,
+    /// Inside [`Journal::batch`]: the file is written at its end.
+    held: bool,
 }
 
 impl Journal {
@@ -169,6 +176,7 @@ impl Journal {
             path,
             redirect,
             content,
+            held: false,
         })
     }
 
@@ -226,6 +234,14 @@ impl Journal {
         self.save()
     }
 
+    /// Notes many changes with one write of the file. `work` must not make any of them.
+    pub(crate) fn batch(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.held = true;
+        let result = work(self);
+        self.held = false;
+        self.save().and(result)
+    }
+
     /// Whether the change was noted before.
     pub(crate) fn has(&self, undo: &Undo) -> bool {
         let entries = self.content.iter().flat_map(|content| &content.entries);
@@ -255,9 +271,23 @@ impl Journal {
         name: &str,
         value: &str,
     ) -> Result<()> {
+        if self.note_sysctl(owner, netns, name, value)? {
+            netns.run(|| sysctl::write(name, value))?;
+        }
+        Ok(())
+    }
+
+    /// Notes what a sysctl is; false if it has the value already.
+    pub(crate) fn note_sysctl(
+        &mut self,
+        owner: Option<&str>,
+        netns: &Netns,
+        name: &str,
+        value: &str,
+    ) -> Result<bool> {
         let old = netns.run(|| sysctl::read(name))?;
         if old == value {
-            return Ok(());
+            return Ok(false);
         }
         let undo = Undo::Sysctl {
             netns: netns.clone(),
@@ -265,7 +295,7 @@ impl Journal {
             value: old,
         };
         self.record(owner, undo)?;
-        netns.run(|| sysctl::write(name, value))
+        Ok(true)
     }
 
     /// Runs a command that adds something and notes the one that removes it. That it is there
@@ -298,7 +328,7 @@ impl Journal {
     pub(crate) fn check_address_free(&self, pod: &Pod) -> Result<()> {
         let others = self.pods().iter().filter(|known| known.uid != pod.uid);
         for other in others {
-            if let Some(address) = pod.ipv4().find(|a| other.ipv4().any(|b| b == *a)) {
+            if let Some(address) = pod.addresses.iter().find(|a| other.addresses.contains(a)) {
                 return Err(Error::Setting {
                     field: "pods.addresses",
                     value: address.to_string(),
@@ -322,6 +352,15 @@ impl Journal {
         let is_new = pods.len() == before;
         pods.push(pod.clone());
         self.save().map(|()| is_new)
+    }
+
+    /// Settings under `/proc/sys` that were changed: where, name, and what they were.
+    pub(crate) fn sysctls(&self) -> impl Iterator<Item = (&Netns, &str, &str)> {
+        let entries = self.content.iter().flat_map(|content| &content.entries);
+        entries.filter_map(|entry| match &entry.undo {
+            Undo::Sysctl { netns, name, value } => Some((netns, name.as_str(), value.as_str())),
+            _ => None,
+        })
     }
 
     /// Number of entries; for [`Journal::rollback`].
@@ -351,11 +390,13 @@ impl Journal {
         }
     }
 
-    /// Takes back what is there for the pod and forgets it.
-    pub(crate) fn remove_pod(&mut self, uid: &str) -> Result<()> {
-        let outcome = self.undo_where(|entry| entry.owner.as_deref() == Some(uid));
+    /// Takes back what is there for the pods and forgets them.
+    pub(crate) fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
+        let gone: HashSet<&str> = uids.iter().copied().collect();
+        let is_gone = |uid: &str| gone.contains(uid);
+        let outcome = self.undo_where(|entry| entry.owner.as_deref().is_some_and(is_gone));
         if let Some(content) = &mut self.content {
-            content.pods.retain(|pod| pod.uid != uid);
+            content.pods.retain(|pod| !is_gone(&pod.uid));
             self.save()?;
         }
         outcome
@@ -365,6 +406,13 @@ impl Journal {
     pub(crate) fn undo_all(&mut self) -> Result<()> {
         self.undo_where(|_| true)?;
         self.remove_file()
+    }
+
+    /// Removes chains made with another kind of iptables.
+    pub(crate) fn retain_chains(&mut self, kind: Iptables) -> Result<()> {
+        self.undo_where(
+            |entry| matches!(&entry.undo, Undo::Chains { iptables, .. } if *iptables != kind),
+        )
     }
 
     /// Removes filters that belong to no pod and are on none of these interfaces.
@@ -414,7 +462,7 @@ impl Journal {
 
     /// Replaces the file in one step.
     fn save(&self) -> Result<()> {
-        let Some(content) = &self.content else {
+        let Some(content) = self.content.as_ref().filter(|_| !self.held) else {
             return Ok(());
         };
         let bytes = serde_json::to_vec_pretty(content).map_err(|error| Error::Journal {

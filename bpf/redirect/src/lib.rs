@@ -17,6 +17,8 @@
 
 #![deny(unsafe_code)]
 
+use std::collections::BTreeSet;
+
 mod command;
 pub mod ebpf;
 mod error;
@@ -30,11 +32,12 @@ pub mod sockmap;
 mod status;
 mod sysctl;
 
+pub use ebpf::Dropped;
 pub use error::{Error, Result};
 pub use listener_map::{ListenerMap, MAX_CPUS, Role};
 pub use netns::Observation;
 pub use privileges::check as check_privileges;
-pub use settings::{Attach, Node, Pod, Settings, Variant, Ztunnel};
+pub use settings::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
 pub use status::{PodStatus, Status};
 
 /// A way to bring mesh pods' TCP to ztunnel.
@@ -49,17 +52,35 @@ pub trait Redirection: std::fmt::Debug {
     /// Whatever stopped it; what this call had installed is taken back first.
     fn install(&mut self) -> Result<()>;
 
-    /// Captures a pod. Adding a pod again brings it up to date (new interface, say).
+    /// Captures pods, or brings them up to date (new interface, say). Others are not touched.
+    /// Each is tried.
     ///
     /// # Errors
-    /// As [`Redirection::install`]; the pod is then not captured by this call.
-    fn add_pod(&mut self, pod: &Pod) -> Result<()>;
+    /// The first failure. A pod that failed is not captured by this call; a pod that is captured
+    /// already stays so.
+    fn add_pods(&mut self, pods: &[Pod]) -> Result<()>;
 
-    /// Ends the capture of the pod. Not an error if it is unknown.
+    /// Captures a pod, see [`Redirection::add_pods`].
     ///
     /// # Errors
-    /// What could not be removed; the rest is.
-    fn remove_pod(&mut self, uid: &str) -> Result<()>;
+    /// As [`Redirection::add_pods`].
+    fn add_pod(&mut self, pod: &Pod) -> Result<()> {
+        self.add_pods(std::slice::from_ref(pod))
+    }
+
+    /// Ends the capture of these pods. Unknown ones are fine. Others are not touched.
+    ///
+    /// # Errors
+    /// What could not be removed first; the rest is.
+    fn remove_pods(&mut self, uids: &[&str]) -> Result<()>;
+
+    /// Ends the capture of a pod, see [`Redirection::remove_pods`].
+    ///
+    /// # Errors
+    /// As [`Redirection::remove_pods`].
+    fn remove_pod(&mut self, uid: &str) -> Result<()> {
+        self.remove_pods(&[uid])
+    }
 
     /// The pods captured now, also by an earlier process.
     fn enrolled(&self) -> Vec<Pod>;
@@ -69,6 +90,31 @@ pub trait Redirection: std::fmt::Debug {
     /// # Errors
     /// If the kernel's or the journal's state cannot be read.
     fn status(&self) -> Result<Status>;
+
+    /// What is there, in the kernel, of what was installed: one line for each program, rule, route,
+    /// link, set entry, map entry, pin and setting. Two that differ mean that someone interfered;
+    /// [`Redirection::install`] and [`Redirection::add_pods`] bring back what is missing.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn inventory(&self) -> Result<BTreeSet<String>>;
+
+    /// Housekeeping, to be called every few seconds: forgets what has ended by itself.
+    ///
+    /// # Errors
+    /// If it fails; nothing depends on it but memory.
+    fn tidy(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Packets dropped since the last call, at most `most` and not all of them under load.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn take_dropped(&mut self, most: usize) -> Result<Vec<Dropped>> {
+        let _ = most;
+        Ok(Vec::new())
+    }
 
     /// Removes everything that was ever installed, also by an earlier process.
     ///

@@ -20,10 +20,14 @@ pub enum Role {
     InboundPlain = 1,
     /// HBONE connections to local pods (15008).
     InboundHbone = 2,
+    /// DNS queries of local pods over UDP (15053), if they are captured.
+    DnsUdp = 3,
+    /// DNS queries of local pods over TCP (15053), if they are captured.
+    DnsTcp = 4,
 }
 
 /// Number of roles.
-pub(crate) const ROLES: u32 = 3;
+pub(crate) const ROLES: u32 = 5;
 
 /// The pinned socket map, one slot for each role and CPU.
 ///
@@ -54,12 +58,12 @@ impl ListenerMap {
 
     /// Makes `listener` the one that gets `role`'s connections arriving on `cpu`.
     ///
-    /// The socket must be listening, transparent (IP_TRANSPARENT) and in ztunnel's network
-    /// namespace. Replaces an earlier one without a gap.
+    /// The socket must be listening (UDP: bound), transparent (IP_TRANSPARENT) and in ztunnel's
+    /// network namespace. Replaces an earlier one without a gap.
     ///
     /// # Errors
     /// [`Error::Setting`] if `cpu` is not below [`MAX_CPUS`]; [`Error::Bpf`] if the kernel refuses
-    /// the socket (not listening, not TCP).
+    /// the socket (not listening, not bound).
     pub fn set(&mut self, role: Role, cpu: u32, listener: BorrowedFd<'_>) -> Result<()> {
         if cpu >= MAX_CPUS {
             return Err(Error::Setting {

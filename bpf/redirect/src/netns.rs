@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -40,6 +40,17 @@ impl Netns {
             path: Some(path.to_owned()),
             inode: inode(path)?,
         })
+    }
+
+    /// The calling thread's, which must be the one at `expected`.
+    pub(crate) fn node_at(expected: Option<&Path>) -> Result<Self> {
+        let own = Self::node()?;
+        match expected {
+            Some(path) if inode(path)? != own.inode => Err(Error::WrongNetns {
+                path: path.to_owned(),
+            }),
+            _ => Ok(own),
+        }
     }
 
     /// Whether it is still the namespace it was when this value was made.
@@ -118,14 +129,22 @@ pub(crate) fn interface(netns: &Netns, name: &str) -> Result<Interface> {
     })
 }
 
-/// IPv4 addresses of these interfaces in the calling thread's namespace.
-pub(crate) fn addresses(interfaces: &[String]) -> Vec<Ipv4Addr> {
+/// Addresses of these interfaces in the calling thread's namespace, without link-local ones.
+pub(crate) fn addresses(interfaces: &[String]) -> Vec<IpAddr> {
     let Ok(entries) = nix::ifaddrs::getifaddrs() else {
         return Vec::new();
     };
     entries
         .filter(|entry| interfaces.contains(&entry.interface_name))
-        .filter_map(|entry| Some(entry.address?.as_sockaddr_in()?.ip()))
+        .filter_map(|entry| {
+            let address = entry.address?;
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
+            let v6 = || address.as_sockaddr_in6().map(|v6| v6.ip());
+            v4.or_else(|| {
+                v6().filter(|v6| !v6.is_unicast_link_local())
+                    .map(IpAddr::from)
+            })
+        })
         .collect()
 }
 
@@ -135,7 +154,7 @@ pub(crate) fn addresses(interfaces: &[String]) -> Vec<Ipv4Addr> {
 pub struct Observation {
     ztunnel: Option<u64>,
     interfaces: Vec<Option<u32>>,
-    addresses: Vec<Ipv4Addr>,
+    addresses: Vec<IpAddr>,
 }
 
 impl Observation {

@@ -1,10 +1,10 @@
 //! What a redirection needs to know, checked before anything is touched.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -13,13 +13,15 @@ use crate::error::{Error, Result};
 pub(crate) const UNDERLAYS_MAX: usize = 8;
 /// Most pod CIDRs; `MAX_POD_CIDRS` of `bpf/src/layout.h`.
 pub(crate) const POD_CIDRS_MAX: usize = 64;
+/// Most addresses of one pod.
+const POD_ADDRESSES_MAX: usize = 16;
 /// Longest interface name (IFNAMSIZ less its NUL).
 const INTERFACE_CHARS_MAX: usize = 15;
 /// Longest pod UID; what an ipset comment takes.
 const UID_CHARS_MAX: usize = 255;
 
 /// Everything but the pods.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Settings {
     /// The node.
     pub node: Node,
@@ -31,24 +33,37 @@ pub struct Settings {
     pub bpffs: PathBuf,
     /// `tunnel` only: which rule set.
     pub variant: Variant,
+    /// `tunnel` only: which iptables.
+    pub iptables: Iptables,
     /// `ebpf` only: how programs are attached to interfaces.
     pub attach: Attach,
+    /// Whether DNS queries of pods (UDP and TCP, port 53) go to ztunnel's port 15053. Only for a
+    /// ztunnel that answers there: without one, pods have no DNS.
+    pub dns: bool,
 }
 
 /// The node's side.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Node {
+    /// Path of its network namespace. The agent must run in there; this is to notice if it does
+    /// not. Not checked if absent.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
     /// Underlay interfaces: where pods of other nodes come from (1 to 8).
     pub interfaces: Vec<String>,
     /// The address pods see the node as.
     pub address: Ipv4Addr,
+    /// `ebpf` only: further addresses the node speaks to pods with, beside `address` and those of
+    /// `interfaces` (IPv6 above all).
+    #[serde(default)]
+    pub other_addresses: Vec<IpAddr>,
     /// Addresses of the cluster's pods, of all nodes (at most 64).
-    pub pod_cidrs: Vec<Ipv4Net>,
+    pub pod_cidrs: Vec<IpNet>,
 }
 
 /// The node's ztunnel.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ztunnel {
     /// Path of its network namespace.
@@ -59,6 +74,9 @@ pub struct Ztunnel {
     pub host_interface: String,
     /// Its address.
     pub address: Ipv4Addr,
+    /// `ebpf` only: its IPv6 address, if it has one.
+    #[serde(default)]
+    pub address_v6: Option<Ipv6Addr>,
 }
 
 /// A mesh pod of this node.
@@ -67,8 +85,8 @@ pub struct Ztunnel {
 pub struct Pod {
     /// Unique and stable name.
     pub uid: String,
-    /// Its addresses, at least one IPv4. IPv6 addresses are known but not captured: `ebpf` drops
-    /// IPv6 other than ICMPv6 from and to mesh pods.
+    /// Its addresses of either family (1 to 16). `ebpf` captures all of them and drops what has
+    /// another; `tunnel` needs an IPv4 one and leaves IPv6 alone, as Istio did.
     pub addresses: Vec<IpAddr>,
     /// Path of its network namespace.
     pub netns: PathBuf,
@@ -86,6 +104,19 @@ pub enum Variant {
     /// The same path with these defects fixed.
     #[default]
     Hardened,
+}
+
+/// Which of the two kinds of iptables is used. They do not see each other's rules.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Iptables {
+    /// What `iptables-restore` is on this system.
+    #[default]
+    Auto,
+    /// nftables in the kernel.
+    Nft,
+    /// The original one.
+    Legacy,
 }
 
 /// How programs are attached to interfaces.
@@ -171,7 +202,21 @@ impl Settings {
             let reason = "must not be one of node.interfaces";
             return setting("ztunnel.host_interface", &ztunnel.host_interface, reason);
         }
+        let v6 = ztunnel.address_v6;
+        if v6.is_some_and(|v6| v6.to_ipv4_mapped().is_some() || v6.is_unspecified()) {
+            let reason = "must be an IPv6 address of an interface";
+            return setting("ztunnel.address_v6", &format!("{v6:?}"), reason);
+        }
         Ok(())
+    }
+
+    /// Addresses no pod may have.
+    fn reserved(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let Self { node, ztunnel, .. } = self;
+        [node.address.into(), ztunnel.address.into()]
+            .into_iter()
+            .chain(ztunnel.address_v6.map(IpAddr::from))
+            .chain(node.other_addresses.iter().copied())
     }
 
     /// Checks one pod against these settings.
@@ -195,11 +240,23 @@ impl Settings {
             let reason = "must be neither ztunnel's nor an underlay interface";
             return setting("pods.host_interface", &pod.host_interface, reason);
         }
-        if pod.ipv4().next().is_none() {
-            return setting("pods.addresses", &pod.uid, "the pod needs an IPv4 address");
+        if !(1..=POD_ADDRESSES_MAX).contains(&pod.addresses.len()) {
+            return setting(
+                "pods.addresses",
+                &pod.uid,
+                "the pod needs 1 to 16 addresses",
+            );
         }
-        for address in pod.ipv4() {
-            if address == self.ztunnel.address || address == self.node.address {
+        for address in &pod.addresses {
+            let usable = !address.is_unspecified()
+                && !address.is_loopback()
+                && !address.is_multicast()
+                && *address == address.to_canonical();
+            if !usable {
+                let reason = "must be an address of an interface, not ::ffff: and IPv4";
+                return setting("pods.addresses", &address, reason);
+            }
+            if self.reserved().any(|reserved| reserved == *address) {
                 let reason = "must differ from ztunnel's and the node's";
                 return setting("pods.addresses", &address, reason);
             }
@@ -253,6 +310,8 @@ mod tests {
     fn settings() -> Settings {
         Settings {
             node: Node {
+                netns: None,
+                other_addresses: vec![],
                 interfaces: vec!["und".into()],
                 address: [10, 244, 1, 1].into(),
                 pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
@@ -262,11 +321,14 @@ mod tests {
                 interface: "eth0".into(),
                 host_interface: "vz".into(),
                 address: [10, 244, 1, 2].into(),
+                address_v6: Some("fd00::2".parse().unwrap()),
             },
             state_dir: "/tmp/x".into(),
             bpffs: "/tmp/x".into(),
             variant: Variant::default(),
+            iptables: Iptables::default(),
             attach: Attach::default(),
+            dns: false,
         }
     }
 
@@ -283,7 +345,7 @@ mod tests {
     fn sound_settings_pass() {
         let s = settings();
         s.validate().unwrap();
-        s.validate_pods(&[pod("a", "10.244.1.11", "va"), pod("b", "10.244.1.12", "vb")])
+        s.validate_pods(&[pod("a", "10.244.1.11", "va"), pod("b", "fd00::12", "vb")])
             .unwrap();
     }
 
@@ -320,7 +382,8 @@ mod tests {
         let s = settings();
         let wrong = [
             (pod("a", "10.244.1.2", "va"), "pods.addresses"),
-            (pod("a", "fd00::1", "va"), "pods.addresses"),
+            (pod("a", "fd00::2", "va"), "pods.addresses"),
+            (pod("a", "::ffff:10.244.1.12", "va"), "pods.addresses"),
             (pod("a", "10.244.1.12", "und"), "pods.host_interface"),
             (pod("a b", "10.244.1.12", "va"), "pods.uid"),
             (pod("first", "10.244.1.12", "va"), "pods.uid"),

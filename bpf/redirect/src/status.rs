@@ -1,6 +1,6 @@
 //! What is installed, for people and for scripts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde::Serialize;
@@ -22,7 +22,14 @@ pub struct Status {
     pub attach: Option<String>,
     /// Captured pods.
     pub pods: Vec<PodStatus>,
-    /// `ebpf` only: packets (connections for `ztunnel_ingress`) by program and reason, all CPUs.
+    /// Whether DNS queries of pods are captured.
+    pub dns: bool,
+    /// Every object on the system that belongs to the redirection, one line each.
+    pub owned: BTreeSet<String>,
+    /// `ebpf` only: connections left alone because they are older than their pod's capture.
+    pub older_connections: usize,
+    /// `ebpf`: packets (connections for `ztunnel_ingress`) by program and reason, all CPUs.
+    /// `tunnel`: packets by chain and rule.
     pub counters: BTreeMap<String, BTreeMap<String, u64>>,
 }
 

@@ -1,19 +1,20 @@
 //! What the commands do.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
-use redirect::{Observation, Redirection, Status};
+use redirect::{Observation, Pod, Redirection, Status};
 use serde::Serialize;
 
 use crate::config::{Config, Kind};
+use crate::dropped::DroppedLog;
 use crate::error::{Error, Result};
-use crate::lock::{self, Lock};
+use crate::lock::{self, Lock, NetnsLock};
 
 /// How often the configuration file, the interfaces and ztunnel's namespace are looked at.
 const POLL_EVERY: Duration = Duration::from_secs(1);
@@ -33,6 +34,7 @@ pub(crate) fn run(path: &Path) -> Result<()> {
     // Before any thread is started: all of them inherit the mask.
     let signals = watch_signals()?;
     let _lock = Lock::take(&config.state_dir, RUN_PATIENCE)?;
+    let _netns_lock = NetnsLock::take()?;
     let mut agent = Agent::start(path, config)?;
     let mut stdout = std::io::stdout();
     writeln!(stdout, "node-agent: ready")
@@ -72,6 +74,10 @@ struct Agent {
     /// What the file held when last looked at, right or wrong.
     seen: String,
     observed: Observation,
+    /// What was there after the last change; part of it missing means that someone interfered.
+    expected: BTreeSet<String>,
+    next_reconcile: Instant,
+    dropped: DroppedLog,
     /// Last failure of a poll, so that one that lasts is logged once.
     complaint: Option<String>,
     retry: Option<Retry>,
@@ -101,6 +107,9 @@ impl Agent {
             path: path.to_owned(),
             observed: Observation::take(&config.settings(), &config.pods),
             seen: std::fs::read_to_string(path).unwrap_or_default(),
+            expected: redirection.inventory()?,
+            next_reconcile: Instant::now() + config.reconcile(),
+            dropped: DroppedLog::default(),
             config,
             redirection,
             complaint: None,
@@ -113,7 +122,9 @@ impl Agent {
         let result = self
             .follow_file()
             .and_then(|()| self.follow_system())
-            .and_then(|()| self.try_again());
+            .and_then(|()| self.try_again())
+            .and_then(|()| self.reconcile());
+        self.dropped.log(self.redirection.as_mut());
         match result {
             Ok(()) if self.retry.is_some() => {}
             Ok(()) => self.complaint = None,
@@ -150,10 +161,16 @@ impl Agent {
             );
             return Ok(());
         }
-        // A back end has its settings from the start; a new one adopts what is installed.
-        self.redirection = next.redirection()?;
-        self.config = next;
-        self.apply()?;
+        let same_settings = next.settings() == self.config.settings();
+        if same_settings && self.retry.is_none() {
+            self.config = next;
+            self.apply_pods()?;
+        } else {
+            // A back end has its settings from the start; a new one adopts what is installed.
+            self.redirection = next.redirection()?;
+            self.config = next;
+            self.apply()?;
+        }
         tracing::info!(pods = self.config.pods.len(), "configuration applied");
         Ok(())
     }
@@ -187,9 +204,42 @@ impl Agent {
         Ok(())
     }
 
+    /// Puts back what someone else has removed, and forgets what has ended.
+    fn reconcile(&mut self) -> Result<()> {
+        if Instant::now() < self.next_reconcile {
+            return Ok(());
+        }
+        self.next_reconcile = Instant::now() + self.config.reconcile();
+        self.redirection.tidy()?;
+        let now = self.redirection.inventory()?;
+        let mut missing = self.expected.difference(&now);
+        let Some(example) = missing.next() else {
+            return Ok(());
+        };
+        let others = missing.count();
+        tracing::warn!(
+            missing = example,
+            others,
+            "removed by someone else, installing again"
+        );
+        self.apply()
+    }
+
+    /// Installs everything again, in place.
     fn apply(&mut self) -> Result<()> {
         self.observed = Observation::take(&self.config.settings(), &self.config.pods);
         let result = apply(self.redirection.as_mut(), &self.config);
+        self.applied(result)
+    }
+
+    /// Adds and removes pods; the others are not touched.
+    fn apply_pods(&mut self) -> Result<()> {
+        self.observed = Observation::take(&self.config.settings(), &self.config.pods);
+        let result = apply_pods(self.redirection.as_mut(), &self.config.pods, false);
+        self.applied(result)
+    }
+
+    fn applied(&mut self, result: Result<()>) -> Result<()> {
         self.retry = result.is_err().then(|| {
             let pause = self
                 .retry
@@ -197,6 +247,7 @@ impl Agent {
                 .map_or(1, |last| (last.pause * 2).min(RETRY_POLLS_MAX));
             Retry { pause, left: pause }
         });
+        self.expected = self.redirection.inventory()?;
         result
     }
 }
@@ -204,20 +255,28 @@ impl Agent {
 /// Brings the node to what the configuration says: every pod is tried, the first failure told.
 fn apply(redirection: &mut dyn Redirection, config: &Config) -> Result<()> {
     redirection.install()?;
-    let wanted: BTreeSet<_> = config.pods.iter().map(|pod| pod.uid.as_str()).collect();
-    let mut results = Vec::new();
-    for pod in redirection.enrolled() {
-        if !wanted.contains(pod.uid.as_str()) {
-            results.push(redirection.remove_pod(&pod.uid));
-        }
-    }
-    for pod in &config.pods {
-        results.push(redirection.add_pod(pod));
-    }
-    results
-        .into_iter()
-        .collect::<Result<(), _>>()
-        .map_err(Error::from)
+    apply_pods(redirection, &config.pods, true)
+}
+
+/// With `all`, pods that are captured already are brought up to date, too.
+fn apply_pods(redirection: &mut dyn Redirection, pods: &[Pod], all: bool) -> Result<()> {
+    let enrolled = redirection.enrolled();
+    let wanted: BTreeSet<_> = pods.iter().map(|pod| pod.uid.as_str()).collect();
+    let gone: Vec<_> = enrolled
+        .iter()
+        .map(|pod| pod.uid.as_str())
+        .filter(|uid| !wanted.contains(uid))
+        .collect();
+    let known: HashMap<_, _> = enrolled.iter().map(|pod| (&pod.uid, pod)).collect();
+    let is_new = |pod: &Pod| known.get(&pod.uid).is_none_or(|known| *known != pod);
+    let changed: Vec<Pod> = pods
+        .iter()
+        .filter(|pod| all || is_new(pod))
+        .cloned()
+        .collect();
+    let removed = redirection.remove_pods(&gone);
+    let added = redirection.add_pods(&changed);
+    removed.and(added).map_err(Error::from)
 }
 
 /// What `status --json` prints: the redirection's status and the agent's process id.
@@ -286,11 +345,25 @@ fn describe(report: &Report) -> String {
             addresses.join(",")
         ));
     }
+    lines.push(format!(
+        "dns capture: {}",
+        if status.dns { "yes" } else { "no" }
+    ));
+    if status.older_connections > 0 {
+        let count = status.older_connections;
+        lines.push(format!("older:       {count} connections left alone"));
+    }
     for (program, reasons) in &status.counters {
         for (reason, count) in reasons {
             lines.push(format!("packets:     {program} {reason} {count}"));
         }
     }
+    lines.extend(
+        status
+            .owned
+            .iter()
+            .map(|owned| format!("owns:        {owned}")),
+    );
     lines.join("\n")
 }
 

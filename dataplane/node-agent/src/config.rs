@@ -1,10 +1,11 @@
 //! The agent's configuration file.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use redirect::ebpf::Ebpf;
 use redirect::iptables_tunnel::IptablesTunnel;
-use redirect::{Attach, Node, Pod, Redirection, Settings, Variant, Ztunnel};
+use redirect::{Attach, Iptables, Node, Pod, Redirection, Settings, Variant, Ztunnel};
 use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, Result};
@@ -28,9 +29,18 @@ pub(crate) struct Config {
     /// `tunnel`: `hardened` (default) or `faithful`.
     #[serde(default)]
     variant: Variant,
+    /// `tunnel`: `auto` (default), `nft` or `legacy`.
+    #[serde(default)]
+    iptables: Iptables,
+    /// Whether DNS queries go to ztunnel; off by default.
+    #[serde(default)]
+    dns: bool,
     /// `ebpf`: `auto` (default), `tcx` or `clsact`.
     #[serde(default)]
     attach: Attach,
+    /// Seconds between looks for what others removed (1 to 3600, 10 by default).
+    #[serde(default = "default_reconcile_s")]
+    reconcile_s: u32,
     node: Node,
     ztunnel: Ztunnel,
     /// Directory for the journal and the lock.
@@ -41,6 +51,10 @@ pub(crate) struct Config {
     /// Pods of this node that belong to the mesh.
     #[serde(default, deserialize_with = "null_is_empty")]
     pub(crate) pods: Vec<Pod>,
+}
+
+fn default_reconcile_s() -> u32 {
+    10
 }
 
 /// `pods:` with nothing after it is what is left when the last pod is taken out.
@@ -78,6 +92,12 @@ impl Config {
                 "bpffs: an absolute path is needed with redirect: ebpf".to_owned(),
             ));
         }
+        if !(1..=3600).contains(&config.reconcile_s) {
+            return Err(wrong(format!(
+                "reconcile_s {}: must be 1 to 3600",
+                config.reconcile_s
+            )));
+        }
         if !config.state_dir.is_absolute() {
             return Err(wrong("state_dir: an absolute path is needed".to_owned()));
         }
@@ -91,6 +111,10 @@ impl Config {
         Ok(config)
     }
 
+    pub(crate) fn reconcile(&self) -> Duration {
+        Duration::from_secs(self.reconcile_s.into())
+    }
+
     pub(crate) fn settings(&self) -> Settings {
         Settings {
             node: self.node.clone(),
@@ -98,7 +122,9 @@ impl Config {
             state_dir: self.state_dir.clone(),
             bpffs: self.bpffs.clone(),
             variant: self.variant,
+            iptables: self.iptables,
             attach: self.attach,
+            dns: self.dns,
         }
     }
 
@@ -166,6 +192,10 @@ pods:
                 "pods.addresses",
             ),
             (&SOUND.replace("/run/y", "y"), "bpffs"),
+            (
+                &SOUND.replace("redirect:", "reconcile_s: 0\nredirect:"),
+                "1 to 3600",
+            ),
         ];
         for (text, expected) in cases {
             let message = error(text);

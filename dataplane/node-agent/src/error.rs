@@ -19,6 +19,9 @@ pub(crate) enum Error {
     #[error("{} is held by process {pid}: another node-agent runs for this node, stop it first",
             path.display())]
     Locked { path: PathBuf, pid: String },
+    /// Another agent works in this network namespace, with another state directory.
+    #[error("another node-agent runs in this network namespace: stop it first")]
+    NetnsLocked,
     /// The lock file or the state directory cannot be used.
     #[error("cannot lock {}: {source}", path.display())]
     Lock { path: PathBuf, source: io::Error },

@@ -1,8 +1,10 @@
-//! One agent per state directory.
+//! One agent per state directory and per network namespace.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -73,6 +75,29 @@ impl Lock {
             path: self.path.clone(),
             source,
         })
+    }
+}
+
+/// An abstract socket, whose names each network namespace has for itself; held until dropped.
+#[derive(Debug)]
+pub(crate) struct NetnsLock {
+    _socket: UnixDatagram,
+}
+
+impl NetnsLock {
+    const NAME: &str = "ztunnel-node-agent";
+
+    pub(crate) fn take() -> Result<Self> {
+        let bound = SocketAddr::from_abstract_name(Self::NAME)
+            .and_then(|name| UnixDatagram::bind_addr(&name));
+        match bound {
+            Ok(socket) => Ok(Self { _socket: socket }),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(Error::NetnsLocked),
+            Err(source) => Err(Error::Lock {
+                path: PathBuf::from(format!("@{}", Self::NAME)),
+                source,
+            }),
+        }
     }
 }
 

@@ -10,6 +10,7 @@
 
 mod agent;
 mod config;
+mod dropped;
 mod error;
 mod lock;
 
@@ -26,13 +27,18 @@ const EXAMPLE: &str = "\
 Configuration:
   redirect: ebpf              # or tunnel
   variant: hardened           # tunnel only; or faithful: Istio 1.20's rules as they were
+  iptables: auto              # tunnel only; or nft, legacy
   attach: auto                # ebpf only; tcx where the kernel has it (6.6), else clsact
   node: {interfaces: [eth0], address: 10.244.1.1, pod_cidrs: [10.244.0.0/16]}
   ztunnel: {netns: /run/netns/ztunnel, interface: eth0, host_interface: veth1, address: 10.244.1.2}
+  dns: false                  # true: pods' DNS queries (port 53) go to ztunnel's port 15053
+  reconcile_s: 10             # how often what others removed is put back (1 to 3600)
   state_dir: /run/node-agent  # journal and lock; what is needed to clean up
   bpffs: /sys/fs/bpf/ztunnel  # ebpf only; ztunnel finds its map at <bpffs>/listeners
   pods:
-  - {uid: a, addresses: [10.244.1.11], netns: /run/netns/a, host_interface: veth2}
+  - {uid: a, addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}
+With ebpf, IPv6 needs ztunnel.address_v6, and node.other_addresses for addresses of the node
+that are on none of its interfaces; node.netns makes the agent refuse to run elsewhere.
 RUST_LOG sets what is logged to standard error (default info).";
 
 /// Enrols this node's mesh pods and redirects their TCP through ztunnel.

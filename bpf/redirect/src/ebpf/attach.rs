@@ -5,6 +5,7 @@
 //! place too. The socket lookup: a pinned link; the new one is attached beside the old one and
 //! renamed over its pin, and in between both choose the same listener from the same map.
 
+use std::collections::HashSet;
 use std::fs;
 use std::fs::File;
 use std::io;
@@ -44,11 +45,11 @@ pub(crate) struct Hook<'a> {
 }
 
 impl Hook<'_> {
-    fn egress(&self) -> bool {
+    pub(crate) fn egress(&self) -> bool {
         self.program == layout::APP_INBOUND
     }
 
-    fn attach_type(&self) -> TcAttachType {
+    pub(crate) fn attach_type(&self) -> TcAttachType {
         if self.egress() {
             TcAttachType::Egress
         } else {
@@ -110,6 +111,8 @@ pub(crate) struct Attacher<'a> {
     pub(crate) node: &'a Netns,
     pub(crate) pins: &'a Path,
     pub(crate) wanted: Attach,
+    /// Interfaces with a clsact qdisc; read when first needed.
+    pub(crate) clsact: Option<HashSet<String>>,
 }
 
 impl Attacher<'_> {
@@ -142,8 +145,7 @@ impl Attacher<'_> {
 
     fn attach_link(&mut self, hook: Hook<'_>) -> Result<(), AttachError> {
         let pin = self.pins.join(hook.pin_name());
-        let undo = Undo::Pin { path: pin.clone() };
-        self.journal.record(hook.owner, undo)?;
+        note_link(self.journal, self.pins, hook)?;
         let program = classifier(self.ebpf, hook.program)?;
         if let Ok(old) = PinnedLink::from_pin(&pin) {
             let link = SchedClassifierLink::try_from(FdLink::from(old));
@@ -172,21 +174,19 @@ impl Attacher<'_> {
     }
 
     fn attach_filter(&mut self, hook: Hook<'_>) -> Result<()> {
-        let interface = hook.interface.to_owned();
-        if !has_clsact(&interface)? {
-            let undo = Undo::Clsact {
-                netns: self.node.clone(),
-                interface: interface.clone(),
-            };
-            self.journal.record(hook.owner, undo)?;
-            tc::qdisc_add_clsact(&interface).map_err(|e| hook.error(&e))?;
-        }
-        let undo = Undo::Filter {
-            netns: self.node.clone(),
-            interface,
-            egress: hook.egress(),
+        let clsact = match self.clsact.take() {
+            Some(known) => known,
+            None => clsact_interfaces()?,
         };
-        self.journal.record(hook.owner, undo)?;
+        let has_clsact = clsact.contains(hook.interface);
+        self.clsact = Some(clsact);
+        note_filter(self.journal, self.node, hook, has_clsact)?;
+        if !has_clsact {
+            tc::qdisc_add_clsact(hook.interface).map_err(|e| hook.error(&e))?;
+            self.clsact
+                .get_or_insert_default()
+                .insert(hook.interface.to_owned());
+        }
         let program = classifier(self.ebpf, hook.program)?;
         let options = NlOptions {
             priority: PRIORITY,
@@ -288,9 +288,44 @@ fn own_filter(interface: &str, egress: bool) -> io::Result<SchedClassifierLink> 
     SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)
 }
 
-fn has_clsact(interface: &str) -> Result<bool> {
-    let shown = command::run("tc", &["qdisc", "show", "dev", interface])?;
-    Ok(shown.contains("qdisc clsact"))
+/// Notes in the journal what attaching by a link makes.
+pub(crate) fn note_link(journal: &mut Journal, pins: &Path, hook: Hook<'_>) -> Result<()> {
+    let path = pins.join(hook.pin_name());
+    journal.record(hook.owner, Undo::Pin { path }).map(drop)
+}
+
+/// Notes in the journal what attaching by a filter makes.
+pub(crate) fn note_filter(
+    journal: &mut Journal,
+    node: &Netns,
+    hook: Hook<'_>,
+    has_clsact: bool,
+) -> Result<()> {
+    let interface = hook.interface.to_owned();
+    if !has_clsact {
+        let undo = Undo::Clsact {
+            netns: node.clone(),
+            interface: interface.clone(),
+        };
+        journal.record(hook.owner, undo)?;
+    }
+    let undo = Undo::Filter {
+        netns: node.clone(),
+        interface,
+        egress: hook.egress(),
+    };
+    journal.record(hook.owner, undo).map(drop)
+}
+
+/// Interfaces that have a clsact qdisc.
+pub(crate) fn clsact_interfaces() -> Result<HashSet<String>> {
+    let shown = command::run("tc", &["qdisc", "show"])?;
+    let name = |line: &str| {
+        let rest = line.strip_prefix("qdisc clsact ")?;
+        let mut words = rest.split_whitespace().skip_while(|word| *word != "dev");
+        words.nth(1).map(str::to_owned)
+    };
+    Ok(shown.lines().filter_map(name).collect())
 }
 
 /// Removes our filter; that it, its qdisc or the interface is gone is fine.
@@ -310,7 +345,9 @@ pub(crate) fn remove_filter(interface: &str, egress: bool) -> Result<()> {
 
 /// Removes the clsact qdisc we added, unless someone else has filters there.
 pub(crate) fn remove_clsact(interface: &str) -> Result<()> {
-    if nix::net::if_::if_nametoindex(interface).is_err() || !has_clsact(interface)? {
+    if nix::net::if_::if_nametoindex(interface).is_err()
+        || !clsact_interfaces()?.contains(interface)
+    {
         return Ok(());
     }
     for direction in ["ingress", "egress"] {

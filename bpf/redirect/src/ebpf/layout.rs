@@ -1,6 +1,6 @@
 //! The user-space side of `bpf/src/layout.h`. A change here is a change there.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use crate::listener_map::{MAX_CPUS, ROLES};
 use crate::settings::UNDERLAYS_MAX;
@@ -10,9 +10,21 @@ pub(crate) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.bpf.o"));
 
 /// Size of `struct config`.
-pub(crate) const CONFIG_BYTES: usize = 8 + 4 * NODE_ADDRESSES_MAX + 4 * UNDERLAYS_MAX + 6 + 2;
+pub(crate) const CONFIG_BYTES: usize =
+    8 + ADDRESS_BYTES * (2 + NODE_ADDRESSES_MAX) + 4 * UNDERLAYS_MAX + 6 + 2;
 /// Most addresses the node is known by.
 pub(crate) const NODE_ADDRESSES_MAX: usize = 16;
+/// Size of `struct addr`.
+pub(crate) const ADDRESS_BYTES: usize = 16;
+/// Size of `struct flow`.
+pub(crate) const FLOW_BYTES: usize = 2 * ADDRESS_BYTES + 4;
+/// Size of `struct event`.
+pub(crate) const EVENT_BYTES: usize = 2 * ADDRESS_BYTES + 12;
+/// Flag of `struct config`.
+const CONFIG_DNS: u32 = 1;
+/// Flags of `struct pod`.
+pub(crate) const POD_OLDER: u32 = 1;
+pub(crate) const POD_ENROLLING: u32 = 2;
 
 /// A map, by its name in the object and as a pin: key size, value size, entries.
 pub(crate) struct MapLayout {
@@ -37,12 +49,16 @@ pub(crate) const POD_CIDRS: &str = "pod_cidrs";
 /// Pinned under this name for ztunnel.
 pub(crate) const LISTENERS: &str = "listeners";
 pub(crate) const COUNTERS: &str = "counters";
+pub(crate) const OLDER_FLOWS: &str = "older_flows";
+pub(crate) const EVENTS: &str = "events";
 
-pub(crate) const MAPS: [MapLayout; 6] = [
+pub(crate) const MAPS: [MapLayout; 8] = [
     map(CONFIG, 4, CONFIG_BYTES as u32, 1),
-    map(PODS, 4, 4, 4096),
-    map(POD_CIDRS, 8, 4, 64),
-    map("node_flows", 12, 1, 65_536),
+    map(PODS, ADDRESS_BYTES as u32, 8, 262_144),
+    map(POD_CIDRS, 4 + ADDRESS_BYTES as u32, 4, 64),
+    map("node_flows", FLOW_BYTES as u32, 1, 65_536),
+    map(OLDER_FLOWS, FLOW_BYTES as u32, 1, 262_144),
+    map(EVENTS, 0, 0, 65_536),
     map(COUNTERS, 4, 8, (PROGRAMS.len() * REASONS.len()) as u32),
     // Last: whoever waits for it finds the others.
     map(LISTENERS, 4, 4, ROLES * MAX_CPUS),
@@ -64,7 +80,7 @@ pub(crate) const PROGRAMS: [&str; 5] = [
 ];
 
 /// In the order of `enum reason`.
-pub(crate) const REASONS: [&str; 12] = [
+pub(crate) const REASONS: [&str; 15] = [
     "passed",
     "redirected",
     "host",
@@ -77,14 +93,32 @@ pub(crate) const REASONS: [&str; 12] = [
     "no_listener",
     "capture_port",
     "icmp_error",
+    "older",
+    "enrolling",
+    "dns",
 ];
+
+/// An address as `struct addr`.
+pub(crate) fn address(address: IpAddr) -> [u8; ADDRESS_BYTES] {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// The inverse of [`address`].
+pub(crate) fn parse_address(bytes: [u8; ADDRESS_BYTES]) -> IpAddr {
+    Ipv6Addr::from(bytes).to_canonical()
+}
 
 /// `struct config`.
 pub(crate) struct Config {
     pub(crate) ztunnel_ifindex: u32,
-    pub(crate) ztunnel_address: Ipv4Addr,
+    pub(crate) dns: bool,
+    /// At most one of each family.
+    pub(crate) ztunnel_addresses: Vec<IpAddr>,
     /// Those beyond [`NODE_ADDRESSES_MAX`] are left out.
-    pub(crate) node_addresses: Vec<Ipv4Addr>,
+    pub(crate) node_addresses: Vec<IpAddr>,
     pub(crate) underlays: Vec<u32>,
     pub(crate) ztunnel_mac: [u8; 6],
 }
@@ -98,17 +132,25 @@ impl Config {
         );
         let mut bytes = [0; CONFIG_BYTES];
         bytes[0..4].copy_from_slice(&self.ztunnel_ifindex.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&self.ztunnel_address.octets());
-        let (addresses, rest) = bytes[8..].split_at_mut(4 * NODE_ADDRESSES_MAX);
-        for (slot, address) in addresses.chunks_exact_mut(4).zip(&self.node_addresses) {
-            slot.copy_from_slice(&address.octets());
-        }
+        let flags = if self.dns { CONFIG_DNS } else { 0 };
+        bytes[4..8].copy_from_slice(&flags.to_ne_bytes());
+        let (ztunnel, rest) = bytes[8..].split_at_mut(2 * ADDRESS_BYTES);
+        put_addresses(ztunnel, &self.ztunnel_addresses);
+        let (node, rest) = rest.split_at_mut(ADDRESS_BYTES * NODE_ADDRESSES_MAX);
+        put_addresses(node, &self.node_addresses);
         let (underlays, rest) = rest.split_at_mut(4 * UNDERLAYS_MAX);
         for (slot, index) in underlays.chunks_exact_mut(4).zip(&self.underlays) {
             slot.copy_from_slice(&index.to_ne_bytes());
         }
         rest[..6].copy_from_slice(&self.ztunnel_mac);
         bytes
+    }
+}
+
+/// Into an array of `struct addr`; what does not fit is left out.
+fn put_addresses(array: &mut [u8], addresses: &[IpAddr]) {
+    for (slot, ip) in array.chunks_exact_mut(ADDRESS_BYTES).zip(addresses) {
+        slot.copy_from_slice(&address(*ip));
     }
 }
 
@@ -120,19 +162,26 @@ mod tests {
     fn config_has_the_programs_layout() {
         let config = Config {
             ztunnel_ifindex: 7,
-            ztunnel_address: [10, 0, 0, 2].into(),
+            dns: true,
+            ztunnel_addresses: vec![[10, 0, 0, 2].into(), "fd00::2".parse().unwrap()],
             node_addresses: vec![[10, 0, 0, 1].into(); NODE_ADDRESSES_MAX + 1],
             underlays: vec![3; UNDERLAYS_MAX],
             ztunnel_mac: [1, 2, 3, 4, 5, 6],
         };
         let bytes = config.encode();
         assert_eq!(bytes[0..4], 7u32.to_ne_bytes());
-        assert_eq!(bytes[4..8], [10, 0, 0, 2]);
-        assert_eq!(bytes[8..12], [10, 0, 0, 1]);
-        assert_eq!(bytes[68..72], [10, 0, 0, 1]);
-        assert_eq!(bytes[72..76], 3u32.to_ne_bytes());
-        assert_eq!(bytes[100..104], 3u32.to_ne_bytes());
-        assert_eq!(bytes[104..], [1, 2, 3, 4, 5, 6, 0, 0]);
+        assert_eq!(bytes[4..8], 1u32.to_ne_bytes());
+        assert_eq!(bytes[18..24], [0xff, 0xff, 10, 0, 0, 2]);
+        assert_eq!((bytes[24], bytes[39]), (0xfd, 2));
+        assert_eq!(bytes[50..56], [0xff, 0xff, 10, 0, 0, 1]);
+        assert_eq!(bytes[290..296], [0xff, 0xff, 10, 0, 0, 1]);
+        assert_eq!(bytes[296..300], 3u32.to_ne_bytes());
+        assert_eq!(bytes[324..328], 3u32.to_ne_bytes());
+        assert_eq!(bytes[328..], [1, 2, 3, 4, 5, 6, 0, 0]);
+        for text in ["10.1.2.3", "fd00::1"] {
+            let ip: IpAddr = text.parse().unwrap();
+            assert_eq!(parse_address(address(ip)), ip);
+        }
     }
 
     /// The header's enums, sizes and reasons are what this module says they are.

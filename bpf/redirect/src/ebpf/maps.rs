@@ -1,16 +1,19 @@
 //! Reading and writing the pinned maps.
 
-use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
 use std::path::Path;
 
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuArray};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
-use super::layout::{self, CONFIG_BYTES, Config, MapLayout};
+use super::layout::{self, ADDRESS_BYTES, CONFIG_BYTES, Config, FLOW_BYTES, MapLayout};
 use crate::error::{Error, Result};
 use crate::settings::Pod;
+
+type AddressKey = [u8; ADDRESS_BYTES];
+pub(crate) type FlowKey = [u8; FLOW_BYTES];
 
 fn open<T>(pins: &Path, name: &'static str) -> Result<T>
 where
@@ -56,13 +59,25 @@ pub(crate) fn set_config(pins: &Path, config: &Config) -> Result<()> {
         .map_err(write_failed(layout::CONFIG))
 }
 
+pub(crate) fn config(pins: &Path) -> Result<[u8; CONFIG_BYTES]> {
+    let map: Array<MapData, [u8; CONFIG_BYTES]> = open(pins, layout::CONFIG)?;
+    map.get(&0, 0)
+        .map_err(|e| Error::bpf("read map", layout::CONFIG, &e))
+}
+
+type Cidrs = LpmTrie<MapData, AddressKey, u32>;
+
 /// Makes the map hold exactly these networks.
-pub(crate) fn set_pod_cidrs(pins: &Path, cidrs: &[Ipv4Net]) -> Result<()> {
+pub(crate) fn set_pod_cidrs(pins: &Path, cidrs: &[IpNet]) -> Result<()> {
     let failed = write_failed(layout::POD_CIDRS);
-    let mut map: LpmTrie<MapData, [u8; 4], u32> = open(pins, layout::POD_CIDRS)?;
+    let mut map: Cidrs = open(pins, layout::POD_CIDRS)?;
     let wanted: Vec<_> = cidrs
         .iter()
-        .map(|cidr| (u32::from(cidr.prefix_len()), cidr.network().octets()))
+        .map(|cidr| {
+            let outside = if cidr.addr().is_ipv4() { 96 } else { 0 };
+            let prefix = outside + u32::from(cidr.prefix_len());
+            (prefix, layout::address(cidr.network()))
+        })
         .collect();
     let old = map.keys().collect::<Result<Vec<_>, _>>().map_err(&failed)?;
     for key in old {
@@ -77,57 +92,115 @@ pub(crate) fn set_pod_cidrs(pins: &Path, cidrs: &[Ipv4Net]) -> Result<()> {
     Ok(())
 }
 
-type Pods = HashMap<MapData, [u8; 4], u32>;
-
-/// Interface index of the pod's addresses, if all have the same.
-pub(crate) fn pod_index(pins: &Path, pod: &Pod) -> Result<Option<u32>> {
-    let map: Pods = open(pins, layout::PODS)?;
-    let mut indexes = pod.ipv4().map(|address| map.get(&address.octets(), 0).ok());
-    let first = indexes.next().flatten();
-    Ok(first.filter(|_| indexes.all(|other| other == first)))
+/// The networks in the map, for people.
+pub(crate) fn pod_cidrs(pins: &Path) -> Result<Vec<String>> {
+    let map: Cidrs = open(pins, layout::POD_CIDRS)?;
+    let describe = |key: Key<AddressKey>| {
+        let network = layout::parse_address(key.data());
+        let outside = if network.is_ipv4() { 96 } else { 0 };
+        format!("{network}/{}", key.prefix_len().saturating_sub(outside))
+    };
+    map.keys()
+        .map(|key| key.map(describe))
+        .collect::<Result<_, _>>()
+        .map_err(|e| Error::bpf("read map", layout::POD_CIDRS, &e))
 }
 
-pub(crate) fn add_pod(pins: &Path, pod: &Pod, index: u32) -> Result<()> {
-    let mut map: Pods = open(pins, layout::PODS)?;
-    for address in pod.ipv4() {
-        map.insert(address.octets(), index, 0)
-            .map_err(write_failed(layout::PODS))?;
-    }
-    Ok(())
-}
+/// The map of captured addresses: interface index and flags by address.
+pub(crate) struct Pods(HashMap<MapData, AddressKey, [u32; 2]>);
 
-pub(crate) fn remove_pod(pins: &Path, pod: &Pod) -> Result<()> {
-    if !pins.join(layout::PODS).exists() {
-        return Ok(());
+impl Pods {
+    pub(crate) fn open(pins: &Path) -> Result<Self> {
+        open(pins, layout::PODS).map(Self)
     }
-    let mut map: Pods = open(pins, layout::PODS)?;
-    for address in pod.ipv4() {
-        match map.remove(&address.octets()) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) if is_not_found(&error) => {}
-            Err(error) => return Err(write_failed(layout::PODS)(error)),
+
+    /// Interface index and flags of the pod, if all its addresses have the same.
+    pub(crate) fn get(&self, pod: &Pod) -> Option<[u32; 2]> {
+        let mut all = pod
+            .addresses
+            .iter()
+            .map(|address| self.0.get(&layout::address(*address), 0).ok());
+        let first = all.next().flatten();
+        first.filter(|_| all.all(|other| other == first))
+    }
+
+    pub(crate) fn set(&mut self, pod: &Pod, index: u32, flags: u32) -> Result<()> {
+        for address in &pod.addresses {
+            self.0
+                .insert(layout::address(*address), [index, flags], 0)
+                .map_err(write_failed(layout::PODS))?;
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Removes addresses that belong to none of these pods.
-pub(crate) fn retain_pods(pins: &Path, pods: &[Pod]) -> Result<()> {
-    let failed = write_failed(layout::PODS);
-    let mut map: Pods = open(pins, layout::PODS)?;
-    let wanted: Vec<Ipv4Addr> = pods.iter().flat_map(Pod::ipv4).collect();
-    let known = map.keys().collect::<Result<Vec<_>, _>>().map_err(&failed)?;
-    for address in known {
-        if !wanted.contains(&Ipv4Addr::from(address)) {
-            map.remove(&address).map_err(&failed)?;
+    pub(crate) fn remove(&mut self, pod: &Pod) -> Result<()> {
+        for address in &pod.addresses {
+            ignore_missing(self.0.remove(&layout::address(*address)))
+                .map_err(write_failed(layout::PODS))?;
         }
+        Ok(())
     }
-    Ok(())
+
+    /// All addresses with their interface's index.
+    pub(crate) fn all(&self) -> Result<Vec<(IpAddr, u32)>> {
+        self.0
+            .iter()
+            .map(|entry| entry.map(|(key, [index, _])| (layout::parse_address(key), index)))
+            .collect::<Result<_, _>>()
+            .map_err(|e| Error::bpf("read map", layout::PODS, &e))
+    }
+
+    /// Removes addresses that belong to none of these pods.
+    pub(crate) fn retain(&mut self, pods: &[Pod]) -> Result<()> {
+        let wanted: HashSet<IpAddr> = pods
+            .iter()
+            .flat_map(|pod| &pod.addresses)
+            .copied()
+            .collect();
+        for (address, _) in self.all()? {
+            if !wanted.contains(&address) {
+                ignore_missing(self.0.remove(&layout::address(address)))
+                    .map_err(write_failed(layout::PODS))?;
+            }
+        }
+        Ok(())
+    }
 }
 
-fn is_not_found(error: &MapError) -> bool {
-    matches!(error, MapError::SyscallError(e)
-        if e.io_error.kind() == std::io::ErrorKind::NotFound)
+/// The map of connections that are older than their pod's capture.
+pub(crate) struct OlderFlows(HashMap<MapData, FlowKey, u8>);
+
+impl OlderFlows {
+    pub(crate) fn open(pins: &Path) -> Result<Self> {
+        open(pins, layout::OLDER_FLOWS).map(Self)
+    }
+
+    pub(crate) fn add(&mut self, key: FlowKey) -> Result<()> {
+        self.0
+            .insert(key, 1, 0)
+            .map_err(write_failed(layout::OLDER_FLOWS))
+    }
+
+    pub(crate) fn all(&self) -> Result<Vec<FlowKey>> {
+        self.0
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(|e| Error::bpf("read map", layout::OLDER_FLOWS, &e))
+    }
+
+    pub(crate) fn remove(&mut self, key: &FlowKey) -> Result<()> {
+        ignore_missing(self.0.remove(key)).map_err(write_failed(layout::OLDER_FLOWS))
+    }
+}
+
+fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// All counters that are not zero, by program and reason, over all CPUs.

@@ -8,21 +8,32 @@
 //! Programs and maps are pinned and stay when the agent ends. With ztunnel gone, connections are
 //! refused; with its network namespace gone, packets are dropped.
 //!
-//! Limits: IPv4 (IPv6 of mesh pods is dropped except ICMPv6); the node's netfilter does not see
-//! what is redirected, so network policies built on it do not apply to that; a pod's connections
-//! open at the time it is added or removed break.
+//! Connections that are open when a pod is added go on as they are (`older.rs`). Pinned maps that
+//! another version made with another layout are replaced; so are the programs, one by one, and what
+//! is redirected goes on. ztunnel puts its listeners into a new map within a second.
+//!
+//! IPv4 and IPv6, the latter if ztunnel has an IPv6 address; without one, IPv6 TCP of pods is
+//! dropped in its network namespace.
+//!
+//! Limits: the node's netfilter does not see what is redirected, so network policies built on it
+//! do not apply to that; a pod's connections break when it is removed (they are ztunnel's).
 
 pub(crate) mod attach;
+mod events;
+mod inventory;
 pub(crate) mod layout;
+mod links;
 pub(crate) mod maps;
+mod older;
+mod pods;
 
-use std::net::Ipv4Addr;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use aya::{Ebpf as Object, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use crate::command;
 use crate::error::{Error, Result};
 use crate::journal::{Journal, Undo};
 use crate::netns::{self, Netns};
@@ -30,7 +41,9 @@ use crate::settings::{Pod, Settings};
 use crate::status::{PodStatus, Status};
 use crate::{Redirection, sysctl};
 use attach::{Attacher, Hook};
+pub use events::Dropped;
 use layout::Config;
+use links::Links;
 
 const NAME: &str = "ebpf";
 
@@ -61,36 +74,60 @@ impl Ebpf {
         })
     }
 
+    fn node(&self) -> Result<Netns> {
+        Netns::node_at(self.settings.node.netns.as_deref())
+    }
+
+    /// Everything is ready before the first program is attached.
     fn install_steps(&mut self, node: &Netns, ztunnel: &Netns) -> Result<()> {
+        let links = Links::read(node)?;
         let s = &self.settings;
-        let outside = netns::interface(node, &s.ztunnel.host_interface)?;
-        let inside = netns::interface(ztunnel, &s.ztunnel.interface)?;
-        check_veth(node, &s.ztunnel.host_interface)?;
+        let outside = links.veth("host_interface", &s.ztunnel.host_interface)?;
         let mut underlays = Vec::new();
         for name in &s.node.interfaces {
-            underlays.push((name.clone(), netns::interface(node, name)?.index));
+            underlays.push((name.clone(), links.index(name)?));
         }
         make_dirs(&mut self.journal, &s.bpffs)?;
+        let config = self.config(ztunnel, outside, &underlays)?;
+        inventory::rescue_maps(&s.bpffs);
         self.object = Some(load(&mut self.journal, &s.bpffs)?);
-        prepare_ztunnel(&mut self.journal, ztunnel, &s.ztunnel.interface)?;
+        prepare_ztunnel(&mut self.journal, ztunnel, &s.ztunnel)?;
         allow_foreign_sources(&mut self.journal, node, &s.ztunnel.host_interface)?;
-        let config = Config {
-            ztunnel_ifindex: outside.index,
-            ztunnel_address: s.ztunnel.address,
+        maps::set_config(&s.bpffs, &config)?;
+        maps::set_pod_cidrs(&s.bpffs, &s.node.pod_cidrs)?;
+        pods::restore(&s.bpffs, self.journal.pods(), &links)?;
+        self.attach_hooks(node, outside, &underlays)
+    }
+
+    fn config(&self, ztunnel: &Netns, outside: u32, underlays: &[(String, u32)]) -> Result<Config> {
+        let s = &self.settings;
+        let inside = netns::interface(ztunnel, &s.ztunnel.interface)?;
+        let v6 = s.ztunnel.address_v6.map(IpAddr::from);
+        Ok(Config {
+            ztunnel_ifindex: outside,
+            dns: s.dns,
+            ztunnel_addresses: [s.ztunnel.address.into()].into_iter().chain(v6).collect(),
             node_addresses: node_addresses(s),
             underlays: underlays.iter().map(|&(_, index)| index).collect(),
             ztunnel_mac: inside.mac,
-        };
-        maps::set_config(&s.bpffs, &config)?;
-        maps::set_pod_cidrs(&s.bpffs, &s.node.pod_cidrs)?;
-        maps::retain_pods(&s.bpffs, self.journal.pods())?;
-        let (interface, netns) = (s.ztunnel.host_interface.clone(), s.ztunnel.netns.clone());
+        })
+    }
+
+    /// What does not belong to a pod.
+    fn attach_hooks(
+        &mut self,
+        node: &Netns,
+        outside: u32,
+        underlays: &[(String, u32)],
+    ) -> Result<()> {
+        let interface = self.settings.ztunnel.host_interface.clone();
+        let netns = self.settings.ztunnel.netns.clone();
         let mut attacher = self.attacher(node)?;
         attacher.attach_sk_lookup(&netns)?;
         let mut hooks = vec![Hook {
             program: layout::ZTUNNEL_HOST,
             interface: &interface,
-            index: outside.index,
+            index: outside,
             owner: None,
         }];
         hooks.extend(underlays.iter().map(|(interface, index)| Hook {
@@ -108,49 +145,19 @@ impl Ebpf {
     }
 
     fn attacher<'a>(&'a mut self, node: &'a Netns) -> Result<Attacher<'a>> {
-        let ebpf = self.object.as_mut().ok_or_else(|| Error::Setting {
-            field: "redirection",
-            value: NAME.to_owned(),
-            reason: "must be installed before pods are added".to_owned(),
-        })?;
+        let ebpf = self.object.as_mut().ok_or_else(not_installed)?;
         Ok(Attacher {
             ebpf,
             journal: &mut self.journal,
             node,
             pins: &self.settings.bpffs,
             wanted: self.settings.attach,
+            clsact: None,
         })
     }
 
-    fn add_pod_steps(&mut self, node: &Netns, pod: &Pod, index: u32) -> Result<()> {
-        check_veth(node, &pod.host_interface)?;
-        // First the map, so that no packet the programs hand on meets a ztunnel that takes the
-        // pod for a stranger.
-        maps::add_pod(&self.settings.bpffs, pod, index)?;
-        let mut attacher = self.attacher(node)?;
-        for program in [layout::APP_OUTBOUND, layout::APP_INBOUND] {
-            attacher.attach(Hook {
-                program,
-                interface: &pod.host_interface,
-                index,
-                owner: Some(&pod.uid),
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The enrolled pod of this UID, if anything about it differs from `pod` as it is now.
-    fn outdated(&self, pod: &Pod, index: u32) -> Result<bool> {
-        let Some(known) = self
-            .journal
-            .pods()
-            .iter()
-            .find(|known| known.uid == pod.uid)
-        else {
-            return Ok(false);
-        };
-        let known_index = maps::pod_index(&self.settings.bpffs, known)?;
-        Ok(known != pod || known_index != Some(index))
+    fn is_installed(&self) -> bool {
+        self.journal.installed_redirect() == Some(NAME)
     }
 }
 
@@ -158,7 +165,7 @@ impl Redirection for Ebpf {
     fn install(&mut self) -> Result<()> {
         self.settings.validate()?;
         check_bpffs(&self.settings.bpffs)?;
-        let node = Netns::node()?;
+        let node = self.node()?;
         let ztunnel = Netns::at(&self.settings.ztunnel.netns)?;
         self.journal.begin(&node, &ztunnel)?;
         let mark = self.journal.mark();
@@ -170,32 +177,16 @@ impl Redirection for Ebpf {
         result
     }
 
-    fn add_pod(&mut self, pod: &Pod) -> Result<()> {
-        self.settings.validate_pod(pod)?;
-        self.journal.check_address_free(pod)?;
-        let node = Netns::node()?;
-        let index = netns::interface(&node, &pod.host_interface)?.index;
-        if self.outdated(pod, index)? {
-            self.remove_pod(&pod.uid)?;
-        }
-        let is_new = self.journal.set_pod(pod)?;
-        let result = self.add_pod_steps(&node, pod, index);
-        if result.is_err()
-            && is_new
-            && let Err(error) = self.remove_pod(&pod.uid)
-        {
-            tracing::warn!(%error, uid = pod.uid, "not all of the pod's capture was taken back");
-        }
-        result
+    fn add_pods(&mut self, pods: &[Pod]) -> Result<()> {
+        let node = self.node()?;
+        pods::add(self, &node, pods)
     }
 
-    fn remove_pod(&mut self, uid: &str) -> Result<()> {
-        // First the map: until its programs are gone, the pod's packets are dropped as spoofed
+    fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
+        // First the map: until its programs are gone, a pod's packets are dropped as spoofed
         // rather than let past ztunnel half-way.
-        if let Some(pod) = self.journal.pods().iter().find(|pod| pod.uid == uid) {
-            maps::remove_pod(&self.settings.bpffs, pod)?;
-        }
-        self.journal.remove_pod(uid)
+        let mapped = pods::forget(&self.settings.bpffs, self.journal.pods(), uids);
+        self.journal.remove_pods(uids).and(mapped)
     }
 
     fn enrolled(&self) -> Vec<Pod> {
@@ -203,21 +194,38 @@ impl Redirection for Ebpf {
     }
 
     fn status(&self) -> Result<Status> {
-        let installed = self.journal.installed_redirect() == Some(NAME);
-        let counters = if installed {
-            maps::counters(&self.settings.bpffs)?
-        } else {
-            Default::default()
-        };
+        let (mut counters, mut older) = (Default::default(), 0);
+        if self.is_installed() {
+            counters = maps::counters(&self.settings.bpffs).unwrap_or_default();
+            older = pods::older_count(&self.settings.bpffs);
+        }
         Ok(Status {
             redirect: NAME,
-            installed,
+            installed: self.is_installed(),
             variant: None,
             tunnel_driver: None,
             attach: self.journal.detail().map(str::to_owned),
+            dns: self.settings.dns,
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
+            owned: self.inventory()?,
+            older_connections: older,
             counters,
         })
+    }
+
+    fn inventory(&self) -> Result<BTreeSet<String>> {
+        if !self.is_installed() {
+            return Ok(BTreeSet::new());
+        }
+        inventory::take(&self.settings, &self.journal, &self.node()?)
+    }
+
+    fn tidy(&mut self) -> Result<()> {
+        pods::forget_ended(&self.settings.bpffs, self.journal.pods())
+    }
+
+    fn take_dropped(&mut self, most: usize) -> Result<Vec<Dropped>> {
+        events::take(&self.settings.bpffs, most)
     }
 
     fn cleanup(&mut self) -> Result<()> {
@@ -231,12 +239,27 @@ impl Redirection for Ebpf {
     }
 }
 
+fn not_installed() -> Error {
+    Error::Setting {
+        field: "redirection",
+        value: NAME.to_owned(),
+        reason: "must be installed before pods are added".to_owned(),
+    }
+}
+
 /// The address pods know and those of the underlay: traffic between a pod and these is the node's
 /// own. Others (a bridge's, the service addresses that IPVS puts on an interface) are captured.
-fn node_addresses(settings: &Settings) -> Vec<Ipv4Addr> {
-    let mut all = vec![settings.node.address];
-    all.extend(netns::addresses(&settings.node.interfaces));
-    all.dedup();
+fn node_addresses(settings: &Settings) -> Vec<IpAddr> {
+    let node = &settings.node;
+    let mut all = vec![IpAddr::from(node.address)];
+    for address in netns::addresses(&node.interfaces)
+        .into_iter()
+        .chain(node.other_addresses.iter().copied())
+    {
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
     if all.len() > layout::NODE_ADDRESSES_MAX {
         let (most, found) = (layout::NODE_ADDRESSES_MAX, all.len());
         tracing::warn!(
@@ -246,19 +269,6 @@ fn node_addresses(settings: &Settings) -> Vec<Ipv4Addr> {
         );
     }
     all
-}
-
-/// Packets redirected to the peer of any other kind of interface would vanish.
-fn check_veth(node: &Netns, name: &str) -> Result<()> {
-    let shown = node.run(|| command::ip(&format!("-d -o link show dev {name}")))?;
-    if shown.contains(" veth ") || shown.contains(" netkit ") {
-        return Ok(());
-    }
-    Err(Error::Setting {
-        field: "host_interface",
-        value: name.to_owned(),
-        reason: "must be a veth or netkit interface for redirection ebpf".to_owned(),
-    })
 }
 
 fn check_bpffs(dir: &Path) -> Result<()> {
@@ -288,13 +298,17 @@ fn make_dirs(journal: &mut Journal, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Loads maps (those pinned already are used as they are) and programs.
+/// Loads maps (those pinned already are used as they are) and programs. A pinned map of another
+/// layout is left to the programs that use it until they are replaced, too.
 fn load(journal: &mut Journal, pins: &Path) -> Result<Object> {
     let mut loader = EbpfLoader::new();
     for map in &layout::MAPS {
         let pin = pins.join(map.name);
-        maps::check_layout(&pin, map)?;
         journal.record(None, Undo::Pin { path: pin.clone() })?;
+        if let Err(error) = maps::check_layout(&pin, map) {
+            tracing::info!(%error, "replaced");
+            std::fs::remove_file(&pin).map_err(|e| Error::file("remove pin", &pin, e))?;
+        }
         loader.map_pin_path(map.name, pin);
     }
     let mut object = loader
@@ -305,17 +319,30 @@ fn load(journal: &mut Journal, pins: &Path) -> Result<Object> {
 }
 
 /// Makes what comes in by ztunnel's interface local to it, whatever its destination.
-fn prepare_ztunnel(journal: &mut Journal, ztunnel: &Netns, interface: &str) -> Result<()> {
+fn prepare_ztunnel(
+    journal: &mut Journal,
+    netns: &Netns,
+    ztunnel: &crate::settings::Ztunnel,
+) -> Result<()> {
+    let interface = &ztunnel.interface;
     for scope in ["all", interface] {
         let name = format!("net/ipv4/conf/{scope}/rp_filter");
-        journal.set_sysctl(None, ztunnel, &name, "0")?;
+        journal.set_sysctl(None, netns, &name, "0")?;
     }
-    let route = format!("local 0.0.0.0/0 dev lo table {TABLE}");
-    let add = format!("ip route add {route}");
-    journal.add(None, ztunnel, &add, &format!("ip route del {route}"))?;
-    let rule = format!("pref {RULE_PREF} iif {interface} lookup {TABLE}");
-    let add = format!("ip rule add {rule}");
-    journal.add(None, ztunnel, &add, &format!("ip rule del {rule}"))
+    let mut families = vec![("-4", "0.0.0.0/0")];
+    if ztunnel.address_v6.is_some() {
+        families.push(("-6", "::/0"));
+    }
+    for (family, everything) in families {
+        let route = format!("local {everything} dev lo table {TABLE}");
+        let add = format!("ip {family} route add {route}");
+        let remove = format!("ip {family} route del {route}");
+        journal.add(None, netns, &add, &remove)?;
+        let rule = format!("pref {RULE_PREF} iif {interface} lookup {TABLE}");
+        let add = format!("ip {family} rule add {rule}");
+        journal.add(None, netns, &add, &format!("ip {family} rule del {rule}"))?;
+    }
+    Ok(())
 }
 
 /// What ztunnel sends off-cluster takes the node's stack with a pod's address, which a strict

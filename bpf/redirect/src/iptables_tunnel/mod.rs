@@ -12,20 +12,23 @@
 //!
 //! With ztunnel gone, packets find no listener and are dropped; with its interface gone too, the
 //! hardened variant has routes that end there, where the faithful one lets what is left of open
-//! connections out by the main table. Limits: IPv4 only, IPv6 is not captured; UDP is exempt; a
-//! pod may use another's source address (there is no check); a pod's open connections break when
-//! it is added or removed.
+//! connections out by the main table. Limits: IPv4 only as upstream, IPv6 is left alone and so is a
+//! way around the mesh where pods have it; UDP other than captured DNS is exempt; a pod may use
+//! another's source address (there is no check); a pod's open connections break when it is added
+//! or removed.
 
 pub(crate) mod links;
 pub(crate) mod rules;
 pub(crate) mod tables;
 
-use crate::Redirection;
-use crate::error::Result;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::error::{Error, Result};
 use crate::journal::{Journal, Undo};
 use crate::netns::{self, Netns};
-use crate::settings::{Pod, Settings, Variant};
+use crate::settings::{Iptables, Pod, Settings, Variant};
 use crate::status::{PodStatus, Status};
+use crate::{Redirection, command, sysctl};
 use links::Transport;
 use rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
 
@@ -77,21 +80,17 @@ impl IptablesTunnel {
         self.ztunnel_routes(ztunnel)?;
         self.node_routes(node)?;
         let of_ztunnel = rules::ztunnel(&self.settings);
-        self.journal.record(
-            None,
-            Undo::Chains {
-                netns: ztunnel.clone(),
-            },
-        )?;
-        ztunnel.run(|| tables::apply(&of_ztunnel))?;
         let of_node = rules::node(&self.settings, transport.port);
-        self.journal.record(
-            None,
-            Undo::Chains {
-                netns: node.clone(),
-            },
-        )?;
-        node.run(|| tables::apply(&of_node))
+        let iptables = self.settings.iptables;
+        for (netns, rules) in [(ztunnel, of_ztunnel), (node, of_node)] {
+            let undo = Undo::Chains {
+                netns: netns.clone(),
+                iptables,
+            };
+            self.journal.record(None, undo)?;
+            netns.run(|| tables::apply(iptables, &rules))?;
+        }
+        self.journal.retain_chains(iptables)
     }
 
     /// Namespaces that need the set of pods.
@@ -190,38 +189,157 @@ impl IptablesTunnel {
         self.rule(ztunnel, "pref 20003 fwmark 0x4d3/0xfff lookup 100")
     }
 
-    fn add_pod_steps(&mut self, node: &Netns, ztunnel: &Netns, pod: &Pod) -> Result<()> {
-        let uid = Some(pod.uid.as_str());
-        let rp_filter = format!("net/ipv4/conf/{}/rp_filter", pod.host_interface);
-        self.journal.set_sysctl(uid, node, &rp_filter, "0")?;
+    /// Changes one pod needs: what to run, and how it is taken back.
+    fn pod_changes<'a>(
+        &self,
+        node: &'a Netns,
+        ztunnel: &'a Netns,
+        pod: &Pod,
+    ) -> Vec<(&'a Netns, Change)> {
         let hip = self.settings.node.address;
+        let mut all = Vec::new();
         for address in pod.ipv4() {
-            self.journal.add(
-                uid,
+            let route =
+                format!("replace {address}/32 via 192.168.126.2 dev {IN} src {hip} table 100");
+            all.push((
                 node,
-                &format!(
-                    "ip route replace {address}/32 via 192.168.126.2 dev {IN} src {hip} table 100"
-                ),
-                &format!("ip route del {address}/32 table 100"),
-            )?;
+                Change {
+                    tool: "ip",
+                    words: format!("route {route}"),
+                    undo: format!("ip route del {address}/32 table 100"),
+                },
+            ));
             // ztunnel's side first: it tells by the set which way a connection goes.
             for netns in self.sets(node, ztunnel).into_iter().rev() {
-                self.journal.add(
-                    uid,
-                    netns,
-                    &format!("ipset add {POD_SET} {address} comment {} -exist", pod.uid),
-                    &format!("ipset del {POD_SET} {address} -exist"),
-                )?;
+                let change = Change {
+                    tool: "ipset",
+                    words: format!("add {POD_SET} {address} comment {} -exist", pod.uid),
+                    undo: format!("ipset del {POD_SET} {address} -exist"),
+                };
+                all.push((netns, change));
+            }
+        }
+        all
+    }
+
+    /// Notes everything with one write of the journal, then changes it with one run of each tool.
+    fn add_pods_steps(&mut self, node: &Netns, ztunnel: &Netns, pods: &[&Pod]) -> Result<()> {
+        let changes: Vec<Vec<_>> = pods
+            .iter()
+            .map(|pod| self.pod_changes(node, ztunnel, pod))
+            .collect();
+        let rp_filter = |pod: &Pod| format!("net/ipv4/conf/{}/rp_filter", pod.host_interface);
+        self.journal.batch(|journal| {
+            for (pod, changes) in pods.iter().zip(&changes) {
+                let uid = Some(pod.uid.as_str());
+                journal.check_address_free(pod)?;
+                journal.set_pod(pod)?;
+                journal.note_sysctl(uid, node, &rp_filter(pod), "0")?;
+                for (netns, change) in changes {
+                    journal.record(uid, Undo::command(netns, change.undo.as_str()))?;
+                }
+            }
+            Ok(())
+        })?;
+        for pod in pods {
+            node.run(|| sysctl::write(&rp_filter(pod), "0"))?;
+        }
+        let all: Vec<_> = changes.iter().flatten().collect();
+        for (netns, tool, args) in [
+            (node, "ip", ["-batch", "-"]),
+            (ztunnel, "ipset", ["restore", "-exist"]),
+            (node, "ipset", ["restore", "-exist"]),
+        ] {
+            let script: String = all
+                .iter()
+                .filter(|(at, change)| *at == netns && change.tool == tool)
+                .map(|(_, change)| format!("{}\n", change.words.trim_end_matches(" -exist")))
+                .collect();
+            if !script.is_empty() {
+                netns.run(|| command::run_with_input(tool, &args, &script))?;
             }
         }
         Ok(())
     }
+
+    fn node(&self) -> Result<Netns> {
+        Netns::node_at(self.settings.node.netns.as_deref())
+    }
+
+    fn is_installed(&self) -> bool {
+        self.journal.installed_redirect() == Some(NAME)
+    }
+
+    /// A pod that cannot be captured, or one of several that can.
+    fn check_pod(&self, node: &Netns, pod: &Pod) -> Result<()> {
+        self.settings.validate_pod(pod)?;
+        self.journal.check_address_free(pod)?;
+        if pod.ipv4().next().is_none() {
+            return Err(Error::Setting {
+                field: "pods.addresses",
+                value: pod.uid.clone(),
+                reason: "the pod needs an IPv4 address for redirection tunnel".to_owned(),
+            });
+        }
+        netns::interface(node, &pod.host_interface).map(drop)
+    }
+}
+
+/// What a tool is to do, and the command that takes it back.
+struct Change {
+    tool: &'static str,
+    words: String,
+    undo: String,
+}
+
+/// Our rules, routes, set entries and links in one namespace.
+fn inventory_of(place: &str, iptables: Iptables) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    let rules = command::ip("rule show")?;
+    let own = |line: &&str| {
+        let pref = line.split(':').next().unwrap_or_default();
+        ["100", "101", "102", "103", "20000", "20003"].contains(&pref)
+    };
+    all.extend(
+        rules
+            .lines()
+            .filter(own)
+            .map(|line| format!("ip rule {line}")),
+    );
+    for table in [100, 101, 102] {
+        // A table that does not exist is an error.
+        let routes = command::ip(&format!("route show table {table}")).unwrap_or_default();
+        all.extend(
+            routes
+                .lines()
+                .map(|line| format!("ip route table {table} {line}")),
+        );
+    }
+    let set = command::run("ipset", &["save", POD_SET]).unwrap_or_default();
+    // The line that makes the set has its hash's seed.
+    all.extend(set.lines().filter_map(|line| {
+        let line = line
+            .strip_prefix("add ")
+            .map(|entry| format!("ipset add {entry}"));
+        line.or_else(|| Some(format!("ipset create {POD_SET}")))
+    }));
+    for name in [IN, OUT, PEER_IN, PEER_OUT] {
+        let shown = command::ip(&format!("-br link show dev {name}"));
+        all.extend(shown.is_ok().then(|| format!("link {name}")));
+    }
+    let chains = tables::lines(iptables)?;
+    all.extend(chains.into_iter().map(|line| format!("iptables {line}")));
+    let one_blank = |line: String| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    Ok(all
+        .into_iter()
+        .map(|line| format!("{place} {}", one_blank(line)))
+        .collect())
 }
 
 impl Redirection for IptablesTunnel {
     fn install(&mut self) -> Result<()> {
         self.settings.validate()?;
-        let node = Netns::node()?;
+        let node = self.node()?;
         let ztunnel = Netns::at(&self.settings.ztunnel.netns)?;
         self.journal.begin(&node, &ztunnel)?;
         let mark = self.journal.mark();
@@ -232,33 +350,42 @@ impl Redirection for IptablesTunnel {
         result
     }
 
-    fn add_pod(&mut self, pod: &Pod) -> Result<()> {
-        self.settings.validate_pod(pod)?;
-        self.journal.check_address_free(pod)?;
-        let node = Netns::node()?;
+    fn add_pods(&mut self, pods: &[Pod]) -> Result<()> {
+        let node = self.node()?;
         let ztunnel = Netns::at(&self.settings.ztunnel.netns)?;
-        netns::interface(&node, &pod.host_interface)?;
-        let known = self
-            .journal
-            .pods()
+        let mut first_error = None;
+        let mut sound = Vec::new();
+        for pod in pods {
+            match self.check_pod(&node, pod) {
+                Ok(()) => sound.push(pod),
+                Err(error) => drop(first_error.get_or_insert(error)),
+            }
+        }
+        let known = self.journal.pods();
+        let is_known = |uid: &str| known.iter().any(|pod| pod.uid == uid);
+        let outdated = |pod: &&&Pod| is_known(&pod.uid) && !known.contains(**pod);
+        let outdated: Vec<&str> = sound
             .iter()
-            .find(|known| known.uid == pod.uid);
-        if known.is_some_and(|known| known != pod) {
-            self.remove_pod(&pod.uid)?;
+            .filter(outdated)
+            .map(|p| p.uid.as_str())
+            .collect();
+        let new: Vec<&str> = sound
+            .iter()
+            .filter(|pod| !is_known(&pod.uid))
+            .map(|pod| pod.uid.as_str())
+            .collect();
+        self.remove_pods(&outdated)?;
+        if let Err(error) = self.add_pods_steps(&node, &ztunnel, &sound) {
+            if let Err(error) = self.journal.remove_pods(&new) {
+                tracing::warn!(%error, "not all of the pods' capture was taken back");
+            }
+            return Err(error);
         }
-        let is_new = self.journal.set_pod(pod)?;
-        let result = self.add_pod_steps(&node, &ztunnel, pod);
-        if result.is_err()
-            && is_new
-            && let Err(error) = self.journal.remove_pod(&pod.uid)
-        {
-            tracing::warn!(%error, uid = pod.uid, "not all of the pod's capture was taken back");
-        }
-        result
+        first_error.map_or(Ok(()), Err)
     }
 
-    fn remove_pod(&mut self, uid: &str) -> Result<()> {
-        self.journal.remove_pod(uid)
+    fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
+        self.journal.remove_pods(uids)
     }
 
     fn enrolled(&self) -> Vec<Pod> {
@@ -270,15 +397,41 @@ impl Redirection for IptablesTunnel {
             .journal
             .detail()
             .and_then(|detail| detail.parse::<Transport>().ok());
+        let mut counters = BTreeMap::new();
+        if self.is_installed() {
+            let iptables = self.settings.iptables;
+            counters.insert("node".to_owned(), tables::counters(iptables)?);
+            if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
+                let of_ztunnel = ztunnel.run(|| tables::counters(iptables))?;
+                counters.insert("ztunnel".to_owned(), of_ztunnel);
+            }
+        }
         Ok(Status {
             redirect: NAME,
-            installed: self.journal.installed_redirect() == Some(NAME),
+            installed: self.is_installed(),
             variant: Some(self.settings.variant),
             tunnel_driver: transport.map(|transport| transport.driver.to_owned()),
             attach: None,
+            dns: self.settings.dns,
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
-            counters: Default::default(),
+            owned: self.inventory()?,
+            older_connections: 0,
+            counters,
         })
+    }
+
+    fn inventory(&self) -> Result<BTreeSet<String>> {
+        let mut all = BTreeSet::new();
+        if !self.is_installed() {
+            return Ok(all);
+        }
+        let iptables = self.settings.iptables;
+        all.extend(self.node()?.run(|| inventory_of("node", iptables))?);
+        if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
+            all.extend(ztunnel.run(|| inventory_of("ztunnel", iptables))?);
+        }
+        all.extend(sysctl::describe(&self.journal));
+        Ok(all)
     }
 
     fn cleanup(&mut self) -> Result<()> {

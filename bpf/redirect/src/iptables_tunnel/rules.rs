@@ -57,7 +57,17 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
         Table {
             name: "nat",
             hooks: vec!["PREROUTING", "POSTROUTING"],
-            rules: vec![accept("PREROUTING"), accept("POSTROUTING")],
+            rules: dns_protocols(settings)
+                .iter()
+                .map(|protocol| {
+                    format!(
+                        "-A ztunnel-PREROUTING -p {protocol} -m set --match-set {POD_SET} src \
+                         -m {protocol} --dport 53 -j DNAT --to-destination {}:{DNS_PORT}",
+                        settings.ztunnel.address
+                    )
+                })
+                .chain([accept("PREROUTING"), accept("POSTROUTING")])
+                .collect(),
         },
         // A service without endpoints is ztunnel's to refuse.
         Table {
@@ -68,9 +78,26 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
     ]
 }
 
+/// Port of ztunnel's DNS server.
+const DNS_PORT: u16 = 15053;
+
+/// Protocols over which DNS is captured: Istio had UDP only.
+fn dns_protocols(settings: &Settings) -> &'static [&'static str] {
+    match (settings.dns, settings.variant) {
+        (false, _) => &[],
+        (true, Variant::Faithful) => &["udp"],
+        (true, Variant::Hardened) => &["udp", "tcp"],
+    }
+}
+
 fn prerouting(settings: &Settings, port: u16) -> Vec<String> {
     let (zv, zip) = (&settings.ztunnel.host_interface, settings.ztunnel.address);
-    [
+    // Translated to ztunnel's own address, so that it takes the main table.
+    let dns = format!(
+        "-p tcp -m set --match-set {POD_SET} src -m tcp --dport 53 -j MARK --set-mark 0x220/0x220"
+    );
+    let dns = dns_protocols(settings).contains(&"tcp").then_some(dns);
+    let before_dns = [
         // Out of a tunnel: routed as usual.
         format!("-i {IN} -j MARK --set-mark 0x200/0x200"),
         format!("-i {IN} -j RETURN"),
@@ -91,12 +118,18 @@ fn prerouting(settings: &Settings, port: u16) -> Vec<String> {
         format!("-i {zv} -j MARK --set-mark 0x220/0x220"),
         // UDP is not the mesh's.
         "-p udp -j MARK --set-mark 0x220/0x220".to_owned(),
+    ];
+    let after_dns = [
         "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
         // Whatever else a mesh pod sends.
         format!("-p tcp -m set --match-set {POD_SET} src -j MARK --set-mark 0x100/0x100"),
-    ]
-    .map(|rule| format!("-A ztunnel-PREROUTING {rule}"))
-    .into()
+    ];
+    before_dns
+        .into_iter()
+        .chain(dns)
+        .chain(after_dns)
+        .map(|rule| format!("-A ztunnel-PREROUTING {rule}"))
+        .collect()
 }
 
 /// Exemption of what the node's own sockets send to pods (probes).

@@ -3,40 +3,89 @@
 //! Our rules are in chains of our own, called from the head of the built-in ones, so that other
 //! rules are left alone and ours can be told apart.
 
+use std::collections::BTreeMap;
+
 use super::rules::{CHAIN_PREFIX, Table};
 use crate::command;
 use crate::error::Result;
+use crate::settings::Iptables;
 
-const TABLES: [&str; 3] = ["mangle", "nat", "filter"];
+pub(crate) const TABLES: [&str; 3] = ["mangle", "nat", "filter"];
 
 /// Replaces what our chains hold, all tables in one call; rules of others stay.
-pub(crate) fn apply(tables: &[Table]) -> Result<()> {
+pub(crate) fn apply(kind: Iptables, tables: &[Table]) -> Result<()> {
     let mut script = String::new();
     for table in tables {
-        script += &apply_script(table, &save(table.name)?);
+        script += &apply_script(table, &save(kind, table.name, &[])?);
     }
-    restore(&script)
+    restore(kind, &script)
 }
 
 /// Removes our chains and the calls of them; that there are none is fine.
-pub(crate) fn remove() -> Result<()> {
+pub(crate) fn remove(kind: Iptables) -> Result<()> {
     let mut script = String::new();
     for table in TABLES {
-        script += &remove_script(table, &save(table)?);
+        script += &remove_script(table, &save(kind, table, &[])?);
     }
     if script.is_empty() {
         Ok(())
     } else {
-        restore(&script)
+        restore(kind, &script)
     }
 }
 
-fn save(table: &str) -> Result<String> {
-    command::run("iptables-save", &["-t", table])
+/// Our chains, the calls of them and their rules, as they are.
+pub(crate) fn lines(kind: Iptables) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for table in TABLES {
+        let saved = save(kind, table, &[])?;
+        let own = saved.lines().filter(|line| line.contains(CHAIN_PREFIX));
+        // A chain's counters are not part of it.
+        let own = own.map(|line| line.split(" [").next().unwrap_or(line).trim());
+        all.extend(own.map(|line| format!("{table} {line}")));
+    }
+    Ok(all)
 }
 
-fn restore(script: &str) -> Result<()> {
-    command::run_with_input("iptables-restore", &["--wait=10", "--noflush"], script).map(drop)
+/// Packets by rule of ours that have seen any.
+pub(crate) fn counters(kind: Iptables) -> Result<BTreeMap<String, u64>> {
+    let mut all = BTreeMap::new();
+    for table in TABLES {
+        let saved = save(kind, table, &["-c"])?;
+        for line in saved.lines() {
+            if let Some((rule, packets)) = counted(line).filter(|&(_, packets)| packets > 0) {
+                all.insert(format!("{table} {rule}"), packets);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// `[packets:bytes] -A chain rule`, of our chains.
+fn counted(line: &str) -> Option<(&str, u64)> {
+    let (counts, rule) = line.strip_prefix('[')?.split_once("] ")?;
+    let is_own = rule.starts_with(&format!("-A {CHAIN_PREFIX}"));
+    let packets = counts.split_once(':')?.0.parse().ok()?;
+    is_own.then_some((rule, packets))
+}
+
+fn program(kind: Iptables, verb: &str) -> String {
+    match kind {
+        Iptables::Auto => format!("iptables-{verb}"),
+        Iptables::Nft => format!("iptables-nft-{verb}"),
+        Iptables::Legacy => format!("iptables-legacy-{verb}"),
+    }
+}
+
+fn save(kind: Iptables, table: &str, options: &[&str]) -> Result<String> {
+    let mut words = vec!["-t", table];
+    words.extend(options);
+    command::run(&program(kind, "save"), &words)
+}
+
+fn restore(kind: Iptables, script: &str) -> Result<()> {
+    let program = program(kind, "restore");
+    command::run_with_input(&program, &["--wait=10", "--noflush"], script).map(drop)
 }
 
 fn jump(hook: &str) -> String {
@@ -111,6 +160,17 @@ mod tests {
         let again = apply_script(&table, SAVED);
         assert!(!again.contains("-I "), "{again}");
         assert!(again.contains(":ztunnel-PREROUTING - [0:0]\n"), "{again}");
+    }
+
+    #[test]
+    fn counters_are_of_our_rules() {
+        let line = "[12:720] -A ztunnel-PREROUTING -i x -j RETURN";
+        assert_eq!(
+            counted(line),
+            Some(("-A ztunnel-PREROUTING -i x -j RETURN", 12))
+        );
+        assert_eq!(counted("[1:2] -A PREROUTING -j ztunnel-PREROUTING"), None);
+        assert_eq!(counted(":ztunnel-PREROUTING - [0:0]"), None);
     }
 
     #[test]

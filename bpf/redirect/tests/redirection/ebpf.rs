@@ -14,7 +14,7 @@ use crate::topology::{
     APP1, APP2, NODE, PLAIN, REMOTE, Server, Topology, UNDERLAY, ZTUNNEL, can_run, inside,
 };
 
-fn counter(topology: &Topology, program: &str, reason: &str) -> u64 {
+pub(crate) fn counter(topology: &Topology, program: &str, reason: &str) -> u64 {
     let status = EBPF.on_node(topology, |redirection: &mut dyn Redirection| {
         redirection.status().unwrap()
     });
@@ -23,7 +23,12 @@ fn counter(topology: &Topology, program: &str, reason: &str) -> u64 {
 
 /// Fails to connect and the reason's counter says why.
 #[track_caller]
-fn expect_drop(topology: &Topology, program: &str, reason: &str, work: impl FnOnce() -> bool) {
+pub(crate) fn expect_drop(
+    topology: &Topology,
+    program: &str,
+    reason: &str,
+    work: impl FnOnce() -> bool,
+) {
     let before = counter(topology, program, reason);
     assert!(!work(), "{program} {reason}: got through");
     let after = counter(topology, program, reason);

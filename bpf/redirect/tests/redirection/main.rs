@@ -5,7 +5,11 @@
     reason = "a helper that fails is a test that fails"
 )]
 
+mod defects;
+mod dns;
 mod ebpf;
+mod ipv6;
+mod live;
 mod shared;
 #[allow(dead_code, reason = "the tests of node-agent use the rest")]
 mod topology;

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
-use redirect::{Attach, ListenerMap, Node, Pod, Role, Settings, Variant, Ztunnel};
+use redirect::{Attach, Iptables, ListenerMap, Node, Pod, Role, Settings, Variant, Ztunnel};
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 1);
@@ -111,7 +111,19 @@ impl Topology {
         topology.pod("app1", APP1, "va1");
         topology.pod("app2", APP2, "va2");
         topology.pod("plain", PLAIN, "vp");
+        topology.wait_for_links();
         topology
+    }
+
+    /// The kernel notices carriers a little later.
+    fn wait_for_links(&self) {
+        for host in HOSTS {
+            while self.ip(host, "-br link show").contains(" DOWN ")
+                || self.ip(host, "route show table all").contains("linkdown")
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
     }
 
     fn underlay(&self) {
@@ -206,6 +218,8 @@ impl Topology {
     pub(crate) fn settings(&self) -> Settings {
         Settings {
             node: Node {
+                netns: Some(self.netns("node")),
+                other_addresses: vec![],
                 interfaces: vec!["und".into()],
                 address: NODE,
                 pod_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
@@ -215,11 +229,14 @@ impl Topology {
                 interface: "eth0".into(),
                 host_interface: "vz".into(),
                 address: ZTUNNEL,
+                address_v6: None,
             },
             state_dir: self.dir.path().join("state"),
             bpffs: self.bpffs_root().join("node"),
             variant: Variant::Hardened,
+            iptables: Iptables::Auto,
             attach: Attach::Auto,
+            dns: false,
         }
     }
 
@@ -246,20 +263,102 @@ impl Topology {
         from: Option<Ipv4Addr>,
         to: (Ipv4Addr, u16),
     ) -> Result<Answer, std::io::Error> {
+        self.ask_any(host, from.map(IpAddr::from), to.into())
+    }
+
+    /// As [`Topology::ask_from`], in either family.
+    pub(crate) fn ask_any(
+        &self,
+        host: &str,
+        from: Option<IpAddr>,
+        to: SocketAddr,
+    ) -> Result<Answer, std::io::Error> {
         inside(&self.netns(host), || {
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-            if let Some(source) = from {
-                socket.set_ip_transparent_v4(true)?;
-                socket.bind(&SocketAddr::from((source, 0)).into())?;
-            }
-            socket.connect_timeout(&SocketAddr::from(to).into(), CONNECT_PATIENCE)?;
-            let mut stream = TcpStream::from(socket);
+            let mut stream = connect(from, to)?;
             stream.set_read_timeout(Some(CONNECT_PATIENCE))?;
             let mut text = String::new();
             stream.read_to_string(&mut text)?;
             let local = stream.local_addr()?;
             Answer::parse(&text, local)
         })
+    }
+
+    /// A connection from `host` to an [`Echo`].
+    pub(crate) fn talk(&self, host: &str, to: SocketAddr) -> Talk {
+        let stream = inside(&self.netns(host), || connect(None, to).unwrap());
+        Talk::new(stream)
+    }
+
+    /// As [`Topology::talk`], with a source address that need not be the host's.
+    pub(crate) fn talk_from(&self, host: &str, from: Ipv4Addr, to: SocketAddr) -> Talk {
+        let stream = inside(&self.netns(host), || {
+            connect(Some(from.into()), to).unwrap()
+        });
+        Talk::new(stream)
+    }
+
+    /// Gives everyone but the node an IPv6 address: pods `fd00:1::`, the remote pod `fd00:2::11`.
+    pub(crate) fn add_ipv6(&self) {
+        for (host, interfaces) in [
+            ("node", &["vz", "va1", "va2", "vp", "und"][..]),
+            ("ztunnel", &["eth0"]),
+            ("app1", &["eth0"]),
+            ("app2", &["eth0"]),
+            ("plain", &["eth0"]),
+            ("remote", &["und", "lo"]),
+        ] {
+            // Anew, without looking for duplicates, which takes a second or two.
+            for interface in interfaces {
+                for (name, value) in [
+                    ("accept_dad", "0"),
+                    ("dad_transmits", "0"),
+                    ("disable_ipv6", "1"),
+                    ("disable_ipv6", "0"),
+                ] {
+                    self.sysctl(host, &format!("net/ipv6/conf/{interface}/{name}"), value);
+                }
+            }
+        }
+        self.sysctl("node", "net/ipv6/conf/all/forwarding", "1");
+        for (host, interface, address) in [
+            ("ztunnel", "vz", "fd00:1::2"),
+            ("app1", "va1", "fd00:1::11"),
+            ("app2", "va2", "fd00:1::12"),
+            ("plain", "vp", "fd00:1::13"),
+        ] {
+            self.ip(
+                "node",
+                &format!("addr add fe80::1/64 dev {interface} nodad"),
+            );
+            self.ip("node", &format!("route add {address}/128 dev {interface}"));
+            self.ip(host, &format!("addr add {address}/128 dev eth0 nodad"));
+            self.ip(host, "route add default via fe80::1 dev eth0");
+        }
+        for (host, last, other, pods) in [("node", 1, 2, "fd00:2::"), ("remote", 2, 1, "fd00:1::")]
+        {
+            self.ip(host, &format!("addr add fd00:9::{last}/64 dev und nodad"));
+            self.ip(host, &format!("route add {pods}/64 via fd00:9::{other}"));
+        }
+        self.ip("remote", "addr add fd00:2::11/128 dev lo nodad");
+        self.ip(
+            "remote",
+            "route replace fd00:1::/64 via fd00:9::1 src fd00:2::11",
+        );
+    }
+
+    /// What the kernel counts in `host`: a number of `/proc/net/snmp` or `netstat`, such as Tcp
+    /// RetransSegs.
+    pub(crate) fn snmp(&self, host: &str, protocol: &str, name: &str) -> u64 {
+        let text = inside(&self.netns(host), || {
+            ["snmp", "netstat"]
+                .map(|file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")))
+                .map(Result::unwrap)
+                .concat()
+        });
+        let mut lines = text.lines().filter(|line| line.starts_with(protocol));
+        let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+        let at = names.split(' ').position(|word| word == name).unwrap();
+        values.split(' ').nth(at).unwrap().parse().unwrap()
     }
 
     /// Names in the BPF file system's root, without the kernel's own.
@@ -277,15 +376,25 @@ impl Topology {
     pub(crate) fn traces(&self) -> BTreeSet<String> {
         let mut all = String::new();
         for host in ["node", "ztunnel", "app1", "app2"] {
-            for what in ["rule", "-br link", "-4 -br addr", "-4 route"] {
+            for what in [
+                "rule",
+                "-6 rule",
+                "-br link",
+                "-4 -br addr",
+                "-4 route",
+                "-6 route",
+            ] {
                 let table = if what.ends_with("route") {
                     "table all"
                 } else {
                     ""
                 };
                 let shown = self.ip(host, &format!("{what} show {table}"));
+                // The kernel's own come and go with neighbour discovery.
+                let kept = |line: &&str| !(what == "-6 route" && line.contains("proto kernel"));
                 all += &shown
                     .lines()
+                    .filter(kept)
                     .map(|line| format!("{host} {what} {line}\n"))
                     .collect::<String>();
             }
@@ -350,6 +459,116 @@ impl Drop for Topology {
     }
 }
 
+fn connect(from: Option<IpAddr>, to: SocketAddr) -> Result<TcpStream, std::io::Error> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+    if let Some(source) = from {
+        socket.set_ip_transparent_v4(true)?;
+        socket.bind(&SocketAddr::from((source, 0)).into())?;
+    }
+    socket.connect_timeout(&to.into(), CONNECT_PATIENCE)?;
+    Ok(TcpStream::from(socket))
+}
+
+/// A server that sends back what it gets, on all connections at once.
+#[derive(Debug)]
+pub(crate) struct Echo {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Echo {
+    pub(crate) fn app(netns: &Path, port: u16) -> Self {
+        let address = (Ipv6Addr::UNSPECIFIED, port).into();
+        Self::serve(inside(netns, || listen(address, false)))
+    }
+
+    /// ztunnel's outbound listener as an echo.
+    pub(crate) fn ztunnel(netns: &Path, map: Option<&Path>) -> Self {
+        let address = (Ipv6Addr::UNSPECIFIED, 15001).into();
+        let socket = inside(netns, || listen(address, true));
+        if let Some(path) = map {
+            let mut map = ListenerMap::open(path).unwrap();
+            map.set(Role::Outbound, 0, socket.as_fd()).unwrap();
+        }
+        Self::serve(socket)
+    }
+
+    fn serve(socket: TcpListener) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        socket.set_nonblocking(true).unwrap();
+        let thread = thread::spawn(move || {
+            let mut open: Vec<TcpStream> = Vec::new();
+            let mut buffer = vec![0; 65536];
+            while !stopped.load(Ordering::Relaxed) {
+                let mut idle = true;
+                if let Ok((stream, _)) = socket.accept() {
+                    stream.set_nonblocking(true).unwrap();
+                    open.push(stream);
+                    idle = false;
+                }
+                open.retain_mut(|stream| match stream.read(&mut buffer) {
+                    Ok(0) => false,
+                    Ok(count) => {
+                        idle = false;
+                        stream.set_nonblocking(false).unwrap();
+                        let sent = stream.write_all(&buffer[..count]).is_ok();
+                        stream.set_nonblocking(true).unwrap();
+                        sent
+                    }
+                    Err(error) => error.kind() == std::io::ErrorKind::WouldBlock,
+                });
+                if idle {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A connection to an [`Echo`].
+#[derive(Debug)]
+pub(crate) struct Talk(TcpStream);
+
+impl Talk {
+    fn new(stream: TcpStream) -> Self {
+        stream.set_nodelay(true).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(3)))
+            .unwrap();
+        Self(stream)
+    }
+
+    /// Sends something and gets it back.
+    pub(crate) fn ping(&mut self) -> Result<(), std::io::Error> {
+        self.exchange(b"are you there?")
+    }
+
+    pub(crate) fn exchange(&mut self, message: &[u8]) -> Result<(), std::io::Error> {
+        let mut sender = self.0.try_clone()?;
+        let mut answer = vec![0; message.len()];
+        thread::scope(|scope| {
+            scope.spawn(move || sender.write_all(message));
+            self.0.read_exact(&mut answer)
+        })?;
+        assert!(answer == message, "other bytes than were sent");
+        Ok(())
+    }
+}
+
 /// What a server said about a connection.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Answer {
@@ -394,6 +613,12 @@ impl Server {
         Self::serve("app", socket)
     }
 
+    /// As [`Server::app`], for both families.
+    pub(crate) fn app6(netns: &Path, port: u16) -> Self {
+        let address = (Ipv6Addr::UNSPECIFIED, port).into();
+        Self::serve("app", inside(netns, || listen(address, false)))
+    }
+
     /// One of ztunnel's listeners, offered in `map` if there is one.
     pub(crate) fn ztunnel(
         netns: &Path,
@@ -405,6 +630,7 @@ impl Server {
             Role::Outbound => 15001,
             Role::InboundPlain => 15006,
             Role::InboundHbone => 15008,
+            Role::DnsUdp | Role::DnsTcp => 15053,
         };
         let socket = inside(netns, || listen((Ipv6Addr::UNSPECIFIED, port).into(), true));
         if let Some((path, cpu)) = map {

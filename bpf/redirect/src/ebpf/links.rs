@@ -1,0 +1,73 @@
+//! The node's interfaces, read once for many pods.
+
+use std::collections::HashMap;
+use std::io;
+
+use crate::command;
+use crate::error::{Error, Result};
+use crate::netns::Netns;
+
+/// Index and whether packets can be redirected to its peer, by name.
+#[derive(Debug, Default)]
+pub(crate) struct Links(HashMap<String, (u32, bool)>);
+
+impl Links {
+    pub(crate) fn read(node: &Netns) -> Result<Self> {
+        node.run(|| command::ip("-d -o link show"))
+            .map(|shown| Self::parse(&shown))
+    }
+
+    fn parse(shown: &str) -> Self {
+        let entry = |line: &str| {
+            let mut words = line.split_whitespace();
+            let index = words.next()?.strip_suffix(':')?.parse().ok()?;
+            let name = words.next()?.strip_suffix(':')?;
+            let name = name.split('@').next()?.to_owned();
+            let has_peer = line.contains(" veth ") || line.contains(" netkit ");
+            Some((name, (index, has_peer)))
+        };
+        Self(shown.lines().filter_map(entry).collect())
+    }
+
+    pub(crate) fn index(&self, name: &str) -> Result<u32> {
+        let found = self.0.get(name).map(|&(index, _)| index);
+        found.ok_or_else(|| Error::Interface {
+            name: name.to_owned(),
+            place: "the node".to_owned(),
+            source: io::Error::from_raw_os_error(19),
+        })
+    }
+
+    /// Index of an interface that must have a peer: packets redirected to the peer of any other
+    /// kind would vanish.
+    pub(crate) fn veth(&self, field: &'static str, name: &str) -> Result<u32> {
+        let index = self.index(name)?;
+        match self.0.get(name) {
+            Some((_, true)) => Ok(index),
+            _ => Err(Error::Setting {
+                field,
+                value: name.to_owned(),
+                reason: "must be a veth or netkit interface for redirection ebpf".to_owned(),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn index_and_kind_are_read() {
+        let links = Links::parse(
+            "1: lo: <LOOPBACK> mtu 65536\\    link/loopback 00:00 promiscuity 0\n\
+             12: va1@if2: <UP> mtu 1500\\    link/ether 0a:0b link-netns x promiscuity 0\\    veth \n",
+        );
+        assert_eq!(links.veth("x", "va1").unwrap(), 12);
+        assert_eq!(links.index("lo").unwrap(), 1);
+        let text = links.veth("x", "lo").unwrap_err().to_string();
+        assert!(text.contains("veth or netkit"), "{text}");
+        let text = links.index("va2").unwrap_err().to_string();
+        assert!(text.starts_with("interface va2 not found"), "{text}");
+    }
+}
