@@ -48,7 +48,9 @@ pub(crate) fn run() -> Result<(), RunError> {
     let (source, watcher) = control::watch::open(&settings.source)?;
     let issuer = LocalIssuer::new(authority(&settings.authority)?, settings.certificate_ttl);
     let certificates = Arc::new(CertificateStore::new(Arc::new(issuer)));
-    rt::probe::check()?;
+    if settings.backend == rt::Backend::IoUring {
+        rt::probe::check()?;
+    }
     raise_descriptor_limit();
     let endpoints = listeners::endpoints(settings.ipv6)?;
     let cpus = rt::available_cpus().map_err(|error| RunError::Io("cannot read CPUs", error))?;
@@ -84,7 +86,7 @@ pub(crate) fn run() -> Result<(), RunError> {
         registry: registry.clone(),
         logging: logging.clone(),
     };
-    let workers = workers::start(&common, sockets, &cpus)?;
+    let workers = workers::start(&common, sockets, &cpus, settings.backend)?;
     tracing::info!(
         "version {}, {} workers on CPUs {:?}, {:?} mode",
         env!("CARGO_PKG_VERSION"),

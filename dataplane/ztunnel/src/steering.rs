@@ -82,15 +82,21 @@ impl Steering {
     fn register(&self) -> Result<(), redirect::Error> {
         let mut map = ListenerMap::open(&self.path)?;
         for cpu in 0..configured_cpus() {
-            let own = self.cpus.iter().position(|own| *own == cpu);
-            let own = own.filter(|worker| *worker < self.listeners.len());
-            let worker = own.unwrap_or(cpu as usize % self.listeners.len());
+            let worker = worker_of(cpu, &self.cpus, self.listeners.len());
             for (role, listener) in &self.listeners[worker] {
                 map.set(*role, cpu, listener.as_fd())?;
             }
         }
         Ok(())
     }
+}
+
+/// The worker that takes what arrives on `cpu`: its own if there is one. The others are dealt out in
+/// turn, so that a limit on workers or CPUs leaves no CPU without a listener.
+fn worker_of(cpu: u32, cpus: &[u32], workers: usize) -> usize {
+    let own = cpus.iter().position(|own| *own == cpu);
+    own.filter(|worker| *worker < workers)
+        .unwrap_or(cpu as usize % workers)
 }
 
 /// CPUs the machine has, whether or not this process may use them: packets arrive on all.
@@ -101,4 +107,23 @@ fn configured_cpus() -> u32 {
         .and_then(|count| u32::try_from(count).ok())
         .unwrap_or(1)
         .max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn with_fewer_workers_than_cpus_every_cpu_has_one() {
+        let dealt = |cpus: &[u32], workers, machine| -> Vec<usize> {
+            (0..machine)
+                .map(|cpu| worker_of(cpu, cpus, workers))
+                .collect()
+        };
+        assert_eq!(dealt(&[0, 1, 2, 3], 4, 4), [0, 1, 2, 3]);
+        assert_eq!(dealt(&[0, 1, 2, 3], 1, 4), [0, 0, 0, 0]);
+        assert_eq!(dealt(&[0, 1, 2, 3], 2, 4), [0, 1, 0, 1]);
+        // Only CPUs 4 and 6 of eight may be used.
+        assert_eq!(dealt(&[4, 6], 2, 8), [0, 1, 0, 1, 0, 1, 1, 1]);
+    }
 }

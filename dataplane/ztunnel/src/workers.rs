@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh::Snapshot;
 use proxy::{Command, Listeners, ProxyConfig, WorkerSetup};
 use rt::mailbox::{self, Sender};
-use rt::{Runtime, RuntimeConfig, RuntimeError, SharedCounters};
+use rt::{Backend, Runtime, RuntimeConfig, RuntimeError, SharedCounters};
 use telemetry::{Logging, MetricKind, Registry};
 use tls::CertificateStore;
 
@@ -48,6 +48,7 @@ pub(crate) fn start(
     common: &Common,
     listeners: Vec<Listeners>,
     cpus: &[u32],
+    backend: Backend,
 ) -> Result<Workers, StartError> {
     let mut workers = Workers {
         threads: Vec::new(),
@@ -58,7 +59,12 @@ pub(crate) fn start(
         let (started, start) = mpsc::channel();
         let common = common.clone();
         let cpu = cpus.get(worker).copied();
-        let body = move || run(worker, cpu, &common, listeners, commands, &started);
+        let place = Place {
+            worker,
+            cpu,
+            backend,
+        };
+        let body = move || run(&place, &common, listeners, commands, &started);
         let thread = std::thread::Builder::new()
             .name(format!("ztunnel-{worker}"))
             .spawn(body)
@@ -74,26 +80,38 @@ pub(crate) fn start(
     Ok(workers)
 }
 
-fn run(
+/// Which worker this is, where it runs and on what.
+struct Place {
     worker: usize,
     cpu: Option<u32>,
+    backend: Backend,
+}
+
+fn run(
+    place: &Place,
     common: &Common,
     listeners: Listeners,
     commands: mailbox::Receiver<Command>,
     started: &mpsc::Sender<Result<(), RuntimeError>>,
 ) {
-    if let Some(cpu) = cpu
+    let worker = place.worker;
+    if let Some(cpu) = place.cpu
         && let Err(error) = rt::pin_current_thread(cpu)
     {
         tracing::warn!("worker {worker} is not pinned to CPU {cpu}: {error}");
     }
-    let mut runtime = match Runtime::new(RuntimeConfig::default()) {
+    let config = RuntimeConfig {
+        backend: place.backend,
+        ..RuntimeConfig::default()
+    };
+    let mut runtime = match Runtime::new(config) {
         Ok(runtime) => runtime,
         Err(error) => {
             let _ = started.send(Err(error)); // the receiver waits for exactly this
             return;
         }
     };
+    log_backend(worker, place.backend, &runtime);
     export_counters(worker, &common.registry, &runtime.counters());
     let setup = WorkerSetup {
         config: Arc::clone(&common.config),
@@ -106,8 +124,8 @@ fn run(
     };
     let _ = started.send(Ok(()));
     if let Err(error) = runtime.run(proxy::serve(setup)) {
-        // Without its ring a worker can serve nothing; the others must not hide that.
-        eprintln!("ztunnel: worker {worker}: io_uring failed: {error}");
+        // Without its runtime a worker can serve nothing; the others must not hide that.
+        eprintln!("ztunnel: worker {worker}: its runtime failed: {error}");
         std::process::exit(1);
     }
 }
@@ -118,53 +136,93 @@ fn seed(worker: usize) -> u64 {
     RandomState::new().hash_one(worker)
 }
 
+/// Says once what the data path runs on, and why.
+fn log_backend(worker: usize, asked: Backend, runtime: &Runtime) {
+    if worker != 0 {
+        return;
+    }
+    match (runtime.backend(), asked, runtime.refusal()) {
+        (_, _, Some(refusal)) => {
+            tracing::warn!("data path on epoll, which costs more CPU time: {refusal}");
+        }
+        (Backend::Epoll, ..) => tracing::info!("data path on epoll, as asked for"),
+        (_, Backend::IoUring, _) => tracing::info!("data path on io_uring, as asked for"),
+        _ => tracing::info!("data path on io_uring: the kernel allows it"),
+    }
+}
+
+type Read = fn(&SharedCounters) -> u64;
+
+/// Metrics of a worker: `ztunnel_worker_` and name, help, kind, value.
+const EXPORTED: [(&str, &str, MetricKind, Read); 10] = [
+    (
+        "enters_total",
+        "io_uring_enter or epoll_wait calls",
+        MetricKind::Counter,
+        |c| c.ring().enters,
+    ),
+    (
+        "completions_total",
+        "completed operations; by enters_total it tells how well system calls are batched",
+        MetricKind::Counter,
+        |c| c.ring().completions,
+    ),
+    (
+        "submissions_total",
+        "submitted operations",
+        MetricKind::Counter,
+        |c| c.ring().submissions,
+    ),
+    (
+        "cq_overflows_total",
+        "completion queue overflows",
+        MetricKind::Counter,
+        |c| c.ring().overflows,
+    ),
+    (
+        "buffer_starvations_total",
+        "receives without a free buffer",
+        MetricKind::Counter,
+        |c| c.ring().starved,
+    ),
+    (
+        "wakes_total",
+        "wake-ups by other threads",
+        MetricKind::Counter,
+        |c| c.ring().wakes,
+    ),
+    (
+        "kernel_ms_total",
+        "CPU time in the kernel, milliseconds",
+        MetricKind::Counter,
+        |c| milliseconds(c.cpu_time().map(|time| time.kernel)),
+    ),
+    (
+        "user_ms_total",
+        "CPU time outside the kernel, milliseconds",
+        MetricKind::Counter,
+        |c| milliseconds(c.cpu_time().map(|time| time.user)),
+    ),
+    (
+        "tasks",
+        "live tasks",
+        MetricKind::Gauge,
+        SharedCounters::tasks,
+    ),
+    (
+        "operations",
+        "operations under way",
+        MetricKind::Gauge,
+        SharedCounters::operations,
+    ),
+];
+
+fn milliseconds(time: Option<Duration>) -> u64 {
+    time.map_or(0, |time| time.as_millis() as u64)
+}
+
 fn export_counters(worker: usize, registry: &Registry, counters: &Arc<SharedCounters>) {
-    type Read = fn(&SharedCounters) -> u64;
-    let exported: [(&str, &str, MetricKind, Read); 7] = [
-        (
-            "enters_total",
-            "io_uring_enter calls",
-            MetricKind::Counter,
-            |c| c.ring().enters,
-        ),
-        (
-            "completions",
-            "io_uring completions",
-            MetricKind::Counter,
-            |c| c.ring().completions,
-        ),
-        (
-            "submissions",
-            "io_uring submissions",
-            MetricKind::Counter,
-            |c| c.ring().submissions,
-        ),
-        (
-            "cq_overflows",
-            "completion queue overflows",
-            MetricKind::Counter,
-            |c| c.ring().overflows,
-        ),
-        (
-            "buffer_starvations",
-            "receives without a free buffer",
-            MetricKind::Counter,
-            |c| c.ring().starved,
-        ),
-        (
-            "wakes",
-            "wake-ups by other threads",
-            MetricKind::Counter,
-            |c| c.ring().wakes,
-        ),
-        (
-            "tasks",
-            "live tasks",
-            MetricKind::Gauge,
-            SharedCounters::tasks,
-        ),
-    ];
-    for (name, help, kind, read) in exported {
+    for (name, help, kind, read) in EXPORTED {
         let counters = Arc::clone(counters);
         let name = format!("ztunnel_worker_{name}");
         let registered =
@@ -190,6 +248,28 @@ impl Workers {
         }
         for thread in self.threads {
             let _ = thread.join(); // a panic aborts the process; nothing to learn here
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_counter_is_exported() {
+        let registry = Registry::new("test");
+        let config = RuntimeConfig {
+            backend: Backend::Epoll,
+            ..RuntimeConfig::default()
+        };
+        let mut runtime = Runtime::new(config).unwrap();
+        runtime.run(async { rt::yield_now().await }).unwrap();
+        export_counters(7, &registry, &runtime.counters());
+        let text = registry.encode(telemetry::Exposition::Text);
+        for (name, ..) in EXPORTED {
+            let sample = format!("ztunnel_worker_{name}{{worker=\"7\"}} ");
+            assert!(text.contains(&sample), "{name} is missing in\n{text}");
         }
     }
 }
