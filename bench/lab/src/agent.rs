@@ -161,6 +161,7 @@ mod tests {
             redirect: Redirect::Tunnel,
             variant: Variant::Hardened,
             sockmap: false,
+            proxy: crate::peers::ProxyKind::Shared,
             ztunnel: None,
             node_agent: None,
             tunnel_driver: None,

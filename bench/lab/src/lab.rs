@@ -18,6 +18,7 @@ use crate::lock::Lock;
 use crate::mesh_file::{TRUST_DOMAIN, default_mesh};
 use crate::network::namespace::HostCommand;
 use crate::network::{self, namespace, netns_path};
+use crate::peers::ProxyKind;
 use crate::state::{Phase, Redirect, State, Variant, check_name, directory};
 use crate::status::{self, Status};
 use crate::teardown;
@@ -35,8 +36,10 @@ pub struct LabOptions {
     pub sockmap: bool,
     /// Mesh file instead of the generated one.
     pub mesh: Option<PathBuf>,
-    /// ztunnel binary instead of the workspace's.
+    /// ztunnel binary instead of the workspace's, or the program of another kind of proxy.
     pub ztunnel: Option<PathBuf>,
+    /// What that program is, and so how it is run.
+    pub proxy: ProxyKind,
     /// Rule set of the `tunnel` redirection.
     pub variant: Variant,
 }
@@ -49,6 +52,7 @@ impl Default for LabOptions {
             sockmap: false,
             mesh: None,
             ztunnel: None,
+            proxy: ProxyKind::default(),
             variant: Variant::default(),
         }
     }
@@ -323,8 +327,11 @@ fn initial_state(options: &LabOptions) -> Result<State> {
     let redirected = options.redirect != Redirect::None;
     let ztunnel = match &options.ztunnel {
         Some(path) => Some(given_binary(path)?),
-        None if redirected => Some(workspace_binary("ztunnel")?),
-        None => None,
+        None if !redirected => None,
+        None if matches!(options.proxy, ProxyKind::Shared | ProxyKind::Dedicated) => {
+            Some(workspace_binary("ztunnel")?)
+        }
+        None => Some(options.proxy.program().map_err(Error::Options)?),
     };
     Ok(State {
         schema: 1,
@@ -333,6 +340,7 @@ fn initial_state(options: &LabOptions) -> Result<State> {
         redirect: options.redirect,
         variant: options.variant,
         sockmap: options.sockmap,
+        proxy: options.proxy,
         ztunnel,
         node_agent: redirected
             .then(|| workspace_binary("node-agent"))
@@ -364,6 +372,14 @@ fn preflight(options: &LabOptions) -> Result<()> {
             );
             return Err(Error::Options(text));
         }
+    }
+    if options.redirect == Redirect::Ebpf && !options.proxy.registers_listeners() {
+        let text = format!(
+            "a proxy of kind {} does not register its listeners with redirection ebpf: use \
+             --redirect tunnel, which steers by TPROXY",
+            options.proxy
+        );
+        return Err(Error::Options(text));
     }
     if let Some(mesh) = &options.mesh {
         fs::File::open(mesh).map_err(Error::io("reading mesh file", mesh))?;

@@ -29,6 +29,7 @@ mod lab;
 mod lock;
 mod mesh_file;
 pub mod network;
+pub mod peers;
 mod process;
 pub mod report;
 mod state;

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lab::compare::{self, CompareOptions};
 use lab::network::namespace;
+use lab::peers::ProxyKind;
 use lab::{Lab, LabOptions, Redirect, Variant, report};
 
 /// A two-node Istio ambient network on this machine, in network namespaces.
@@ -88,6 +89,11 @@ struct UpArgs {
     /// Any binary that takes ztunnel's environment, instead of this workspace's
     #[arg(long, value_name = "PATH")]
     ztunnel: Option<PathBuf>,
+    /// What runs in ztunnel's place: shared (a ztunnel with this project's environment), dedicated
+    /// (any ztunnel, for the node's main pod), envoy-tcp, envoy-hbone or haproxy; all but shared
+    /// need --redirect tunnel
+    #[arg(long, value_name = "KIND", default_value = ProxyKind::default().name())]
+    proxy: ProxyKind,
     /// Rule set of --redirect tunnel: hardened, or faithful to Istio 1.20 with its defects
     #[arg(long, default_value = Variant::default().name())]
     variant: Variant,
@@ -159,6 +165,7 @@ fn up(args: UpArgs) -> Result<()> {
         sockmap: args.sockmap == Switch::On,
         mesh: args.config,
         ztunnel: args.ztunnel,
+        proxy: args.proxy,
         variant: args.variant,
     };
     let lab = Lab::up(&options)

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::lock::ROOT;
+use crate::peers::ProxyKind;
 use crate::process::Process;
 
 /// Which path captured traffic takes to ztunnel.
@@ -113,6 +114,9 @@ pub(crate) struct State {
     pub(crate) redirect: Redirect,
     pub(crate) variant: Variant,
     pub(crate) sockmap: bool,
+    /// What stands in ztunnel's place.
+    #[serde(default)]
+    pub(crate) proxy: ProxyKind,
     /// The ztunnel binary, if there is one.
     pub(crate) ztunnel: Option<PathBuf>,
     /// The node agent's binary, if there is one.

@@ -1,4 +1,5 @@
-//! The ztunnels' part: environment, starting, readiness, stopping.
+//! The part of ztunnel and of what may stand in its place: environment, starting, readiness,
+//! stopping.
 
 use std::env;
 use std::fs;
@@ -13,6 +14,7 @@ use crate::error::Result;
 use crate::http::http_get;
 use crate::network::namespace::{HostCommand, in_namespace};
 use crate::network::netns_path;
+use crate::peers::{self, ProxyKind};
 use crate::process::Process;
 use crate::state::{Redirect, State, directory};
 use crate::topology::{Host, Node};
@@ -50,11 +52,25 @@ pub(crate) fn log_path(lab: &str, node: Node) -> PathBuf {
     directory(lab).join(format!("{}.log", node.ztunnel()))
 }
 
-/// Starts `node`'s ztunnel. The caller records the process before waiting. Variables of the
-/// caller's environment that are not set here reach it too, so that one can tune it.
+/// Starts what stands in ztunnel's place on `node`. The caller records the process before waiting.
+/// Variables of the caller's environment that are not set here reach it too, so that one can tune
+/// it.
 pub(crate) fn start(state: &State, binary: &Path, node: Node) -> Result<Daemon> {
     let host = node.ztunnel();
-    let mut command = HostCommand::new(netns_path(&state.name, host), binary);
+    let mut command = match state.proxy {
+        ProxyKind::Shared => shared(state, binary, node),
+        ProxyKind::Dedicated => dedicated(state, binary, node),
+        _ => peers::command(state, binary, node)?,
+    };
+    if env::var_os("RUST_LOG").is_none() {
+        command.env("RUST_LOG", "info");
+    }
+    Daemon::start("ztunnel", host, command, log_path(&state.name, node))
+}
+
+/// A ztunnel as this project's: all pods of the node, known by their addresses.
+fn shared(state: &State, binary: &Path, node: Node) -> HostCommand {
+    let mut command = HostCommand::new(netns_path(&state.name, node.ztunnel()), binary);
     let (certificate, key) = ca_paths(&state.name);
     command
         .env("LOCAL_XDS_PATH", mesh_path(&state.name))
@@ -65,13 +81,25 @@ pub(crate) fn start(state: &State, binary: &Path, node: Node) -> Result<Daemon> 
         .env("XDS_ADDRESS", "")
         .env("CA_ADDRESS", "")
         .env("SOCKMAP", if state.sockmap { "on" } else { "off" });
-    if env::var_os("RUST_LOG").is_none() {
-        command.env("RUST_LOG", "info");
-    }
     if state.redirect == Redirect::Ebpf {
         command.env("ZTUNNEL_LISTENER_MAP", listener_map(&state.name, node));
     }
-    Daemon::start("ztunnel", host, command, log_path(&state.name, node))
+    command
+}
+
+/// Any ztunnel, with upstream's environment for a single workload and nothing else.
+fn dedicated(state: &State, binary: &Path, node: Node) -> HostCommand {
+    let pod = peers::main_pod(node);
+    let mut command = HostCommand::new(netns_path(&state.name, node.ztunnel()), binary);
+    command
+        .env("PROXY_MODE", "dedicated")
+        .env("PROXY_WORKLOAD_INFO", format!("default/{pod}/{pod}"))
+        .env("FAKE_CA", "true")
+        .env("XDS_ADDRESS", "")
+        .env("LOCAL_XDS_PATH", mesh_path(&state.name))
+        .env("ENABLE_ORIG_SRC", "true")
+        .env("NODE_NAME", node.name());
+    command
 }
 
 /// Waits until the ztunnel on `node` says that it is ready.

@@ -85,7 +85,9 @@ pub struct CompareOptions {
     /// the load generator's client and server such as 0/1 or 0,1/2,3 [default: free]
     #[arg(long, value_name = "PLACEMENT")]
     pub pin: Option<String>,
-    /// Another ztunnel to measure; `conventional` is the one that comes with this project
+    /// Another proxy to measure: conventional, envoy-tcp, envoy-hbone, haproxy, or all of these;
+    /// NAME=PATH: any ztunnel, run dedicated to the node's main pod; NAME=shared:PATH: one that
+    /// takes this project's environment
     #[arg(long = "peer", value_name = "NAME[=PATH]")]
     pub peers: Vec<String>,
 }

@@ -1,87 +1,108 @@
-//! Other ztunnels: found, brought up in the way they take, probed.
+//! Other proxies: found, brought up in the way they take, probed.
 //!
-//! A peer is any binary that takes ztunnel's environment. It is tried the way our own is run, then
-//! in upstream's `dedicated` style on the `tunnel` redirection, which steers by TPROXY and needs
-//! no help from the proxy. The first way in which a request gets through, and passes the peer's
-//! processes, is measured. A peer that is not there or works in no way is skipped by name.
+//! `--peer NAME=PATH` is any ztunnel: it is run in upstream's `dedicated` mode on the `tunnel`
+//! redirection, which steers by TPROXY and needs no help from the proxy. `NAME=shared:PATH` is one
+//! that takes this project's environment, such as another version of it. `conventional`,
+//! `envoy-tcp`, `envoy-hbone` and `haproxy` are known by name, and `all` stands for them. A peer
+//! that is not installed, does not come up, or whose processes do no work while requests get
+//! through, is skipped by name.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path as FilePath, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
-use super::plan::{Cell, Path, check_peer_name};
+use super::plan::{Cell, Path, Scope, check_peer_name};
 use super::trial::Setup;
 use crate::daemon::workspace_binary;
 use crate::lab::{Lab, LabOptions};
+use crate::peers::ProxyKind;
 use crate::report::schema::{Peer, SkippedPeer};
 use crate::state::Redirect;
 
 /// The peer that is built beside this program.
 const BUILT_IN: &str = "conventional";
+/// Every peer that needs no path.
+const ALL: &str = "all";
+/// Before a path: the program takes this project's environment.
+const SHARED: &str = "shared:";
 /// A port of its own, away from the trials'.
 const PROBE: u32 = 1999;
+
+/// As our own ztunnel, on the better of the redirections first.
+const AS_OURS: &[(Redirect, ProxyKind)] = &[
+    (Redirect::Ebpf, ProxyKind::Shared),
+    (Redirect::Tunnel, ProxyKind::Shared),
+];
+const AS_A_STRANGER: &[(Redirect, ProxyKind)] = &[(Redirect::Tunnel, ProxyKind::Dedicated)];
+const BY_NAME: [&[(Redirect, ProxyKind)]; 3] = [
+    &[(Redirect::Tunnel, ProxyKind::EnvoyTcp)],
+    &[(Redirect::Tunnel, ProxyKind::EnvoyHbone)],
+    &[(Redirect::Tunnel, ProxyKind::Haproxy)],
+];
 
 /// A peer that was asked for.
 #[derive(Clone, Debug)]
 pub(super) struct Wanted {
     pub(super) name: String,
     binary: Result<PathBuf, String>,
-}
-
-/// How a peer is run.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Mode {
-    /// As our own ztunnel.
-    Shared,
-    /// As upstream's for a single pod.
-    Dedicated,
-}
-
-const WAYS: [(Redirect, Mode); 4] = [
-    (Redirect::Ebpf, Mode::Shared),
-    (Redirect::Tunnel, Mode::Shared),
-    (Redirect::Ebpf, Mode::Dedicated),
-    (Redirect::Tunnel, Mode::Dedicated),
-];
-
-impl Mode {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Shared => "shared",
-            Self::Dedicated => "dedicated",
-        }
-    }
+    /// Ways to run it, the first that works is measured.
+    ways: &'static [(Redirect, ProxyKind)],
 }
 
 /// Reads `NAME[=PATH]` of every `--peer`.
 pub(super) fn parse(options: &[String]) -> Result<Vec<Wanted>> {
     let mut wanted: Vec<Wanted> = Vec::new();
-    for option in options {
-        let (name, path) = match option.split_once('=') {
-            Some((name, path)) => (name, Some(PathBuf::from(path))),
-            None => (option.as_str(), None),
-        };
-        check_peer_name(name)?;
-        if wanted.iter().any(|peer| peer.name == name) {
-            bail!("--peer names {name} twice");
+    let mut add = |peer: Wanted, name_it: bool| {
+        if wanted.iter().any(|other| other.name == peer.name) {
+            if name_it {
+                bail!("--peer names {} twice", peer.name);
+            }
+        } else {
+            wanted.push(peer);
         }
-        let binary = match path {
-            Some(path) if path.is_file() => Ok(path),
-            Some(path) => Err(format!("{} is not there", path.display())),
-            None if name == BUILT_IN => workspace_binary(name)
-                .map_err(|_| "its binary is not built or not beside `lab`".to_owned()),
-            None => Err(format!(
-                "no ztunnel of this name is known; give {name}=PATH"
-            )),
-        };
-        wanted.push(Wanted {
-            name: name.to_owned(),
-            binary,
-        });
+        Ok(())
+    };
+    for option in options {
+        if option == ALL {
+            let known = BY_NAME.iter().map(|ways| ways[0].1.name());
+            for name in [BUILT_IN].into_iter().chain(known) {
+                add(one(name, None)?, false)?;
+            }
+            continue;
+        }
+        match option.split_once('=') {
+            Some((name, path)) => add(one(name, Some(path))?, true)?,
+            None => add(one(option, None)?, true)?,
+        }
     }
     Ok(wanted)
+}
+
+fn one(name: &str, path: Option<&str>) -> Result<Wanted> {
+    check_peer_name(name)?;
+    let by_name = BY_NAME.into_iter().find(|ways| ways[0].1.name() == name);
+    let shared = path.and_then(|path| path.strip_prefix(SHARED));
+    let ways = match by_name {
+        Some(ways) => ways,
+        None if name == BUILT_IN || shared.is_some() => AS_OURS,
+        None => AS_A_STRANGER,
+    };
+    let binary = match shared.or(path).map(PathBuf::from) {
+        Some(path) if path.is_file() => Ok(path),
+        Some(path) => Err(format!("{} is not there", path.display())),
+        None if name == BUILT_IN => workspace_binary(name)
+            .map_err(|_| "its binary is not built or not beside `lab`".to_owned()),
+        None if by_name.is_some() => ways[0].1.program(),
+        None => Err(format!(
+            "no proxy of this name is known; give {name}=PATH of a ztunnel"
+        )),
+    };
+    Ok(Wanted {
+        name: name.to_owned(),
+        binary,
+        ways,
+    })
 }
 
 /// Brings a peer's lab up in the first way in which it carries traffic.
@@ -97,25 +118,20 @@ pub(super) fn up(
     };
     let binary = wanted.binary.clone().map_err(skipped)?;
     let mut reasons = Vec::new();
-    for (redirect, mode) in WAYS {
-        match attempt(lab_name, &binary, (redirect, mode), setup) {
+    for &(redirect, kind) in wanted.ways {
+        match attempt(lab_name, &binary, (redirect, kind), setup) {
             Ok(lab) => {
-                let file = binary.file_name().unwrap_or(binary.as_os_str());
-                let peer = Peer {
-                    name: wanted.name.clone(),
-                    binary: file.to_string_lossy().into_owned(),
-                    redirect: redirect.name().to_owned(),
-                    mode: mode.name().to_owned(),
-                };
-                return Ok((lab, Path::peer(&wanted.name, binary, redirect), peer));
+                let mut path = Path::peer(&wanted.name, binary.clone(), redirect);
+                path.cross_node_only = probe(&lab, Scope::SameNode, setup).is_err();
+                let peer = describe(&wanted.name, &binary, kind, &path);
+                return Ok((lab, path, peer));
             }
             Err(error) => {
                 eprintln!(
-                    "lab: peer {} does not work in {} mode on {redirect}: {error:#}",
+                    "lab: peer {} does not work in {kind} mode on {redirect}: {error:#}",
                     wanted.name,
-                    mode.name()
                 );
-                reasons.push(format!("{} on {redirect}: {error:#}", mode.name()));
+                reasons.push(format!("{kind} on {redirect}: {error:#}"));
             }
         }
     }
@@ -125,21 +141,18 @@ pub(super) fn up(
 fn attempt(
     lab_name: &str,
     binary: &FilePath,
-    (redirect, mode): (Redirect, Mode),
+    (redirect, kind): (Redirect, ProxyKind),
     setup: &Setup<'_>,
 ) -> Result<Lab> {
-    let ztunnel = match mode {
-        Mode::Shared => binary.to_owned(),
-        Mode::Dedicated => dedicated(binary, setup.scratch, lab_name)?,
-    };
     let options = LabOptions {
         name: lab_name.to_owned(),
         redirect,
-        ztunnel: Some(ztunnel),
+        ztunnel: Some(binary.to_owned()),
+        proxy: kind,
         ..LabOptions::default()
     };
     let lab = Lab::up(&options)?;
-    match probe(&lab, setup) {
+    match probe(&lab, Scope::CrossNode, setup) {
         Ok(()) => Ok(lab),
         Err(error) => {
             Lab::down(lab_name)?;
@@ -148,11 +161,15 @@ fn attempt(
     }
 }
 
-/// One short trial between the nodes: requests get through, and by way of the peer.
-fn probe(lab: &Lab, setup: &Setup<'_>) -> Result<()> {
-    let trial = setup.run(lab, &Cell::closed_rr(1), PROBE)?;
+/// One short trial: requests get through, and by way of the peer.
+fn probe(lab: &Lab, scope: Scope, setup: &Setup<'_>) -> Result<()> {
+    let cell = Cell {
+        scope,
+        ..Cell::closed_rr(1)
+    };
+    let trial = setup.run(lab, &cell, PROBE)?;
     if trial.metric("errors") != Some(0.0) || trial.metric("requests_per_s") <= Some(0.0) {
-        bail!("it is ready, but requests between the nodes fail");
+        bail!("it is ready, but {} requests fail", scope.name());
     }
     if trial.metric("ztunnel_cpu_us_per_request") <= Some(0.0) {
         bail!("requests get through without passing it");
@@ -160,59 +177,135 @@ fn probe(lab: &Lab, setup: &Setup<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Writes a program that runs `binary` with the environment of upstream's ztunnel for the node's
-/// main pod.
-fn dedicated(binary: &FilePath, scratch: &FilePath, lab_name: &str) -> Result<PathBuf> {
-    let path = scratch.join(format!("{lab_name}-dedicated"));
-    let binary = fs::canonicalize(binary).with_context(|| format!("{}", binary.display()))?;
-    let quoted = binary.display().to_string().replace('\'', "'\\''");
-    let text = format!(
-        "#!/bin/sh\n\
-         case \"$NODE_NAME\" in node-a) pod=client-a ;; *) pod=server-b ;; esac\n\
-         unset LOCAL_CA_CERT LOCAL_CA_KEY REDIRECT_MODE SOCKMAP ZTUNNEL_LISTENER_MAP\n\
-         export PROXY_MODE=dedicated PROXY_WORKLOAD_INFO=\"default/$pod/$pod\"\n\
-         export FAKE_CA=true ENABLE_ORIG_SRC=true\n\
-         exec '{quoted}' \"$@\"\n"
-    );
-    fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
-        .with_context(|| format!("making {} a program", path.display()))?;
-    Ok(path)
+fn describe(name: &str, binary: &FilePath, kind: ProxyKind, path: &Path) -> Peer {
+    let mut about = match kind {
+        ProxyKind::Shared => String::new(),
+        ProxyKind::Dedicated => {
+            "It serves one pod per node, with certificates of its own fake CA.".to_owned()
+        }
+        _ => about(kind, &version(binary)),
+    };
+    if path.cross_node_only {
+        about
+            .push_str(" It carries nothing between pods of one node, so it is not measured there.");
+    }
+    let file = binary.file_name().unwrap_or(binary.as_os_str());
+    Peer {
+        name: name.to_owned(),
+        binary: file.to_string_lossy().into_owned(),
+        redirect: path.redirect.name().to_owned(),
+        mode: kind.name().to_owned(),
+        about: about.trim().to_owned(),
+    }
+}
+
+/// What a foreign proxy does and does not do of what ztunnel does.
+fn about(kind: ProxyKind, version: &str) -> String {
+    let less = "no policies, no access log, no telemetry by workload";
+    match kind {
+        ProxyKind::EnvoyHbone => format!(
+            "{version}: HBONE by its TCP proxy's CONNECT tunnelling, HTTP/2 connections shared per \
+             worker and client address, exact SPIFFE identities checked, client's address kept; \
+             {less}."
+        ),
+        ProxyKind::EnvoyTcp => format!(
+            "{version}: a TLS session for each connection, no HBONE; exact SPIFFE \
+             identities checked, client's address kept; {less}."
+        ),
+        ProxyKind::Haproxy => format!(
+            "{version}: a TLS session for each connection, no HBONE; the server's chain \
+             is checked but not its SPIFFE identity, client's address kept; {less}."
+        ),
+        ProxyKind::Shared | ProxyKind::Dedicated => String::new(),
+    }
+}
+
+/// The first line with a number that the program says about its version.
+fn version(binary: &FilePath) -> String {
+    let flag = match binary.file_name() {
+        Some(name) if name == "haproxy" => "-v",
+        _ => "--version",
+    };
+    let output = Command::new(binary).arg(flag).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let text = text.unwrap_or_default();
+    let line = text.lines().find(|line| line.contains(['.', '/']));
+    match line.map(str::trim) {
+        // envoy  version: <hash>/1.40.0/Clean/RELEASE/BoringSSL
+        Some(line) => match line.rsplit("version:").next().map(str::trim) {
+            Some(rest) if rest.split('/').count() > 2 && !rest.contains(' ') => {
+                format!("Envoy {}", rest.split('/').nth(1).unwrap_or(rest))
+            }
+            _ => line.split(" - ").next().unwrap_or(line).to_owned(),
+        },
+        None => "unknown version".to_owned(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_is_missing_is_kept_with_the_reason() {
-        let options = ["other=/no/such/file", "envoy", "sh=/bin/sh"].map(str::to_owned);
-        let wanted = parse(&options).unwrap();
-        let reason = |i: usize| wanted[i].binary.clone().unwrap_err();
-        assert_eq!(reason(0), "/no/such/file is not there");
-        assert!(reason(1).contains("give envoy=PATH"), "{}", reason(1));
-        assert_eq!(wanted[2].binary.as_deref(), Ok(FilePath::new("/bin/sh")));
-        assert!(parse(&["sh=/bin/sh", "sh"].map(str::to_owned)).is_err());
-        assert!(parse(&["ebpf=/bin/sh".to_owned()]).is_err());
+    fn parsed(options: &[&str]) -> Result<Vec<Wanted>> {
+        let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
+        parse(&options)
     }
 
     #[test]
-    fn a_dedicated_peer_gets_upstreams_environment_and_none_of_ours() {
+    fn what_is_missing_is_kept_with_the_reason() {
+        let wanted = parsed(&["other=/no/such/file", "nginx", "sh=/bin/sh"]).unwrap();
+        let reason = |i: usize| wanted[i].binary.clone().unwrap_err();
+        assert_eq!(reason(0), "/no/such/file is not there");
+        assert!(reason(1).contains("give nginx=PATH"), "{}", reason(1));
+        assert_eq!(wanted[2].binary.as_deref(), Ok(FilePath::new("/bin/sh")));
+        assert!(parsed(&["sh=/bin/sh", "sh"]).is_err());
+        assert!(parsed(&["ebpf=/bin/sh"]).is_err());
+    }
+
+    #[test]
+    fn strangers_are_dedicated_and_own_versions_are_run_as_ours() {
+        let wanted = parsed(&["a=/bin/sh", "b=shared:/bin/sh", "envoy-tcp=/bin/sh"]).unwrap();
+        assert_eq!(wanted[0].ways, AS_A_STRANGER);
+        assert_eq!(wanted[1].ways, AS_OURS);
+        assert_eq!(wanted[1].binary.as_deref(), Ok(FilePath::new("/bin/sh")));
+        assert_eq!(wanted[2].ways, [(Redirect::Tunnel, ProxyKind::EnvoyTcp)]);
+    }
+
+    #[test]
+    fn all_stands_for_every_peer_once() {
+        let wanted = parsed(&["haproxy", "all"]).unwrap();
+        let mut names: Vec<&str> = wanted.iter().map(|peer| peer.name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(
+            names,
+            ["conventional", "envoy-hbone", "envoy-tcp", "haproxy"]
+        );
+    }
+
+    #[test]
+    fn versions_are_read_from_what_programs_say() {
         let scratch = tempfile::tempdir().unwrap();
-        let script = dedicated(FilePath::new("/usr/bin/env"), scratch.path(), "x").unwrap();
-        let output = std::process::Command::new(script)
-            .env("NODE_NAME", "node-b")
-            .env("REDIRECT_MODE", "node")
-            .output()
-            .unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        assert!(
-            text.contains("PROXY_WORKLOAD_INFO=default/server-b/server-b"),
-            "{text}"
+        let says = |name: &str, text: &str| {
+            use std::os::unix::fs::PermissionsExt as _;
+            let path = scratch.path().join(name);
+            std::fs::write(&path, format!("#!/bin/sh\necho '{text}'\n")).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            version(&path)
+        };
+        assert_eq!(
+            says(
+                "envoy",
+                "\n/x/envoy  version: ab12/1.40.0/Clean/RELEASE/BoringSSL\n"
+            ),
+            "Envoy 1.40.0"
         );
-        assert!(
-            text.contains("PROXY_MODE=dedicated") && !text.contains("REDIRECT_MODE"),
-            "{text}"
+        assert_eq!(
+            says(
+                "haproxy",
+                "HAProxy version 2.6.12-1 2026/10/17 - https://haproxy.org/"
+            ),
+            "HAProxy version 2.6.12-1 2026/10/17"
         );
+        assert_eq!(version(FilePath::new("/no/such")), "unknown version");
     }
 }

@@ -20,8 +20,10 @@ pub(super) struct Path {
     pub(super) redirect: Redirect,
     /// The path that this one is measured a second time as.
     pub(super) again: Option<String>,
-    /// A ztunnel that is not ours.
+    /// A proxy that is not ours.
     pub(super) peer: Option<PathBuf>,
+    /// It carries nothing between pods of one node.
+    pub(super) cross_node_only: bool,
 }
 
 impl Path {
@@ -31,6 +33,7 @@ impl Path {
             redirect,
             again: None,
             peer: None,
+            cross_node_only: false,
         }
     }
 
@@ -41,6 +44,7 @@ impl Path {
             redirect,
             again: None,
             peer: Some(binary),
+            cross_node_only: false,
         }
     }
 
@@ -63,6 +67,12 @@ impl Path {
             again: Some(self.name.clone()),
             ..self.clone()
         }
+    }
+
+    /// Whether the path is measured at `cell`.
+    fn meets(&self, cell: &Cell) -> bool {
+        (self.again.is_none() || cell.repeated())
+            && !(self.cross_node_only && cell.scope == Scope::SameNode)
     }
 
     /// The path's part of its lab's name.
@@ -339,7 +349,7 @@ impl Plan {
         let mut order = Vec::with_capacity(self.trials_per_round());
         for (index, cell) in self.cells.iter().enumerate() {
             let mut paths: Vec<usize> = (0..self.paths.len())
-                .filter(|&path| self.paths[path].again.is_none() || cell.repeated())
+                .filter(|&path| self.paths[path].meets(cell))
                 .collect();
             let count = paths.len();
             paths.rotate_left((round / 2) as usize % count.max(1));
@@ -352,13 +362,8 @@ impl Plan {
     }
 
     pub(super) fn trials_per_round(&self) -> usize {
-        let twice = self
-            .paths
-            .iter()
-            .filter(|path| path.again.is_some())
-            .count();
-        let repeated = self.cells.iter().filter(|cell| cell.repeated()).count();
-        self.cells.len() * (self.paths.len() - twice) + repeated * twice
+        let met = |cell| self.paths.iter().filter(|path| path.meets(cell)).count();
+        self.cells.iter().map(met).sum()
     }
 }
 
@@ -462,6 +467,18 @@ mod tests {
             assert!(check_peer_name(wrong).is_err(), "{wrong}");
         }
         assert!(check_peer_name("other-1").is_ok());
+    }
+
+    #[test]
+    fn a_peer_that_serves_one_pod_per_node_is_measured_between_nodes() {
+        let mut plan = Plan::new(&[], &strings(&["connect"]), true).unwrap();
+        let before = plan.trials_per_round();
+        let mut path = Path::peer("other", "/bin/true".into(), Redirect::Tunnel);
+        path.cross_node_only = true;
+        plan.add_peer(path);
+        assert_eq!(plan.cells.len(), 2);
+        assert_eq!(plan.trials_per_round(), before + 1);
+        assert_eq!(plan.round(1).len(), plan.trials_per_round());
     }
 
     #[test]

@@ -340,10 +340,11 @@ fn about_noise(document: &Document) -> String {
 
 fn about_peers(document: &Document) -> Vec<String> {
     let measured = document.peers.iter().map(|peer| {
-        format!(
+        let is = format!(
             "Peer {} is {}, in {} mode on redirection {}.",
             peer.name, peer.binary, peer.mode, peer.redirect
-        )
+        );
+        format!("{is} {}", peer.about).trim_end().to_owned()
     });
     let skipped = document
         .skipped_peers

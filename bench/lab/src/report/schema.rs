@@ -81,8 +81,11 @@ pub struct Peer {
     pub binary: String,
     /// The redirection it ran on.
     pub redirect: String,
-    /// `shared` or `dedicated`: whose environment it was given.
+    /// How it was run: `shared`, `dedicated`, `envoy-tcp`, `envoy-hbone` or `haproxy`.
     pub mode: String,
+    /// What a reader must know to judge it, in sentences; may be empty.
+    #[serde(default)]
+    pub about: String,
 }
 
 /// Another ztunnel that was not measured.
