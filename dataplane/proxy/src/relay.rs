@@ -18,7 +18,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use rt::buf::Buf;
-use rt::net::{Placement, ReadHalf, TcpStream, WriteHalf};
+use rt::net::{Placement, ReadHalf, Splice, Spliced, TcpStream, WriteHalf};
 use telemetry::{ConnectionRecord, ResponseFlags};
 
 use crate::error::{ProxyError, is_gone};
@@ -226,8 +226,7 @@ async fn download(
             }
         };
         if n == 0 {
-            end_if_gone(to.shutdown().map(|()| 0))?;
-            return Ok(());
+            return end(to).await;
         }
         if !deliver(to, &mut bufs).await? {
             return Ok(());
@@ -237,7 +236,7 @@ async fn download(
     }
 }
 
-/// Socket into socket.
+/// Socket into socket; bulk goes through a pipe instead of through this process's memory.
 async fn copy(
     mut from: ReadHalf,
     to: &mut WriteHalf,
@@ -245,11 +244,27 @@ async fn copy(
     way: Way,
 ) -> Result<(), ProxyError> {
     let mut bufs = VecDeque::new();
+    let (mut pipe, mut may_splice) = (None, true);
     loop {
+        if may_splice && Splice::is_possible(&from) {
+            if pipe.is_none() {
+                pipe = Splice::new().ok(); // without descriptors to spare it is copied
+            }
+            may_splice = pipe.is_some();
+            if let Some(pipe) = &mut pipe {
+                let moved = |n| records.iter().for_each(|record| way.count(record, n));
+                match pipe.relay(&mut from, to, moved).await {
+                    Ok(Spliced::Small) => {}
+                    Ok(Spliced::End) => return end(to).await,
+                    // Whichever side is gone: nothing more comes, or nobody takes it.
+                    Err(error) if is_gone(&error) => return end(to).await,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
         let n = end_if_gone(from.recv(&mut bufs).await)?;
         if n == 0 {
-            end_if_gone(to.shutdown().map(|()| 0))?;
-            return Ok(());
+            return end(to).await;
         }
         if !deliver(to, &mut bufs).await? {
             return Ok(());
@@ -260,15 +275,23 @@ async fn copy(
     }
 }
 
-/// Sends `bufs`. False: the receiver is gone, which the other direction sees as its end.
+/// Hands `bufs` over to be sent. False: the receiver is gone, which the other direction sees as its
+/// end.
 async fn deliver(to: &mut WriteHalf, bufs: &mut VecDeque<Buf>) -> Result<bool, ProxyError> {
     for buf in bufs.drain(..) {
         to.push(buf);
     }
-    match to.flush().await {
+    match to.hand_over().await {
         Err(error) if is_gone(&error) => Ok(false),
         other => Ok(other.map(|()| true)?),
     }
+}
+
+/// Sends what is left, then FIN. A receiver that is gone needs neither.
+async fn end(to: &mut WriteHalf) -> Result<(), ProxyError> {
+    let ended = to.flush().await.and_then(|()| to.shutdown());
+    end_if_gone(ended.map(|()| 0))?;
+    Ok(())
 }
 
 /// Closes the books on a connection that was established.
