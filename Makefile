@@ -15,14 +15,16 @@ ADVISORIES_TIMEOUT_S := 60
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## install what is missing (Debian 12, root); Rust is not touched
-	@scripts/setup.sh
+setup: ## install what is missing (Debian 12, root); PEERS=1: Envoy and HAProxy too
+	@scripts/setup.sh $(if $(filter-out 0,$(PEERS)),--peers)
 
 build: setup ## build every program in release mode
 	cargo build --release --workspace --bins
 
-compare: build ## compare the redirection paths in the two-node lab; QUICK=1 in under 3 minutes
-	$(TARGET)/release/lab compare $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+# QUICK=1: in under 3 minutes. PEERS=1: with Envoy, HAProxy and the conventional proxy.
+compare: build ## compare the redirection paths in the two-node lab; QUICK=1, PEERS=1
+	$(TARGET)/release/lab compare $(if $(filter-out 0,$(QUICK)),--quick) \
+	    $(if $(filter-out 0,$(PEERS)),--peer all) $(ARGS)
 
 readme: ## put the newest results into the README
 	cargo build --release -p lab
