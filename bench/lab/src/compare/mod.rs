@@ -22,6 +22,8 @@ mod progress;
 mod sample;
 pub mod stats;
 mod summary;
+#[cfg(test)]
+mod tests;
 mod trial;
 
 use std::fs::{self, File};
@@ -366,93 +368,5 @@ impl Runner<'_> {
         }
         progress.end();
         Ok((trials, rounds))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_path_is_measured_against_itself_unless_that_is_off() {
-        let repeated = |paths: &[&str], aa: Option<&str>| {
-            let paths: Vec<String> = paths.iter().map(|&path| path.to_owned()).collect();
-            let mut plan = Plan::new(&paths, &[], false)?;
-            choose_repeated(&mut plan, aa)?;
-            anyhow::Ok(plan.paths.into_iter().find_map(|path| path.again))
-        };
-        assert_eq!(repeated(&[], None).unwrap().as_deref(), Some("ebpf"));
-        assert_eq!(
-            repeated(&["none", "tunnel"], None).unwrap().as_deref(),
-            Some("tunnel")
-        );
-        assert_eq!(
-            repeated(&["tunnel", "tunnel", "ebpf"], None)
-                .unwrap()
-                .as_deref(),
-            Some("tunnel")
-        );
-        assert_eq!(
-            repeated(&[], Some("none")).unwrap().as_deref(),
-            Some("none")
-        );
-        assert_eq!(repeated(&[], Some("off")).unwrap(), None);
-        assert!(repeated(&["ebpf"], Some("tunnel")).is_err());
-        assert!(repeated(&["ebpf", "ebpf"], Some("off")).is_err());
-        assert!(repeated(&["ebpf", "ebpf", "none", "none"], None).is_err());
-    }
-
-    #[test]
-    fn a_comparison_reports_and_leaves_nothing() {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: a_comparison_reports_and_leaves_nothing: needs root");
-            return;
-        }
-        if let Err(error) = workspace_binary("loadgen") {
-            eprintln!("skipped: a_comparison_reports_and_leaves_nothing: {error}");
-            return;
-        }
-        let out = tempfile::tempdir().unwrap();
-        let options = CompareOptions {
-            paths: vec!["none".to_owned()],
-            workloads: ["rr", "stream", "rr-open"].map(str::to_owned).to_vec(),
-            trials: Some(2),
-            duration: Some(0.2),
-            quick: true,
-            out: Some(out.path().join("report")),
-            peers: vec!["absent=/no/such/file".to_owned()],
-            ..CompareOptions::default()
-        };
-        let prefix = format!("c{}", std::process::id());
-        let directory = run_as(&prefix, &options).unwrap();
-        let document = report::read(&directory).unwrap();
-        let itself = document.against_itself.as_ref().unwrap();
-        assert_eq!(
-            (itself.path.as_str(), itself.again.as_str()),
-            ("none", "none#2")
-        );
-        assert!(itself.ratios > 0);
-        assert_eq!(document.skipped_peers[0].name, "absent");
-        let single = document.rows.iter().filter(|row| row.path == "none");
-        assert_eq!(single.count(), document.cells().len());
-        for row in &document.rows {
-            let metric = report::schema::throughput_metric(&row.workload);
-            assert_eq!(row.metrics[metric].values.len(), 2, "{row:?}");
-            assert!(row.median(metric).unwrap() > 0.0, "{row:?}");
-            assert_eq!(row.median("errors"), Some(0.0), "{row:?}");
-            assert_eq!(row.offered_per_s.is_some(), row.workload == "rr-open");
-        }
-        assert!(document.tunnel_driver.is_none());
-        let html = fs::read_to_string(directory.join("report.html")).unwrap();
-        assert!(html.contains("<svg"));
-        let trials = fs::read_to_string(directory.join(TRIALS)).unwrap();
-        let counted: usize = document.rows.iter().map(|row| row.trials).sum();
-        assert_eq!(trials.lines().count(), counted);
-        assert!(
-            !crate::Lab::names()
-                .iter()
-                .any(|name| name.starts_with(&prefix))
-        );
-        let _ = fs::remove_file(format!("/run/zt-lab-{prefix}.lock"));
     }
 }

@@ -1,32 +1,73 @@
 //! CPU time and memory as the kernel counts them.
 
-use std::collections::BTreeMap;
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use nix::unistd::{SysconfVar, sysconf};
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::{Pid, SysconfVar, sysconf};
+
+/// A process whose costs are wanted.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Watched {
+    /// Its part in the trial.
+    pub(super) role: Role,
+    pub(super) pid: u32,
+}
+
+/// What a process does in a trial.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Role {
+    /// The load generator's client.
+    Client,
+    /// The load generator's server.
+    Server,
+    /// A proxy on node A.
+    ZtunnelA,
+    /// A proxy on node B.
+    ZtunnelB,
+}
+
+impl Role {
+    pub(super) const ALL: [Self; 4] = [Self::Client, Self::ZtunnelA, Self::ZtunnelB, Self::Server];
+
+    /// As in the names of metrics.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Server => "server",
+            Self::ZtunnelA => "ztunnel_a",
+            Self::ZtunnelB => "ztunnel_b",
+        }
+    }
+
+    /// Whether it is one of the proxies that paths are about.
+    pub(super) fn is_ztunnel(self) -> bool {
+        matches!(self, Self::ZtunnelA | Self::ZtunnelB)
+    }
+}
 
 /// Counters at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct Sample {
-    threads: BTreeMap<(u32, u32), ThreadTime>,
+    processes: Vec<(Watched, ProcessTime)>,
     machine: MachineTime,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct ThreadTime {
-    /// ns on a CPU.
-    ns: u64,
-    /// Context switches, voluntary or not.
+struct ProcessTime {
+    /// On a CPU, threads that have ended included.
+    cpu: Duration,
+    /// Context switches of the threads there are, voluntary or not.
     switches: u64,
 }
 
 /// What passed between two samples.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Spent {
-    /// CPU time of the processes, in s.
-    pub(super) processes_s: f64,
-    /// Context switches of the processes.
+    /// CPU time in s by process.
+    pub(super) processes: Vec<(Role, f64)>,
+    /// Context switches of the ztunnels.
     pub(super) switches: u64,
     /// Busy CPU time of the whole machine, interrupts included, in s.
     pub(super) machine_s: f64,
@@ -36,54 +77,68 @@ pub(super) struct Spent {
     pub(super) busy_share: f64,
 }
 
+impl Spent {
+    /// CPU time of the processes in `role`, in s; `None` if there were none.
+    pub(super) fn of(&self, role: Role) -> Option<f64> {
+        let times = self.processes.iter().filter(|(other, _)| *other == role);
+        times.map(|(_, s)| *s).reduce(|a, b| a + b)
+    }
+
+    /// CPU time of all ztunnels, in s.
+    pub(super) fn ztunnels_s(&self) -> Option<f64> {
+        let times = self.processes.iter().filter(|(role, _)| role.is_ztunnel());
+        times.map(|(_, s)| *s).reduce(|a, b| a + b)
+    }
+}
+
 impl Sample {
-    /// Reads the counters of `pids` and of the machine.
-    pub(super) fn take(pids: &[u32]) -> Result<Self> {
-        let mut threads = BTreeMap::new();
-        for &pid in pids {
-            let path = format!("/proc/{pid}/task");
-            let tasks = fs::read_dir(&path)
-                .with_context(|| format!("reading {path}: ztunnel {pid} has gone"))?;
-            for task in tasks {
-                let task = task.with_context(|| format!("reading {path}"))?;
-                // A thread may end in between; then it is missing from both sides.
-                let Ok(text) = fs::read_to_string(task.path().join("schedstat")) else {
-                    continue;
-                };
-                let tid = task.file_name().to_string_lossy().parse().unwrap_or(0);
-                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-                let time = ThreadTime {
-                    ns: first_number(&text),
-                    switches: switches(&status),
-                };
-                threads.insert((pid, tid), time);
-            }
-        }
+    /// Reads the counters of the processes and of the machine.
+    pub(super) fn take(watched: &[Watched]) -> Result<Self> {
+        let processes = watched.iter().map(|&one| Ok((one, process_time(one)?)));
         Ok(Self {
-            threads,
+            processes: processes.collect::<Result<_>>()?,
             machine: MachineTime::now()?,
         })
     }
 
-    /// What passed since `earlier`.
+    /// What passed since `earlier`, which is of the same processes.
     pub(super) fn since(&self, earlier: &Self) -> Spent {
-        let (mut ns, mut switches) = (0, 0);
-        for (thread, now) in &self.threads {
-            let then = earlier.threads.get(thread).copied().unwrap_or_default();
-            ns += now.ns.saturating_sub(then.ns);
-            switches += now.switches.saturating_sub(then.switches);
+        let mut spent = Spent::default();
+        for (watched, now) in &self.processes {
+            let then = earlier.processes.iter().find(|(one, _)| one == watched);
+            let then = then.map(|(_, time)| *time).unwrap_or_default();
+            let cpu = now.cpu.saturating_sub(then.cpu).as_secs_f64();
+            spent.processes.push((watched.role, cpu));
+            if watched.role.is_ztunnel() {
+                spent.switches += now.switches.saturating_sub(then.switches);
+            }
         }
         let softirq = self.machine.softirq.saturating_sub(earlier.machine.softirq) as f64;
         let busy = self.machine.busy.saturating_sub(earlier.machine.busy) as f64;
         let all = self.machine.all.saturating_sub(earlier.machine.all) as f64;
-        Spent {
-            processes_s: ns as f64 / 1e9,
-            switches,
-            machine_s: busy / ticks_per_s(),
-            softirq_s: softirq / ticks_per_s(),
-            busy_share: if all > 0.0 { busy / all } else { 0.0 },
+        spent.machine_s = busy / ticks_per_s();
+        spent.softirq_s = softirq / ticks_per_s();
+        spent.busy_share = if all > 0.0 { busy / all } else { 0.0 };
+        spent
+    }
+}
+
+fn process_time(watched: Watched) -> Result<ProcessTime> {
+    let Watched { role, pid } = watched;
+    let gone = || format!("reading the CPU time of {} {pid}: it has gone", role.name());
+    let id = i32::try_from(pid).with_context(gone)?;
+    let clock = clock_getcpuclockid(Pid::from_raw(id)).with_context(gone)?;
+    let cpu = clock_gettime(clock).with_context(gone)?.into();
+    let mut switches = 0;
+    // Only theirs are reported.
+    if role.is_ztunnel() {
+        for task in fs::read_dir(format!("/proc/{pid}/task")).with_context(gone)? {
+            let status = task.with_context(gone)?.path().join("status");
+            // A thread may end in between; then it is missing from both sides.
+            switches += switches_in(&fs::read_to_string(status).unwrap_or_default());
         }
     }
+    Ok(ProcessTime { cpu, switches })
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -120,7 +175,7 @@ impl MachineTime {
 }
 
 /// The switches in a thread's `status`.
-fn switches(status: &str) -> u64 {
+fn switches_in(status: &str) -> u64 {
     let lines = status
         .lines()
         .filter_map(|line| line.split_once("voluntary_ctxt_switches:"));
@@ -183,9 +238,14 @@ mod tests {
         assert_eq!(MachineTime::parse("intr 1 2\n"), None);
     }
 
+    fn own(role: Role) -> [Watched; 1] {
+        let pid = std::process::id();
+        [Watched { role, pid }]
+    }
+
     #[test]
     fn time_spent_computing_is_accounted() {
-        let own = [std::process::id()];
+        let own = own(Role::Client);
         let before = Sample::take(&own).unwrap();
         let begun = cpu_time();
         while cpu_time() - begun < Duration::from_millis(200) {
@@ -193,7 +253,8 @@ mod tests {
         }
         let spent = Sample::take(&own).unwrap().since(&before);
         // Other threads of the tests run as well, so there is no upper bound but the CPUs.
-        assert!(spent.processes_s > 0.19, "{spent:?}");
+        assert!(spent.of(Role::Client) > Some(0.19), "{spent:?}");
+        assert_eq!((spent.of(Role::Server), spent.ztunnels_s()), (None, None));
         assert!(spent.machine_s > 0.05, "{spent:?}");
         assert!((0.0..=1.0).contains(&spent.busy_share));
     }
@@ -201,8 +262,8 @@ mod tests {
     #[test]
     fn both_kinds_of_context_switches_count() {
         let status = "Name:\tx\nvoluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t5\n";
-        assert_eq!(switches(status), 12);
-        let own = [std::process::id()];
+        assert_eq!(switches_in(status), 12);
+        let own = own(Role::ZtunnelA);
         let before = Sample::take(&own).unwrap();
         for _ in 0..5 {
             std::thread::sleep(Duration::from_millis(1));
@@ -218,7 +279,9 @@ mod tests {
 
     #[test]
     fn a_process_that_does_not_exist_is_an_error() {
-        let error = Sample::take(&[u32::MAX]).unwrap_err();
+        // Above what Linux gives away.
+        let (role, pid) = (Role::Server, 4_194_305);
+        let error = Sample::take(&[Watched { role, pid }]).unwrap_err();
         assert!(error.to_string().contains("has gone"), "{error}");
     }
 }

@@ -18,6 +18,9 @@ const QUIET: f64 = 0.05;
 const ROUNDS_FOR_VERDICTS: u32 = 5;
 /// With fewer A/A ratios of a kind of metric its noise is judged by halves of rows.
 const RATIOS_FOR_NOISE: usize = 3;
+/// In a closed loop without losses nothing takes as long: the first retransmission of a SYN is
+/// sent after a second.
+const STALL_US: f64 = 900e3;
 /// Open loops that skip more of their schedule than this are saturated: the load generator's own
 /// bound.
 const SATURATED: f64 = 0.01;
@@ -188,7 +191,7 @@ fn kind_of(ratio: &Ratio) -> &'static str {
 fn is_compared(metric: &str) -> bool {
     !matches!(
         metric,
-        "errors" | "machine_busy_share" | "skipped_share" | "conntrack_entries"
+        "errors" | "machine_busy_share" | "skipped_share" | "conntrack_entries" | "max_us"
     )
 }
 
@@ -371,6 +374,7 @@ fn losses(document: &Document) -> Vec<String> {
     if lines.is_empty() {
         lines.push("No request, connection or stream failed in any trial.".to_owned());
     }
+    lines.extend(document.rows.iter().filter_map(stalls));
     lines.extend(document.rows.iter().filter_map(|row| {
         let skipped = row
             .median("skipped_share")
@@ -385,6 +389,25 @@ fn losses(document: &Document) -> Vec<String> {
         ))
     }));
     lines
+}
+
+/// What a closed loop hides: connections that waited for a retransmission sent nothing meanwhile.
+fn stalls(row: &Row) -> Option<String> {
+    let longest = &row.metrics.get("max_us")?.values;
+    let stalled = longest.iter().filter(|&&us| us >= STALL_US).count();
+    let closed = row.offered_per_s.is_none();
+    (stalled > 0 && closed).then(|| {
+        format!(
+            "Stalls: path {}, {} {}: the longest request took {:.1} s or more in {stalled} of {} \
+             trials, as a lost SYN or segment makes it. Connections that wait send nothing, so \
+             its percentiles are those of the others; its rate is what counts.",
+            row.path,
+            row.scope,
+            row.cell().label(),
+            STALL_US / 1e6,
+            row.trials
+        )
+    })
 }
 
 #[cfg(test)]
@@ -510,6 +533,23 @@ mod tests {
             notes.contains("Peer other was skipped: it is not there."),
             "{notes}"
         );
+    }
+
+    #[test]
+    fn what_a_closed_loop_hides_is_said() {
+        let mut document = compared([1000.0, 1000.0], 0.0);
+        let row = &mut document.rows[1];
+        assert_eq!(stalls(row), None);
+        let longest = stats::estimate(&[2e3, 1.01e6, 3e3]);
+        row.metrics.insert("max_us".to_owned(), longest);
+        let text = stalls(row).unwrap();
+        assert!(
+            text.contains("path ebpf, cross-node rr x1: the longest"),
+            "{text}"
+        );
+        assert!(text.contains("in 1 of 6 trials"), "{text}");
+        row.offered_per_s = Some(100.0);
+        assert_eq!(stalls(row), None);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::kernel::Readings;
 use super::placement::{Bound, Cpus, Pin};
 use super::plan::{Cell, Scope, Workload};
-use super::sample::{Sample, Spent, resident_bytes};
+use super::sample::{Role, Sample, Spent, Watched, resident_bytes};
 use crate::lab::Lab;
 
 const CLIENT: &str = "client-a";
@@ -74,7 +74,7 @@ impl Setup<'_> {
         let cpus = self
             .pin
             .cpus(cell.placement, cell.scope == Scope::SameNode)?;
-        let _server = self.start_server(lab, host, &to, cell, &cpus)?;
+        let server = self.start_server(lab, host, &to, cell, &cpus)?;
         let json = self.scratch.join("trial.json");
         // Yesterday's file must not pass for today's.
         let _ = fs::remove_file(&json);
@@ -94,7 +94,7 @@ impl Setup<'_> {
             .stderr(Stdio::piped());
         let mut client = Killed(command.spawn().context("starting loadgen on client-a")?);
         let stdout = client.0.stdout.take().context("loadgen has no stdout")?;
-        let spent = observe(stdout, lab, &pids)?;
+        let spent = observe(stdout, lab, &watched(&pids, client.0.id(), server.0.id()))?;
         let rss = resident_bytes(&pids);
         let mut complaint = String::new();
         if let Some(stderr) = &mut client.0.stderr {
@@ -200,6 +200,19 @@ impl Setup<'_> {
     }
 }
 
+/// The processes of a trial by what they do. Of several proxies the first half is node A's.
+fn watched(ztunnels: &[u32], client: u32, server: u32) -> Vec<Watched> {
+    let of = |role| move |&pid: &u32| Watched { role, pid };
+    let (a, b) = ztunnels.split_at(ztunnels.len() / 2);
+    let ztunnels = a
+        .iter()
+        .map(of(Role::ZtunnelA))
+        .chain(b.iter().map(of(Role::ZtunnelB)));
+    let ends = [(Role::Client, client), (Role::Server, server)];
+    let ends = ends.map(|(role, pid)| Watched { role, pid });
+    ztunnels.chain(ends).collect()
+}
+
 /// What passed in a trial's measured window.
 #[derive(Clone, Debug)]
 struct Window {
@@ -209,14 +222,14 @@ struct Window {
 
 /// Samples as the client marks its window; `None` if there was none. CPU time is read first at
 /// both ends: the other readings take a millisecond or two themselves.
-fn observe(stdout: ChildStdout, lab: &Lab, pids: &[u32]) -> Result<Option<Window>> {
+fn observe(stdout: ChildStdout, lab: &Lab, watched: &[Watched]) -> Result<Option<Window>> {
     let (mut begin, mut window) = (None, None);
     for line in BufReader::new(stdout).lines() {
         match line.context("reading from loadgen")?.as_str() {
-            "measuring" => begin = Some((Sample::take(pids)?, Readings::take(lab))),
+            "measuring" => begin = Some((Sample::take(watched)?, Readings::take(lab))),
             "measured" => {
                 if let Some((sample, readings)) = &begin {
-                    let spent = Sample::take(pids)?.since(sample);
+                    let spent = Sample::take(watched)?.since(sample);
                     let readings = Readings::take(lab).since(readings);
                     window = Some(Window { spent, readings });
                 }
@@ -246,7 +259,9 @@ fn evaluate(
         Workload::Stream => &["bytes_per_s"],
     };
     let p999 = (figure("count") >= Some(P999_SAMPLES)).then_some("p999_us");
-    let latencies = ["p50_us", "p90_us", "p99_us"].into_iter().chain(p999);
+    let latencies = ["p50_us", "p90_us", "p99_us", "max_us"]
+        .into_iter()
+        .chain(p999);
     for name in wanted.iter().copied().chain(latencies) {
         if let Some(value) = figure(name) {
             metrics.insert(name.to_owned(), value);
@@ -257,7 +272,7 @@ fn evaluate(
         metrics.insert("skipped_share".to_owned(), skipped / scheduled);
     }
     if let Some(window) = window {
-        costs(&mut metrics, workload, &document, window, !pids.is_empty());
+        costs(&mut metrics, workload, &document, window);
     }
     if !pids.is_empty() {
         metrics.insert("ztunnel_rss_bytes".to_owned(), rss as f64);
@@ -276,7 +291,6 @@ fn costs(
     workload: Workload,
     document: &Value,
     window: &Window,
-    with_ztunnels: bool,
 ) {
     let Window { spent, readings } = window;
     if let Some(entries) = readings.conntrack_entries {
@@ -306,8 +320,17 @@ fn costs(
     };
     set("total_cpu", cpu_unit, spent.machine_s * cpu_scale);
     set("softirq_cpu", cpu_unit, spent.softirq_s * cpu_scale);
-    if with_ztunnels {
-        set("ztunnel_cpu", cpu_unit, spent.processes_s * cpu_scale);
+    for role in Role::ALL {
+        if let Some(seconds) = spent.of(role) {
+            set(
+                &format!("{}_cpu", role.name()),
+                cpu_unit,
+                seconds * cpu_scale,
+            );
+        }
+    }
+    if let Some(seconds) = spent.ztunnels_s() {
+        set("ztunnel_cpu", cpu_unit, seconds * cpu_scale);
         set("ztunnel_switches", unit, spent.switches as f64 * scale);
     }
     if let Some(enters) = readings.enters {
@@ -325,20 +348,26 @@ mod tests {
 
     use super::*;
 
-    const WINDOW: Window = Window {
-        spent: Spent {
-            processes_s: 0.5,
-            switches: 20_000,
-            machine_s: 2.0,
-            softirq_s: 0.25,
-            busy_share: 0.8,
-        },
-        readings: Readings {
-            enters: Some(5000),
-            tunnel_packets: None,
-            conntrack_entries: Some(12),
-        },
-    };
+    fn window(with_ztunnels: bool) -> Window {
+        let mut processes = vec![(Role::Client, 0.3), (Role::Server, 0.1)];
+        if with_ztunnels {
+            processes.extend([(Role::ZtunnelA, 0.2), (Role::ZtunnelB, 0.3)]);
+        }
+        Window {
+            spent: Spent {
+                processes,
+                switches: 20_000,
+                machine_s: 2.0,
+                softirq_s: 0.25,
+                busy_share: 0.8,
+            },
+            readings: Readings {
+                enters: Some(5000),
+                tunnel_packets: None,
+                conntrack_entries: Some(12),
+            },
+        }
+    }
 
     #[test]
     fn cpu_time_is_divided_by_what_was_done_in_the_window() {
@@ -350,8 +379,12 @@ mod tests {
             "outcomes": {"ok": 10000, "errors": 3},
             "spectrum_us": [[0.0, 50.0], [0.5, 90.0]],
         });
-        let trial = evaluate(Workload::Rr, document, Some(&WINDOW), &[1, 2], 1000);
+        let trial = evaluate(Workload::Rr, document, Some(&window(true)), &[1, 2], 1000);
         assert_eq!(trial.metric("ztunnel_cpu_us_per_request"), Some(50.0));
+        assert_eq!(trial.metric("ztunnel_a_cpu_us_per_request"), Some(20.0));
+        assert_eq!(trial.metric("ztunnel_b_cpu_us_per_request"), Some(30.0));
+        assert_eq!(trial.metric("client_cpu_us_per_request"), Some(30.0));
+        assert_eq!(trial.metric("server_cpu_us_per_request"), Some(10.0));
         assert_eq!(trial.metric("total_cpu_us_per_request"), Some(200.0));
         assert_eq!(trial.metric("softirq_cpu_us_per_request"), Some(25.0));
         assert_eq!(trial.metric("ztunnel_switches_per_request"), Some(2.0));
@@ -382,9 +415,11 @@ mod tests {
     #[test]
     fn streams_count_by_the_gigabyte_and_without_ztunnels_there_is_no_ztunnel_cost() {
         let document = json!({"measured_s": 1.0, "metrics": {"bytes_per_s": 4e9}, "outcomes": {}});
-        let trial = evaluate(Workload::Stream, document, Some(&WINDOW), &[], 0);
+        let trial = evaluate(Workload::Stream, document, Some(&window(false)), &[], 0);
         assert_eq!(trial.metric("total_cpu_s_per_gb"), Some(0.5));
+        assert_eq!(trial.metric("client_cpu_s_per_gb"), Some(0.075));
         assert_eq!(trial.metric("ztunnel_cpu_s_per_gb"), None);
+        assert_eq!(trial.metric("ztunnel_a_cpu_s_per_gb"), None);
         assert_eq!(trial.metric("ztunnel_rss_bytes"), None);
     }
 

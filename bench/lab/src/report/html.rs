@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 
-use super::schema::{Cell, Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
+use super::schema::{
+    Cell, Document, Ratio, Row, Verdict, cpu_metrics, process_cpu_metrics, throughput_metric,
+};
 use super::units::with_unit;
 use super::{curve, plot, tally};
 
@@ -321,7 +323,51 @@ fn cpu(html: &mut String, document: &Document) -> Result<()> {
         }
     }
     html.push_str("</div>\n");
+    processes(html, document);
     Ok(())
+}
+
+/// Where the time goes: by process, in soft interrupts, in the whole machine.
+fn processes(html: &mut String, document: &Document) {
+    let has = |row: &&Row| {
+        row.metrics
+            .contains_key(&process_cpu_metrics(&row.workload)[0])
+    };
+    if !document.rows.iter().any(|row| has(&row)) {
+        return;
+    }
+    html.push_str(
+        "<details><summary>By process</summary><div class=\"wide\"><table><tr>\
+         <th class=\"l\">scope</th><th class=\"l\">workload</th><th class=\"l\">path</th>\
+         <th>client</th><th>ztunnel A</th><th>ztunnel B</th><th>server</th>\
+         <th>soft interrupts</th><th>whole machine</th></tr>\n",
+    );
+    for cell in document.cells() {
+        let paths = document.paths.iter();
+        for row in paths
+            .filter_map(|path| document.row(path, &cell))
+            .filter(has)
+        {
+            let _ = write!(
+                html,
+                "<tr><td>{}</td><td class=\"l\">{}</td><td class=\"l\">{}</td>",
+                cell.scope,
+                cell.label(),
+                escape(&row.path)
+            );
+            for metric in process_cpu_metrics(&row.workload) {
+                let value = row.median(&metric);
+                let text = value.map_or_else(|| "–".to_owned(), |v| with_unit(&metric, Some(v)));
+                let _ = write!(html, "<td>{text}</td>");
+            }
+            html.push_str("</tr>\n");
+        }
+    }
+    html.push_str(
+        "</table></div><p><small>Medians; per request, connection or GB. Soft interrupts that the \
+         kernel runs while a process is on the CPU count for that process too; the whole machine \
+         has everything once.</small></p></details>\n",
+    );
 }
 
 fn ratios(html: &mut String, document: &Document) {

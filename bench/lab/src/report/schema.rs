@@ -334,6 +334,9 @@ pub fn noise_kind(workload: &str, metric: &str) -> &'static str {
         "p50_us" | "p90_us" => "p50 and p90",
         "p99_us" | "p999_us" => "p99 and above",
         m if m.starts_with("ztunnel_cpu") => "ztunnel CPU",
+        m if m.contains("_cpu_") && !m.starts_with("total_") && !m.starts_with("softirq_") => {
+            "CPU of one process"
+        }
         m if m.starts_with("total_cpu") => "machine CPU",
         m if m.starts_with("softirq_cpu") => "softirq CPU",
         "ztunnel_rss_bytes" => "memory",
@@ -349,6 +352,26 @@ pub fn throughput_metric(workload: &str) -> &'static str {
         "connect" => "connections_per_s",
         _ => "requests_per_s",
     }
+}
+
+/// The metrics of CPU time of each process at a workload, as it lies on the way of a request; the
+/// last is the whole machine's.
+#[must_use]
+pub fn process_cpu_metrics(workload: &str) -> [String; 6] {
+    let unit = match workload {
+        "stream" => "s_per_gb",
+        "connect" => "us_per_connection",
+        _ => "us_per_request",
+    };
+    [
+        "client",
+        "ztunnel_a",
+        "ztunnel_b",
+        "server",
+        "softirq",
+        "total",
+    ]
+    .map(|part| format!("{part}_cpu_{unit}"))
 }
 
 /// The metrics of CPU time at a workload: of all ztunnels, of the whole machine.
