@@ -241,7 +241,9 @@ fn token_at<'a>(text: &'a str, at: &Location) -> &'a str {
             .nth(TOKEN_LEN_MAX)
             .map_or(rest.len(), |(end, _)| end)
     };
-    rest[..end.map_or_else(all, |(end, _)| end)].trim_end_matches(':')
+    let token = &rest[..end.map_or_else(all, |(end, _)| end)];
+    // The quotes of the file are not part of the value.
+    token.trim_end_matches(':').trim_matches(['"', '\''])
 }
 
 /// Most characters of the configuration that an error repeats.

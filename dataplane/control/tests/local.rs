@@ -242,6 +242,10 @@ fn unreadable_text_is_refused_with_its_place() {
             "mesh.yaml:2:18: `10.0.0.300`: must be an IPv4 or IPv6 address",
         ),
         (
+            "workloads:\n- {workloadIps: [\"10.0.0.301\"]}",
+            "mesh.yaml:2:18: `10.0.0.301`: must be an IPv4 or IPv6 address",
+        ),
+        (
             "workloads:\n- {waypoint: {destination: nowhere}}",
             "mesh.yaml:2:28: `nowhere` is neither network/ip",
         ),
