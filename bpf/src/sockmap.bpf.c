@@ -17,7 +17,8 @@
  * - A redirect to a socket that is not in the map drops the message: its result decides.
  * - Sockets of applications that block are left alone, and MPTCP's. A recv(2) that waits on a
  *   socket in a map wakes once: a reset, a signal or room to send makes it return EAGAIN. Nor
- *   does it know MSG_WAITALL.
+ *   does it know MSG_WAITALL. Whether an accepted socket blocks shows only with its first
+ *   message; that of a server's first connection is entered, and others not any more.
  * - A socket in the map pays for it with each call even if it uses TCP, so it is taken out, by
  *   user space (bpf/redirect/src/sockmap/reaper.rs), as soon as that cannot lose data: taking it
  *   out throws away what is unread. Hence two maps: out of `shortcut_targets` first, so that
@@ -136,6 +137,20 @@ struct {
 	__type(key, struct end_key);
 	__type(value, struct end);
 } shortcut_ends SEC(".maps");
+
+/* Servers whose accepted sockets were found to block: a namespace and a port. */
+struct server {
+	__u64 netns;
+	__u32 port;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, SERVERS_MAX);
+	__type(key, struct server);
+	__type(value, __u8);
+} shortcut_blocking SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
@@ -260,6 +275,13 @@ static __always_inline enum blocking blocking(__u64 sock)
 	return flags & O_NONBLOCK ? DOES_NOT_BLOCK : BLOCKS;
 }
 
+static __always_inline int is_blocking_server(const struct end_key *own)
+{
+	struct server server = { .netns = own->netns, .port = own->local_port };
+
+	return bpf_map_lookup_elem(&shortcut_blocking, &server) != 0;
+}
+
 static __always_inline int enter(struct bpf_sock_ops *ctx, struct direction *fresh)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -272,7 +294,9 @@ static __always_inline int enter(struct bpf_sock_ops *ctx, struct direction *fre
 	end.cookie = bpf_get_socket_cookie(ctx);
 	if (!end.sock)
 		return 0;
-	if (!fresh->from_ztunnel && blocking(end.sock) == BLOCKS)
+	/* Before accept(2) nobody knows whether it will block; its server's others tell. */
+	if (!fresh->from_ztunnel &&
+	    (blocking(end.sock) == BLOCKS || is_blocking_server(&fresh->self)))
 		return 0;
 	fresh->own_sock = end.sock;
 	dir = bpf_sk_storage_get(&shortcut_directions, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
@@ -383,6 +407,17 @@ static __always_inline int demote(struct direction *dir, __u32 bytes, __u32 reas
 	return by_tcp(bytes);
 }
 
+/* The application at one end blocks: its server, if it is one, is remembered. */
+static __always_inline int demote_blocking(struct direction *dir, __u32 bytes)
+{
+	struct end_key *app = dir->from_ztunnel ? &dir->peer : &dir->self;
+	struct server server = { .netns = app->netns, .port = app->local_port };
+	__u8 one = 1;
+
+	bpf_map_update_elem(&shortcut_blocking, &server, &one, BPF_ANY);
+	return demote(dir, bytes, COUNT_DEMOTED_BLOCKING);
+}
+
 static __always_inline int not_yet(struct direction *dir, __u32 bytes, __u32 reason)
 {
 	if (++dir->attempts >= ATTEMPTS_MAX)
@@ -421,13 +456,15 @@ static __always_inline int start(struct direction *dir, __u32 bytes, int *verdic
 	}
 	dir->peer_sock = peer->sock;
 	dir->peer_cookie = peer->cookie;
-	if (!dir->from_ztunnel && blocking(dir->own_sock) != DOES_NOT_BLOCK) {
-		*verdict = demote(dir, bytes, COUNT_DEMOTED_BLOCKING);
+	switch (blocking(dir->from_ztunnel ? dir->peer_sock : dir->own_sock)) {
+	case BLOCKS:
+		*verdict = demote_blocking(dir, bytes);
 		return 0;
-	}
-	if (dir->from_ztunnel && blocking(dir->peer_sock) == NO_FILE) {
+	case NO_FILE:
 		*verdict = not_yet(dir, bytes, COUNT_DEMOTED_NO_PEER);
 		return 0;
+	case DOES_NOT_BLOCK:
+		break;
 	}
 	if (!has_read_tcp(dir)) {
 		*verdict = not_yet(dir, bytes, COUNT_DEMOTED_BUDGET);

@@ -11,6 +11,7 @@
 /* Sockets at one time, both ends of a connection counted. */
 #define SOCKETS_MAX 65536
 #define SHORTCUT_PODS_MAX 65536
+#define SERVERS_MAX 4096
 #define SHORTCUT_EVENT_BYTES (1 << 18)
 
 /* What may wait unread in a receiver, at most; less if its receive buffer is smaller. */

@@ -59,6 +59,10 @@ impl Netns {
         inode(path).is_ok_and(|inode| inode == self.inode)
     }
 
+    pub(crate) fn inode(&self) -> u64 {
+        self.inode
+    }
+
     pub(crate) fn describe(&self) -> String {
         self.path
             .as_ref()

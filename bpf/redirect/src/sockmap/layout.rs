@@ -50,7 +50,7 @@ const fn map(name: &'static str, key_bytes: usize, value_bytes: u32, entries: u3
 }
 
 /// Pinned maps. Socket storage has one more, which lives as long as the programs.
-pub(crate) const MAPS: [MapLayout; 8] = [
+pub(crate) const MAPS: [MapLayout; 9] = [
     map(CONFIG, 4, CONFIG_BYTES as u32, 1),
     map(PODS, POD_BYTES, 8, 65_536),
     map(ENDS, KEY_BYTES, END_BYTES as u32, 65_536),
@@ -58,6 +58,7 @@ pub(crate) const MAPS: [MapLayout; 8] = [
     map(TARGETS, KEY_BYTES, 4, 65_536),
     map(EVENTS, 0, 0, 1 << 18),
     map(COUNTERS, 4, 8, COUNTER_NAMES.len() as u32),
+    map("shortcut_blocking", 16, 1, 4096),
     map("shortcut_directions", 4, 136, 0),
 ];
 

@@ -42,7 +42,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 const DRAIN_POLL: Duration = Duration::from_millis(50);
 
 /// What it is for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Settings {
     /// Directory of the redirection's pins, in a bpffs.
     pub bpffs: PathBuf,
@@ -69,6 +69,9 @@ pub struct Status {
 #[derive(Debug)]
 pub struct Shortcut {
     pins: PathBuf,
+    ztunnel: Netns,
+    /// Of the pods' namespaces, by path and inode.
+    cookies: std::collections::HashMap<(PathBuf, u64), u64>,
     _reaper: Reaper,
 }
 
@@ -96,48 +99,90 @@ impl Shortcut {
         let mut object = load(&pins)?;
         attach(&mut object, &pins, &settings.cgroup)?;
         let reaper = Reaper::start(&pins)?;
+        let ztunnel = Netns::at(&settings.ztunnel_netns)?;
         let config = Config {
-            ztunnel_netns: netns_cookie(&settings.ztunnel_netns)?,
+            ztunnel_netns: netns_cookie(&ztunnel, &settings.ztunnel_netns)?,
             enabled: true,
             to_pods,
         };
         set_config(&pins, config)?;
         Ok(Self {
             pins,
+            ztunnel,
+            cookies: std::collections::HashMap::new(),
             _reaper: reaper,
         })
     }
 
-    /// New connections of the pod get the short-cut. Adding it again brings it up to date.
-    ///
-    /// # Errors
-    /// If its network namespace cannot be entered or the map not be written.
-    pub fn add_pod(&self, pod: &Pod) -> Result<()> {
-        let cookie = netns_cookie(&pod.netns)?;
-        let mut pods: HashMap<MapData, [u8; POD_BYTES], u64> = open(&self.pins, layout::PODS)?;
-        for address in &pod.addresses {
-            pods.insert(layout::pod_key(*address), cookie, 0)
-                .map_err(|e| Error::bpf("write map", layout::PODS, &e))?;
-        }
-        Ok(())
+    /// Whether ztunnel's network namespace still is the one it was installed for.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.ztunnel.is_alive()
     }
 
-    /// New connections of the pod get none.
+    /// New connections of exactly these pods get the short-cut. Every pod is tried.
     ///
     /// # Errors
-    /// If the map cannot be written.
-    pub fn remove_pod(&self, pod: &Pod) -> Result<()> {
-        let mut pods: HashMap<MapData, [u8; POD_BYTES], u64> = open(&self.pins, layout::PODS)?;
-        for address in &pod.addresses {
-            match pods.remove(&layout::pod_key(*address)) {
-                Err(error) if !is_not_found(&error) => {
-                    return Err(Error::bpf("write map", layout::PODS, &error));
-                }
-                _ => {}
+    /// The first network namespace that cannot be entered, or if the map cannot be written.
+    pub fn set_pods(&mut self, pods: &[Pod]) -> Result<()> {
+        let mut map: Pods = open(&self.pins, layout::PODS)?;
+        let mut results = Vec::new();
+        let mut wanted = std::collections::HashMap::new();
+        for pod in pods {
+            match self.cookie(&pod.netns) {
+                Ok(cookie) => wanted.extend(
+                    pod.addresses
+                        .iter()
+                        .map(|address| (layout::pod_key(*address), cookie)),
+                ),
+                Err(error) => results.push(Err(error)),
             }
         }
-        Ok(())
+        self.cookies
+            .retain(|(path, _), _| pods.iter().any(|pod| pod.netns == *path));
+        let failed = |e: MapError| Error::bpf("write map", layout::PODS, &e);
+        let known: Vec<_> = map.iter().flatten().collect();
+        for (address, cookie) in &known {
+            if wanted.get(address) == Some(cookie) {
+                wanted.remove(address);
+            } else if !wanted.contains_key(address)
+                && let Err(error) = map.remove(address)
+                && !is_not_found(&error)
+            {
+                results.push(Err(failed(error)));
+            }
+        }
+        for (address, cookie) in wanted {
+            results.push(map.insert(address, cookie, 0).map_err(failed));
+        }
+        results.into_iter().collect()
     }
+
+    /// Asked once for each namespace.
+    fn cookie(&mut self, path: &Path) -> Result<u64> {
+        let netns = Netns::at(path)?;
+        let key = (path.to_owned(), netns.inode());
+        if let Some(cookie) = self.cookies.get(&key) {
+            return Ok(*cookie);
+        }
+        let cookie = netns_cookie(&netns, path)?;
+        self.cookies.insert(key, cookie);
+        Ok(cookie)
+    }
+}
+
+type Pods = HashMap<MapData, [u8; POD_BYTES], u64>;
+
+/// Root of the cgroup2 hierarchy, which holds every process: where the short-cut is attached if
+/// nothing narrower is known.
+#[must_use]
+pub fn root_cgroup() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let path = words.next()?;
+        (words.next()? == "cgroup2").then(|| PathBuf::from(path))
+    })
 }
 
 /// What is installed below `bpffs`; None if nothing is.
@@ -356,8 +401,8 @@ where
     T::try_from(map).map_err(failed)
 }
 
-fn netns_cookie(path: &Path) -> Result<u64> {
-    Netns::at(path)?.run(|| {
+fn netns_cookie(netns: &Netns, path: &Path) -> Result<u64> {
+    netns.run(|| {
         let failed = |source| Error::file("ask for the cookie of", path, source);
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(failed)?;
         sys::netns_cookie(socket.as_fd()).map_err(failed)

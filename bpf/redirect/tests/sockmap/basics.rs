@@ -35,7 +35,7 @@ fn strangers_and_blocking_applications_use_tcp() {
     if !can_run("strangers_and_blocking_applications_use_tcp") {
         return;
     }
-    let net = Net::up();
+    let mut net = Net::up();
     let listener = net.listener(IpAddr::V4(ZTUNNEL));
     let to = listener.local_addr().unwrap();
     // Blocks: not in the map at all, so that its recv(2) stays as it is.
@@ -54,11 +54,7 @@ fn strangers_and_blocking_applications_use_tcp() {
     let mut app = Peer(net.on("pod", || connect(to, false)));
     let mut other = Peer(own.accept().unwrap().0);
     exchange(&mut app, &mut other, b"private");
-    net.shortcut
-        .as_ref()
-        .unwrap()
-        .remove_pod(&net.pod())
-        .unwrap();
+    net.shortcut.as_mut().unwrap().set_pods(&[]).unwrap();
     let (mut app, mut zt) = net.connect(&listener);
     exchange(&mut app, &mut zt, b"no pod of ours");
     let counters = net.status().counters;

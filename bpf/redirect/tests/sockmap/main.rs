@@ -8,3 +8,4 @@
 
 mod basics;
 mod support;
+mod traps;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -29,7 +30,7 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 pub(crate) fn can_run(test: &str) -> bool {
     let reason = if !nix::unistd::geteuid().is_root() || redirect::check_privileges(true).is_err() {
         "needs root for network namespaces and BPF"
-    } else if cgroup().is_none() {
+    } else if sockmap::root_cgroup().is_none() {
         "no cgroup2 file system is mounted"
     } else {
         return true;
@@ -37,16 +38,6 @@ pub(crate) fn can_run(test: &str) -> bool {
     // Not eprintln, which the test harness keeps to itself.
     let _ = writeln!(io::stderr(), "skipped: {test}: {reason}");
     false
-}
-
-/// Root of the mounted cgroup2 hierarchy.
-pub(crate) fn cgroup() -> Option<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
-    let mut lines = mounts.lines().map(|line| line.split(' '));
-    lines.find_map(|mut words| {
-        let path = words.nth(1)?;
-        (words.next()? == "cgroup2").then(|| PathBuf::from(path))
-    })
 }
 
 fn run(line: &str) {
@@ -102,8 +93,8 @@ impl Net {
     }
 
     pub(crate) fn install(mut self) -> Self {
-        let shortcut = Shortcut::install(&self.settings()).unwrap();
-        shortcut.add_pod(&self.pod()).unwrap();
+        let mut shortcut = Shortcut::install(&self.settings()).unwrap();
+        shortcut.set_pods(&[self.pod()]).unwrap();
         self.shortcut = Some(shortcut);
         self
     }
@@ -111,7 +102,7 @@ impl Net {
     pub(crate) fn settings(&self) -> Settings {
         Settings {
             bpffs: self.bpffs(),
-            cgroup: cgroup().unwrap(),
+            cgroup: sockmap::root_cgroup().unwrap(),
             ztunnel_netns: self.netns("zt"),
             to_pods: true,
         }
@@ -202,9 +193,17 @@ impl Drop for Net {
 
 /// Connects from the calling thread's namespace.
 pub(crate) fn connect(to: SocketAddr, blocking: bool) -> TcpStream {
+    connect_from(None, to, blocking)
+}
+
+/// As [`connect`], from an address of choice.
+pub(crate) fn connect_from(from: Option<SocketAddr>, to: SocketAddr, blocking: bool) -> TcpStream {
     let domain = Domain::for_address(to);
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).unwrap();
     socket.set_nonblocking(!blocking).unwrap();
+    if let Some(from) = from {
+        socket.bind(&from.into()).unwrap();
+    }
     match socket.connect(&to.into()) {
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
             wait(&socket, PollFlags::POLLOUT);
@@ -282,4 +281,22 @@ pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 pub(crate) fn exchange(from: &mut Peer, to: &mut Peer, bytes: &[u8]) {
     from.write_all(bytes).unwrap();
     to.expect(bytes);
+}
+
+/// Bytes the kernel could still give, by its own estimate.
+pub(crate) fn free_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"));
+    let kilobytes = line.and_then(|line| line.split_whitespace().nth(1));
+    kilobytes.and_then(|word| word.parse::<u64>().ok()).unwrap() * 1024
+}
+
+nix::ioctl_read_bad!(fionread, libc::FIONREAD, libc::c_int);
+
+/// What FIONREAD says.
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> usize {
+    let mut bytes = 0;
+    // SAFETY: FIONREAD writes one int, and `bytes` is one.
+    unsafe { fionread(socket.as_raw_fd(), &raw mut bytes) }.unwrap();
+    usize::try_from(bytes).unwrap()
 }
