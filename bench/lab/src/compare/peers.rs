@@ -161,8 +161,21 @@ fn attempt(
     }
 }
 
-/// One short trial: requests get through, and by way of the peer.
+/// Whether requests get through, at the latest in the third of three short trials: what a busy
+/// machine delays must not leave a peer out.
 fn probe(lab: &Lab, scope: Scope, setup: &Setup<'_>) -> Result<()> {
+    let mut tried = try_once(lab, scope, setup);
+    for _ in 0..2 {
+        if tried.is_ok() {
+            break;
+        }
+        tried = try_once(lab, scope, setup);
+    }
+    tried
+}
+
+/// One short trial: requests get through, and by way of the peer.
+fn try_once(lab: &Lab, scope: Scope, setup: &Setup<'_>) -> Result<()> {
     let cell = Cell {
         scope,
         ..Cell::closed_rr(1)
@@ -201,23 +214,24 @@ fn describe(name: &str, binary: &FilePath, kind: ProxyKind, path: &Path) -> Peer
 
 /// What a foreign proxy does and does not do of what ztunnel does.
 fn about(kind: ProxyKind, version: &str) -> String {
-    let less = "no policies, no access log, no telemetry by workload";
-    match kind {
-        ProxyKind::EnvoyHbone => format!(
-            "{version}: HBONE by its TCP proxy's CONNECT tunnelling, HTTP/2 connections shared per \
-             worker and client address, exact SPIFFE identities checked, client's address kept; \
-             {less}."
-        ),
-        ProxyKind::EnvoyTcp => format!(
-            "{version}: a TLS session for each connection, no HBONE; exact SPIFFE \
-             identities checked, client's address kept; {less}."
-        ),
+    let less = "No policies, no access log, no telemetry by workload.";
+    let each = "a TLS session, resumed where possible, for each connection; no HBONE";
+    let does = match kind {
+        ProxyKind::EnvoyHbone => {
+            "HBONE by its TCP proxy's CONNECT tunnelling, HTTP/2 connections shared per worker and \
+             client address; exact SPIFFE identities checked, client's address kept, AES-128-GCM"
+                .to_owned()
+        }
+        ProxyKind::EnvoyTcp => {
+            format!("{each}; exact SPIFFE identities checked, client's address kept, AES-128-GCM")
+        }
         ProxyKind::Haproxy => format!(
-            "{version}: a TLS session for each connection, no HBONE; the server's chain \
-             is checked but not its SPIFFE identity, client's address kept; {less}."
+            "{each}; the server's chain is checked but not its SPIFFE identity, client's address \
+             kept, AES-256-GCM as ours"
         ),
-        ProxyKind::Shared | ProxyKind::Dedicated => String::new(),
-    }
+        ProxyKind::Shared | ProxyKind::Dedicated => return String::new(),
+    };
+    format!("{version}: {does}. {less}")
 }
 
 /// The first line with a number that the program says about its version.
@@ -280,6 +294,56 @@ mod tests {
             names,
             ["conventional", "envoy-hbone", "envoy-tcp", "haproxy"]
         );
+    }
+
+    #[test]
+    fn every_installed_peer_passes_its_probe_and_says_where_it_is_measured() {
+        let test = "every_installed_peer_passes_its_probe_and_says_where_it_is_measured";
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: {test}: needs root");
+            return;
+        }
+        let built = ["loadgen", "ztunnel", "node-agent", BUILT_IN].map(workspace_binary);
+        let [Ok(loadgen), Ok(ztunnel), Ok(_), Ok(_)] = built else {
+            eprintln!("skipped: {test}: the workspace's programs are not built");
+            return;
+        };
+        let stranger = format!("stranger={}", ztunnel.display());
+        let own = format!("own=shared:{}", ztunnel.display());
+        let scratch = tempfile::tempdir().unwrap();
+        let setup = Setup {
+            loadgen: &loadgen,
+            scratch: scratch.path(),
+            duration: std::time::Duration::from_millis(300),
+            warmup: std::time::Duration::from_millis(100),
+            pin: &super::super::placement::Pin::parse(None).unwrap(),
+        };
+        for wanted in parsed(&["all", &stranger, &own, "absent=/bin/false"]).unwrap() {
+            if let Err(reason) = &wanted.binary {
+                eprintln!("skipped: {test}: {}: {reason}", wanted.name);
+                continue;
+            }
+            let lab_name = format!("p{}-{}", std::process::id(), wanted.name);
+            match up(&lab_name, &wanted, &setup) {
+                Ok((lab, path, peer)) => {
+                    Lab::down(lab.name()).unwrap();
+                    assert_ne!(wanted.name, "absent");
+                    assert_eq!(path.cross_node_only, wanted.name == "stranger", "{peer:?}");
+                    assert_eq!(path.cross_node_only, peer.about.contains("not measured"));
+                    let as_ours = wanted.ways == AS_OURS;
+                    assert_eq!(peer.mode == "shared", as_ours, "{peer:?}");
+                    assert_eq!(path.redirect == Redirect::Ebpf, as_ours, "{peer:?}");
+                }
+                Err(skipped) => {
+                    assert_eq!(skipped.name, "absent", "{}", skipped.reason);
+                    assert!(
+                        skipped.reason.contains("before it was ready"),
+                        "{}",
+                        skipped.reason
+                    );
+                }
+            }
+        }
     }
 
     #[test]
