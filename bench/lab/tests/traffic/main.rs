@@ -1,0 +1,117 @@
+//! Traffic through the mesh, on each redirection path: it arrives whole, from the right address,
+//! encrypted between the nodes, accounted for, and not at all when a ztunnel is missing.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod accounts;
+mod closing;
+mod exact;
+mod outage;
+mod pressure;
+#[path = "../support/mod.rs"]
+mod support;
+
+use lab::Redirect;
+use support::{Case, at, run_cases};
+
+const MIB: u64 = 1 << 20;
+
+const CASES: &[Case] = &[
+    ("small_echoes_are_exact", exact::small_echoes_are_exact),
+    ("64_mib_each_way_are_exact", exact::bulk_echo_is_exact),
+    ("many_connections_at_once", exact::many_connections_at_once),
+    (
+        "server_sees_the_clients_address",
+        exact::server_sees_the_clients_address,
+    ),
+    (
+        "underlay_holds_no_plaintext",
+        exact::underlay_holds_no_plaintext,
+    ),
+    ("client_closes_first", closing::client_closes_first),
+    ("server_closes_first", closing::server_closes_first),
+    (
+        "refused_connection_surfaces",
+        closing::refused_connection_surfaces,
+    ),
+    (
+        "reset_by_the_server_surfaces",
+        closing::reset_by_the_server_surfaces,
+    ),
+    (
+        "plain_pod_comes_in_and_is_reached",
+        exact::plain_pod_comes_in_and_is_reached,
+    ),
+    (
+        "nodes_and_their_pods_talk",
+        exact::nodes_and_their_pods_talk,
+    ),
+    (
+        "metrics_agree_with_the_traffic",
+        accounts::metrics_agree_with_the_traffic,
+    ),
+    (
+        "one_log_line_per_connection",
+        accounts::one_log_line_per_connection,
+    ),
+    ("source_port_reuse", closing::source_port_reuse),
+    (
+        "bulk_both_ways_side_by_side",
+        pressure::bulk_both_ways_side_by_side,
+    ),
+    (
+        "a_server_that_does_not_read",
+        pressure::a_server_that_does_not_read,
+    ),
+    (
+        "aborted_connections_cost_the_others_nothing",
+        pressure::aborted_connections_cost_nothing,
+    ),
+    (
+        "stalled_connections_do_not_stop_others",
+        pressure::stalled_connections_do_not_stop_others,
+    ),
+    (
+        "draining_lets_connections_finish",
+        outage::draining_lets_connections_finish,
+    ),
+    (
+        "without_the_clients_ztunnel_nothing_passes",
+        outage::without_the_clients_ztunnel,
+    ),
+    (
+        "without_the_servers_ztunnel_nothing_passes",
+        outage::without_the_servers_ztunnel,
+    ),
+];
+
+#[test]
+fn tunnel() {
+    run_cases("tunnel", Redirect::Tunnel, CASES);
+}
+
+#[test]
+fn ebpf() {
+    run_cases("ebpf", Redirect::Ebpf, CASES);
+}
+
+/// The control: the same capture does find the marker where nothing encrypts, so that the case of
+/// the other paths can fail.
+#[test]
+fn none() {
+    let cases: &[Case] = &[
+        ("underlay_holds_the_plaintext", |lab| {
+            let capture = exact::capture_marker(lab);
+            assert!(
+                exact::contains(&capture, exact::MARKER),
+                "{} bytes without the marker",
+                capture.len()
+            );
+        }),
+        ("small_echoes_are_exact", |lab| {
+            exact::echo_sizes(lab, "server-b", at("server-b", 7000));
+        }),
+        ("client_closes_first", closing::client_closes_first),
+        ("server_closes_first", closing::server_closes_first),
+    ];
+    run_cases("none", Redirect::None, cases);
+}
