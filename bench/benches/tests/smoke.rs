@@ -23,6 +23,7 @@ fn plan() -> Plan {
     let workloads = [
         (Kind::Rr, 8),
         (Kind::Stream, 1),
+        (Kind::StreamSplice, 1),
         (Kind::Connect, 2),
         (Kind::Idle, 100),
     ];

@@ -82,7 +82,7 @@ impl Pool {
     pub(crate) fn new(config: PoolConfig) -> Self {
         assert!(config.ring_entries.is_power_of_two() && config.ring_entries <= 32_768);
         assert!(config.ring_block > config.head + config.tail);
-        let ring_memory = allocate_zeroed(ring_layout(&config));
+        let ring_memory = map(ring_layout(&config));
         let entries = allocate_zeroed(entries_layout(&config)).cast::<BufRingEntry>();
         let pool = Self(Rc::new(PoolInner {
             config,
@@ -359,9 +359,12 @@ impl Drop for PoolInner {
                 };
             }
         }
+        // SAFETY: mapped with this size in `new`; the ring that used it is closed.
+        unsafe {
+            let size = ring_layout(&self.config).size();
+            libc::munmap(self.ring_memory.as_ptr().cast(), size);
+        };
         // SAFETY: allocated with this layout in `new`; the ring that used it is closed.
-        unsafe { dealloc(self.ring_memory.as_ptr(), ring_layout(&self.config)) };
-        // SAFETY: as above.
         unsafe {
             dealloc(
                 self.ring_entries.as_ptr().cast(),
@@ -374,6 +377,27 @@ impl Drop for PoolInner {
 fn allocate(layout: Layout) -> NonNull<u8> {
     // SAFETY: every layout made in this module has a non-zero size.
     NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| handle_alloc_error(layout))
+}
+
+/// Memory whose pages exist once they are touched, whatever the allocator does.
+fn map(layout: Layout) -> NonNull<u8> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: an anonymous mapping at an address the kernel chooses touches no other memory.
+    let ptr = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            layout.size(),
+            protection,
+            flags,
+            -1,
+            0,
+        )
+    };
+    if ptr == libc::MAP_FAILED {
+        handle_alloc_error(layout);
+    }
+    NonNull::new(ptr.cast()).unwrap_or_else(|| handle_alloc_error(layout))
 }
 
 fn allocate_zeroed(layout: Layout) -> NonNull<u8> {

@@ -210,15 +210,34 @@ impl OpTable {
             })
     }
 
-    /// A relaxed send has succeeded.
-    pub(crate) fn settle(&mut self, id: OpId, pool: &Pool) {
-        if !self.is_relaxed(id) {
-            return;
+    /// A relaxed send has succeeded: all it owned is free at once, and its name is no more. Returns
+    /// its list, to be used again.
+    pub(crate) fn settle(&mut self, id: OpId) -> Option<Box<SendList>> {
+        let pending = self.is_relaxed(id) && self.keep_if_pending(id).is_some();
+        if !pending {
+            return None;
         }
-        if let Some(Keep::Send(_, list)) = self.keep_if_pending(id) {
-            let sent = list.bytes() as i32;
-            self.complete(id, sent, None, false, pool);
+        self.in_flight -= 1;
+        if let Some(waker) = self.slots[id.slot()].waker.take() {
+            waker.wake();
         }
+        match self.vacate(id) {
+            State::Once {
+                keep: Keep::Send(_, list),
+                ..
+            }
+            | State::Orphan {
+                keep: Keep::Send(_, list),
+                ..
+            } => Some(list),
+            _ => None,
+        }
+    }
+
+    /// Whether an operation still has a name: false for a relaxed one that has succeeded.
+    pub(crate) fn exists(&self, id: OpId) -> bool {
+        let slot = self.slots.get(id.slot());
+        slot.is_some_and(|slot| slot.generation == id.generation())
     }
 
     fn get(&mut self, id: OpId) -> Option<&mut Slot> {
@@ -361,7 +380,7 @@ impl OpTable {
                 relaxed,
             } => {
                 slot.state = State::Orphan { keep, relaxed };
-                !relaxed // which cannot linger in the kernel
+                true
             }
             State::Many {
                 queue, ended, keep, ..

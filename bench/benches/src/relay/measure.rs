@@ -158,7 +158,7 @@ fn trial(
 ) -> Result<Figures> {
     let (relay_cpus, other_cpus) = placed(workload.placement, cpus);
     let mode = match workload.kind {
-        Kind::Stream => "sink",
+        Kind::Stream | Kind::StreamSplice => "sink",
         _ => "echo",
     };
     let texts = |texts: &[&str]| {
@@ -169,7 +169,11 @@ fn trial(
     };
     let mut server = Peer::start(program, other_cpus, &texts(&["serve", mode]))?;
     let server_address = server.address()?.to_string();
-    let backend_name = clap::ValueEnum::to_possible_value(&backend)
+    let runs = match (workload.kind, backend) {
+        (Kind::StreamSplice, Backend::Rt) => Backend::RtSplice,
+        _ => backend,
+    };
+    let backend_name = clap::ValueEnum::to_possible_value(&runs)
         .context("every backend has a name")?
         .get_name()
         .to_owned();
@@ -178,7 +182,7 @@ fn trial(
     let relay_address = relay.address()?.to_string();
     let arguments = texts(&[
         "load",
-        workload.kind.name(),
+        workload.kind.load(),
         &relay_address,
         &workload.connections.to_string(),
         &plan.warmup.as_secs_f64().to_string(),
@@ -231,7 +235,7 @@ fn figures(kind: Kind, report: &Value, cpu_ns: f64) -> Result<Figures> {
                 ("requests_per_s", rate),
             ])
         }
-        Kind::Stream => {
+        Kind::Stream | Kind::StreamSplice => {
             let rate = metric("bytes_per_s")?;
             Figures::from([
                 ("cpu_s_per_gb", per(rate / 1e9, 1e9)),

@@ -34,6 +34,10 @@ const RING_ENTRIES: u32 = 4096;
 pub enum Backend {
     /// This project's runtime.
     Rt,
+    /// The same, with bulk through a pipe.
+    RtSplice,
+    /// The same on epoll.
+    RtEpoll,
     /// tokio, current-thread flavour.
     TokioCurrentThread,
     /// tokio, multi-thread flavour with as many workers as CPUs.
@@ -45,7 +49,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// All of them, the subject first.
+    /// Those of every workload, the subject first.
     pub const ALL: [Self; 5] = [
         Self::Rt,
         Self::TokioCurrentThread,
@@ -58,7 +62,8 @@ impl Backend {
     #[must_use]
     pub fn baseline(self) -> &'static str {
         match self {
-            Self::Rt => "rt",
+            Self::Rt | Self::RtSplice => "rt",
+            Self::RtEpoll => "rt-epoll",
             Self::TokioCurrentThread | Self::TokioMultiThread => "tokio",
             Self::TokioUring => "tokio-uring",
             Self::Monoio => "monoio",
@@ -88,6 +93,8 @@ pub fn run(backend: Backend, target: SocketAddr) -> Result<()> {
             on_tokio::run(backend == Backend::TokioMultiThread, listener, target)
         }
         Backend::Rt => per_cpu(target, on_rt::run),
+        Backend::RtSplice => per_cpu(target, on_rt::run_with_splice),
+        Backend::RtEpoll => per_cpu(target, on_rt::run_on_epoll),
         Backend::TokioUring => per_cpu(target, on_tokio_uring::run),
         Backend::Monoio => per_cpu(target, on_monoio::run),
     }

@@ -40,6 +40,8 @@ pub enum Kind {
     Rr,
     /// Bytes from the client to the server.
     Stream,
+    /// The same, with `rt` splicing.
+    StreamSplice,
     /// Connect, one request, close.
     Connect,
     /// Connections that are held.
@@ -47,14 +49,24 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As the command line of `bench-peer load` and the names of rows have it.
+    /// As the names of rows have it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Rr => "rr",
             Self::Stream => "stream",
+            Self::StreamSplice => "stream-splice",
             Self::Connect => "connect",
             Self::Idle => "idle",
+        }
+    }
+
+    /// As the command line of `bench-peer load` has it.
+    #[must_use]
+    pub fn load(self) -> &'static str {
+        match self {
+            Self::StreamSplice => Self::Stream.name(),
+            kind => kind.name(),
         }
     }
 
@@ -67,7 +79,7 @@ impl Kind {
                 ("p50_us", true),
                 ("requests_per_s", false),
             ],
-            Self::Stream => &[("cpu_s_per_gb", true), ("bytes_per_s", false)],
+            Self::Stream | Self::StreamSplice => &[("cpu_s_per_gb", true), ("bytes_per_s", false)],
             Self::Connect => &[
                 ("connections_per_s", false),
                 ("cpu_us_per_connection", true),
@@ -111,7 +123,7 @@ pub struct Plan {
 }
 
 /// Workloads as they are measured; those of [`Placement::OtherCore`] need two CPUs.
-const WORKLOADS: [(Kind, usize, Placement); 10] = [
+const WORKLOADS: [(Kind, usize, Placement); 12] = [
     (Kind::Rr, 1, Placement::OneCore),
     (Kind::Rr, 32, Placement::OneCore),
     (Kind::Rr, 256, Placement::OneCore),
@@ -120,6 +132,8 @@ const WORKLOADS: [(Kind, usize, Placement); 10] = [
     (Kind::Rr, 1, Placement::Unpinned),
     (Kind::Stream, 1, Placement::OneCore),
     (Kind::Stream, 8, Placement::OneCore),
+    (Kind::StreamSplice, 1, Placement::OneCore),
+    (Kind::StreamSplice, 8, Placement::OneCore),
     (Kind::Connect, 16, Placement::OneCore),
     (Kind::Idle, 10_000, Placement::OneCore),
 ];

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::buf::Pool;
 use crate::counters::Counters;
+use crate::net::SendList;
 use crate::op::{Completion, Keep, OpId, OpTable};
 
 use poll::Epoll;
@@ -38,7 +39,13 @@ pub(crate) struct Books {
     pub(crate) ops: OpTable,
     pub(crate) pool: Pool,
     pub(crate) counters: Counters,
+    /// Lists for sends; a connection has one only while it sends.
+    #[allow(clippy::vec_box, reason = "the kernel reads a list where it lies")]
+    lists: Vec<Box<SendList>>,
 }
+
+/// Lists kept for reuse.
+const LISTS: usize = 64;
 
 #[allow(
     clippy::large_enum_variant,
@@ -105,8 +112,7 @@ impl Driver {
     /// costs no completion and no wake-up. What the socket does not take at once is sent as an
     /// ordinary operation under the same name.
     pub(crate) fn start_relaxed(&mut self, keep: Keep) -> OpId {
-        let relaxed = matches!(self.engine, Engine::Ring(_));
-        let id = self.books.ops.insert(keep, relaxed);
+        let id = self.books.ops.insert(keep, true);
         self.submit(id);
         id
     }
@@ -132,6 +138,25 @@ impl Driver {
         polled
     }
 
+    /// As [`Driver::poll_once`] for a relaxed send; none: it has succeeded.
+    pub(crate) fn poll_relaxed(&mut self, id: OpId, cx: &Context<'_>) -> Poll<Option<(i32, Keep)>> {
+        if self.books.ops.exists(id) {
+            self.poll_once(id, cx).map(Some)
+        } else {
+            Poll::Ready(None)
+        }
+    }
+
+    /// An empty list for a send.
+    pub(crate) fn list(&mut self) -> Box<SendList> {
+        self.books.lists.pop().unwrap_or_default()
+    }
+
+    /// Takes back a list that has been sent.
+    pub(crate) fn keep_list(&mut self, list: Box<SendList>) {
+        self.books.keep_list(list);
+    }
+
     /// Takes the next queued completion of a multishot operation. `Ready(None)`: it has ended and
     /// its slot is free again.
     pub(crate) fn poll_many(&mut self, id: OpId, cx: &Context<'_>) -> Poll<Option<Completion>> {
@@ -149,7 +174,9 @@ impl Driver {
 
     /// The owner of an operation is dropped: keep its resources until the kernel is done.
     pub(crate) fn abandon(&mut self, id: OpId) {
-        if self.books.ops.abandon(id, &self.books.pool, close_fd) {
+        // On the ring a relaxed send cannot linger.
+        let ends = self.books.ops.is_relaxed(id) && matches!(self.engine, Engine::Ring(_));
+        if self.books.ops.abandon(id, &self.books.pool, close_fd) && !ends {
             self.cancel(id);
         }
     }
@@ -203,6 +230,21 @@ impl Books {
             ops: OpTable::default(),
             pool: pool.clone(),
             counters: Counters::default(),
+            lists: Vec::new(),
+        }
+    }
+
+    /// A relaxed send has succeeded.
+    fn settle(&mut self, id: OpId) {
+        if let Some(list) = self.ops.settle(id) {
+            self.keep_list(list);
+        }
+    }
+
+    fn keep_list(&mut self, mut list: Box<SendList>) {
+        list.clear();
+        if self.lists.len() < LISTS {
+            self.lists.push(list);
         }
     }
 }

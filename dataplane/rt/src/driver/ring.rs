@@ -292,7 +292,7 @@ impl Ring {
         }
         self.unsettled = false;
         for id in self.relaxed.drain(..) {
-            books.ops.settle(id, &books.pool);
+            books.settle(id);
         }
     }
 

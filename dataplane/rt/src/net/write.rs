@@ -1,5 +1,6 @@
 //! Sending: buffers queue up and go out in one vectored send.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::net::Shutdown;
@@ -26,6 +27,9 @@ pub(crate) struct SendList {
     first: usize,
     bufs: Vec<Buf>,
     bytes: usize,
+    /// Behind the vectors when there are as many as one send takes; not part of this send.
+    overflow: VecDeque<Buf>,
+    overflow_bytes: usize,
 }
 
 impl SendList {
@@ -80,11 +84,13 @@ impl SendList {
         true
     }
 
-    fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.vectors.clear();
         self.bufs.clear();
         self.first = 0;
         self.bytes = 0;
+        self.overflow.clear();
+        self.overflow_bytes = 0;
     }
 
     /// The kernel's description of what is left.
@@ -103,13 +109,17 @@ impl SendList {
 pub struct WriteHalf {
     socket: Rc<Socket>,
     inner: Rc<Inner>,
-    queue: Box<SendList>,
-    /// Behind `queue` when that has as many vectors as one send takes.
-    overflow: std::collections::VecDeque<Buf>,
-    overflow_bytes: usize,
-    spare: Option<Box<SendList>>,
-    in_flight: Option<OpId>,
-    in_flight_bytes: usize,
+    /// What to send next; none while there is nothing.
+    queue: Option<Box<SendList>>,
+    in_flight: Option<InFlight>,
+}
+
+/// A send under way.
+#[derive(Debug)]
+struct InFlight {
+    op: OpId,
+    bytes: u32,
+    relaxed: bool,
 }
 
 impl WriteHalf {
@@ -117,19 +127,24 @@ impl WriteHalf {
         Self {
             socket,
             inner,
-            queue: Box::default(),
-            overflow: std::collections::VecDeque::new(),
-            overflow_bytes: 0,
-            spare: None,
+            queue: None,
             in_flight: None,
-            in_flight_bytes: 0,
         }
     }
 
     /// Bytes queued or on their way into the socket. The caller bounds them: this queue does not.
     #[must_use]
     pub fn pending_bytes(&self) -> usize {
-        self.queue.bytes + self.overflow_bytes + self.in_flight_bytes
+        let in_flight = self
+            .in_flight
+            .as_ref()
+            .map_or(0, |send| send.bytes as usize);
+        self.queued_bytes() + in_flight
+    }
+
+    fn queued_bytes(&self) -> usize {
+        let queue = self.queue.as_ref();
+        queue.map_or(0, |list| list.bytes + list.overflow_bytes)
     }
 
     /// Queues a buffer; empty ones are dropped.
@@ -137,11 +152,13 @@ impl WriteHalf {
         if buf.is_empty() {
             return;
         }
-        if self.queue.is_full() || !self.overflow.is_empty() {
-            self.overflow_bytes += buf.len();
-            self.overflow.push_back(buf);
+        let list = || self.inner.driver.borrow_mut().list();
+        let queue = self.queue.get_or_insert_with(list);
+        if queue.is_full() || !queue.overflow.is_empty() {
+            queue.overflow_bytes += buf.len();
+            queue.overflow.push_back(buf);
         } else {
-            self.queue.push(buf);
+            queue.push(buf);
         }
     }
 
@@ -190,33 +207,42 @@ impl WriteHalf {
     /// # Errors
     /// As [`WriteHalf::hand_over`].
     pub fn poll_hand_over(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
-        if self.queue.bytes + self.overflow_bytes > HAND_OVER_BYTES {
+        if self.queued_bytes() > HAND_OVER_BYTES {
             return self.poll_flush(cx);
         }
         ready!(self.poll_in_flight(cx))?;
         if let Some(list) = self.next_list() {
-            self.submit(list, self.queue.bytes == 0);
+            let last = self.queue.is_none();
+            self.submit(list, last);
         }
         Poll::Ready(Ok(()))
     }
 
     /// Waits for the send under way.
     fn poll_in_flight(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
-        while let Some(op) = self.in_flight {
-            let done = self.inner.driver.borrow_mut().poll_once(op, cx);
-            let (result, keep) = ready!(done);
+        while let Some(InFlight { op, relaxed, .. }) = self.in_flight {
+            let mut driver = self.inner.driver.borrow_mut();
+            let (result, keep) = if relaxed {
+                let Some(failed) = ready!(driver.poll_relaxed(op, cx)) else {
+                    self.in_flight = None;
+                    break;
+                };
+                failed
+            } else {
+                ready!(driver.poll_once(op, cx))
+            };
             self.in_flight = None;
             let Keep::Send(_, mut list) = keep else {
                 unreachable!("a send keeps its list")
             };
             if result < 0 {
-                self.in_flight_bytes = 0;
+                driver.keep_list(list);
                 return Poll::Ready(Err(io::Error::from_raw_os_error(-result)));
             }
             if list.sent(result as usize) {
-                self.in_flight_bytes = 0;
-                self.spare = Some(list);
+                driver.keep_list(list);
             } else {
+                drop(driver);
                 self.submit(list, false);
             }
         }
@@ -225,30 +251,33 @@ impl WriteHalf {
 
     /// What to send next, taken out of the queue.
     fn next_list(&mut self) -> Option<Box<SendList>> {
-        if self.queue.bytes == 0 {
-            return None;
-        }
-        let next = self.spare.take().unwrap_or_default();
-        let list = std::mem::replace(&mut self.queue, next);
-        while !self.queue.is_full() {
-            let Some(buf) = self.overflow.pop_front() else {
-                break;
-            };
-            self.overflow_bytes -= buf.len();
-            self.queue.push(buf);
+        let mut list = self.queue.take()?;
+        if !list.overflow.is_empty() {
+            let mut next = self.inner.driver.borrow_mut().list();
+            std::mem::swap(&mut next.overflow, &mut list.overflow);
+            while !next.is_full() {
+                let Some(buf) = next.overflow.pop_front() else {
+                    break;
+                };
+                list.overflow_bytes -= buf.len();
+                next.push(buf);
+            }
+            next.overflow_bytes = std::mem::take(&mut list.overflow_bytes);
+            self.queue = Some(next);
         }
         Some(list)
     }
 
     fn submit(&mut self, list: Box<SendList>, relaxed: bool) {
-        self.in_flight_bytes = list.bytes;
+        let bytes = list.bytes as u32; // UIO_MAXIOV blocks at most
         let keep = Keep::Send(Rc::clone(&self.socket), list);
         let mut driver = self.inner.driver.borrow_mut();
-        self.in_flight = Some(if relaxed {
+        let op = if relaxed {
             driver.start_relaxed(keep)
         } else {
             driver.start(keep)
-        });
+        };
+        self.in_flight = Some(InFlight { op, bytes, relaxed });
     }
 
     /// Sends FIN. Call after a flush.
@@ -280,8 +309,8 @@ impl WriteHalf {
 
 impl Drop for WriteHalf {
     fn drop(&mut self) {
-        if let Some(op) = self.in_flight.take() {
-            self.inner.driver.borrow_mut().abandon(op);
+        if let Some(send) = self.in_flight.take() {
+            self.inner.driver.borrow_mut().abandon(send.op);
         }
     }
 }
