@@ -53,7 +53,8 @@ run tcpdump tcpdump
 run curl curl
 run nginx nginx-light
 run redis-server redis-server
-run redis-benchmark redis-tools"
+run redis-benchmark redis-tools
+run valgrind valgrind"
 if [ "$peers" = yes ]; then
     needs="$needs
 peers haproxy haproxy"

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use benches::callgrind::{self, Subject};
+use benches::callgrind::{self, Subject, Work};
 use benches::codec::{BULK, SMALL, ours, theirs};
 use benches::criteria::{criterion, median_ns};
 use benches::document;
@@ -34,31 +34,23 @@ fn main() -> Result<()> {
             let row = Row::new(bench, &metric, ("hbone", ours), ("h2", theirs));
             part.rows.push(row.with_note("wall time, both ends"));
         }
-        match callgrind::missing() {
-            Some(reason) => part.skipped.push(format!("{bench} instructions: {reason}")),
-            None => part
-                .rows
-                .push(instructions(bench, unit, subject, baseline)?),
-        }
+        let note = format!("per {unit}, both ends");
+        let works = (("hbone", Work::of(subject)), ("h2", Work::of(baseline)));
+        let program = Path::new(env!("CARGO_BIN_EXE_bench-peer"));
+        callgrind::compare(&mut part, (bench, &note), program, works, counts())?;
     }
     part.store("hbone")?;
     print!("{}", document::table(&part));
     Ok(())
 }
 
-fn instructions(bench: &str, unit: &str, subject: Subject, baseline: Subject) -> Result<Row> {
-    // More than a window of bulk frames, so that credit going back is part of both counts.
-    let counts = if quick() {
+/// More than a window of bulk frames, so that credit going back is part of both counts.
+fn counts() -> (u64, u64) {
+    if quick() {
         (100, 1_100)
     } else {
         (1_000, 6_000)
-    };
-    let program = Path::new(env!("CARGO_BIN_EXE_bench-peer"));
-    let ours = callgrind::instructions(program, subject, counts)?;
-    let theirs = callgrind::instructions(program, baseline, counts)?;
-    let metric = format!("instructions_per_{unit}");
-    let row = Row::new(bench, &metric, ("hbone", ours), ("h2", theirs));
-    Ok(row.with_note("callgrind, both ends"))
+    }
 }
 
 fn data(criterion: &mut Criterion, bench: &str, len: usize) -> Result<()> {

@@ -1,9 +1,11 @@
 //! Decisions of the mesh model by its size.
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
+use benches::callgrind::{self, Subject, Work};
 use benches::criteria::{criterion, median_ns};
 use benches::document;
 use benches::model::{SIZES, Source, World};
@@ -39,8 +41,43 @@ fn main() -> Result<()> {
         update(size, &source, &mut world, &mut smallest_build_ms, &mut part)?;
     }
     criterion.final_summary();
+    instructions(&mut part)?;
     part.store("mesh")?;
     print!("{}", document::table(&part));
+    Ok(())
+}
+
+/// Not of the largest mesh: building it takes callgrind minutes.
+fn instructions(part: &mut Part) -> Result<()> {
+    let sizes: &[usize] = if quick() { &SIZES[..2] } else { &SIZES[..3] };
+    let cases = [
+        ("policy", Subject::MeshPolicy, (1_000, 5_000)),
+        ("route", Subject::MeshRoute, (1_000, 5_000)),
+        ("lb", Subject::MeshLb, (1_000, 5_000)),
+        ("update", Subject::MeshUpdate, (1, 3)),
+    ];
+    let program = Path::new(env!("CARGO_BIN_EXE_bench-peer"));
+    for (name, subject, counts) in cases {
+        for &size in sizes {
+            let works = (
+                (
+                    "mesh",
+                    Work {
+                        size,
+                        ..Work::of(subject)
+                    },
+                ),
+                (SMALLEST, Work::of(subject)),
+            );
+            let note = if name == "update" {
+                "per build"
+            } else {
+                "per call"
+            };
+            let bench = format!("mesh/{name}/{size}");
+            callgrind::compare(part, (&bench, note), program, works, counts)?;
+        }
+    }
     Ok(())
 }
 

@@ -1,15 +1,23 @@
 //! Metrics and access log of one connection.
 #![forbid(unsafe_code)]
 
+use std::path::Path;
+
 use anyhow::Result;
 use benches::accounting::{Ours, Reference, formatting};
+use benches::callgrind::{self, Subject, Work};
 use benches::criteria::{criterion, median_ns};
 use benches::document;
-use benches::rows::{Part, Row};
+use benches::rows::{Part, Row, quick};
 
 const BENCHES: [(&str, bool, &str); 2] = [
     ("telemetry/metrics", false, "prometheus-client"),
     ("telemetry/log", true, "prometheus-client + tracing"),
+];
+
+const INSTRUCTIONS: [(Subject, Subject); 2] = [
+    (Subject::TelemetryMetrics, Subject::ReferenceMetrics),
+    (Subject::TelemetryLog, Subject::ReferenceLog),
 ];
 
 fn main() -> Result<()> {
@@ -40,6 +48,17 @@ fn main() -> Result<()> {
         }
     }
     criterion.final_summary();
+    let counts = if quick() { (256, 1280) } else { (512, 5120) };
+    let program = Path::new(env!("CARGO_BIN_EXE_bench-peer"));
+    for ((bench, with_log, baseline), (ours, theirs)) in BENCHES.into_iter().zip(INSTRUCTIONS) {
+        let works = (("telemetry", Work::of(ours)), (baseline, Work::of(theirs)));
+        let note = if with_log {
+            "per connection, the log's writer thread included"
+        } else {
+            "per connection"
+        };
+        callgrind::compare(&mut part, (bench, note), program, works, counts)?;
+    }
     part.store("telemetry")?;
     print!("{}", document::table(&part));
     Ok(())

@@ -1,13 +1,15 @@
 //! TLS records of 16 KiB: ours, rustls' buffered interface, the bare AEAD.
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use benches::callgrind::{self, Subject, Work};
 use benches::criteria::{criterion, median_ns};
 use benches::document;
 use benches::records::{Aead, PLAINTEXT, Rustls, open, record, sessions};
-use benches::rows::{Part, Row};
+use benches::rows::{Part, Row, quick};
 use criterion::{Criterion, Throughput};
 
 /// Records sealed ahead of timing their opening: few enough to stay in the cache.
@@ -31,8 +33,44 @@ fn main() -> Result<()> {
             }
         }
     }
+    instructions(&mut part)?;
     part.store("tls")?;
     print!("{}", document::table(&part));
+    Ok(())
+}
+
+/// valgrind's processor lacks the widest vector instructions: what does the work differs from
+/// what the wall times are of, alike for all three.
+fn instructions(part: &mut Part) -> Result<()> {
+    let counts = if quick() { (10, 60) } else { (100, 600) };
+    let program = Path::new(env!("CARGO_BIN_EXE_bench-peer"));
+    let sealed = |subject| Work::of(subject);
+    // Opening is what sealing and opening take beyond sealing.
+    let opened = |subject, seal| Work {
+        without: Some(seal),
+        ..Work::of(subject)
+    };
+    use Subject::{AeadSeal, AeadSealOpen, RustlsSeal, RustlsSealOpen, TlsSeal, TlsSealOpen};
+    let cases = [
+        (SEAL, sealed(TlsSeal), "rustls", sealed(RustlsSeal)),
+        (SEAL, sealed(TlsSeal), "aead", sealed(AeadSeal)),
+        (
+            OPEN,
+            opened(TlsSealOpen, TlsSeal),
+            "rustls",
+            opened(RustlsSealOpen, RustlsSeal),
+        ),
+        (
+            OPEN,
+            opened(TlsSealOpen, TlsSeal),
+            "aead",
+            opened(AeadSealOpen, AeadSeal),
+        ),
+    ];
+    for (bench, ours, name, theirs) in cases {
+        let works = (("tls", ours), (name, theirs));
+        callgrind::compare(part, (bench, "per record"), program, works, counts)?;
+    }
     Ok(())
 }
 

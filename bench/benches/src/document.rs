@@ -13,6 +13,34 @@ use crate::rows::{Part, Row};
 /// Version of `bench.json`'s layout.
 pub const SCHEMA: u32 = 1;
 
+/// Everything that is to be measured, by the beginnings of names.
+const NAMES: [&str; 16] = [
+    "relay/rr/",
+    "relay/stream/",
+    "relay/stream-splice/",
+    "relay/connect/",
+    "relay/idle/",
+    "hbone/data",
+    "hbone/connect",
+    "tls/seal/16384",
+    "tls/open/16384",
+    "mesh/policy/",
+    "mesh/route/",
+    "mesh/lb/",
+    "mesh/update/",
+    "dns/answer",
+    "telemetry/metrics",
+    "telemetry/log",
+];
+
+/// What is to be measured and was not.
+#[must_use]
+pub fn missing(part: &Part) -> Vec<&'static str> {
+    let measured = |name: &str| part.rows.iter().any(|row| row.bench.starts_with(name));
+    let names = NAMES.into_iter().filter(|name| !measured(name));
+    names.map(|name| name.trim_end_matches('/')).collect()
+}
+
 /// `bench.json`.
 ///
 /// # Errors
@@ -27,6 +55,7 @@ pub fn document(part: &Part) -> Result<Value> {
         "quick": crate::rows::quick(),
         "rows": part.rows,
         "skipped": part.skipped,
+        "missing": missing(part),
     }))
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use benches::callgrind::{self, Subject};
+use benches::callgrind::{self, Subject, Work};
 use benches::relay::measure;
 use benches::relay::plan::{Kind, Placement, Plan, Workload};
 use benches::rows::Part;
@@ -57,8 +57,13 @@ fn relays_are_measured_and_written_down() {
     let table = String::from_utf8(output.stdout).unwrap();
     assert_eq!(
         table.lines().count(),
-        part.rows.len() + 2,
-        "head and file name: {table}"
+        part.rows.len() + 3,
+        "head, what is missing, file name: {table}"
+    );
+    let missing = table.lines().rev().nth(1).unwrap();
+    assert!(
+        missing.contains("dns/answer") && !missing.contains("relay/rr"),
+        "{missing}"
     );
     let text = std::fs::read_to_string(directory.path().join("bench.json")).unwrap();
     check_shape(&serde_json::from_str(&text).unwrap(), part.rows.len());
@@ -92,9 +97,21 @@ fn instructions_per_frame_do_not_depend_on_the_count() {
         return;
     }
     let peer = Path::new(PEER);
-    let few = callgrind::instructions(peer, Subject::HboneData, (100, 300)).unwrap();
-    let many = callgrind::instructions(peer, Subject::HboneData, (200, 600)).unwrap();
-    assert!((few / many - 1.0).abs() < 0.02, "{few} and {many}");
+    for subject in [Subject::HboneData, Subject::AeadSeal, Subject::MeshRoute] {
+        let count = |counts| callgrind::instructions(peer, Work::of(subject), counts).unwrap();
+        let (few, many) = (count((100, 300)), count((200, 600)));
+        assert!(
+            (few / many - 1.0).abs() < 0.02,
+            "{subject:?}: {few} and {many}"
+        );
+    }
+}
+
+#[test]
+fn every_subject_runs() {
+    for subject in <Subject as clap::ValueEnum>::value_variants() {
+        subject.run(3, 2).unwrap();
+    }
 }
 
 #[test]

@@ -56,6 +56,9 @@ enum Role {
         #[arg(value_enum)]
         subject: Subject,
         count: u64,
+        /// Workloads of the mesh, where there is one.
+        #[arg(long, default_value_t = 1)]
+        size: usize,
     },
 }
 
@@ -81,7 +84,11 @@ fn main() -> Result<()> {
             client.markers = true;
             load(&kind, client)
         }
-        Role::Instructions { subject, count } => subject.run(count),
+        Role::Instructions {
+            subject,
+            count,
+            size,
+        } => subject.run(size, count),
     }
 }
 

@@ -27,6 +27,13 @@ fn main() -> Result<()> {
     fs::write(&path, format!("{document:#}\n"))
         .with_context(|| format!("write {}", path.display()))?;
     print!("{}", document::table(&part));
+    let missing = document::missing(&part);
+    if !missing.is_empty() {
+        println!(
+            "not measured, for lack of a benchmark or of a run: {}",
+            missing.join(", ")
+        );
+    }
     println!("{}", path.display());
     Ok(())
 }

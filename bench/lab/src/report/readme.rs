@@ -22,14 +22,12 @@ const TO: &str = "tunnel";
 /// What of the micro-benchmarks is shown, by the beginnings of names.
 const BENCHES: [&str; 3] = ["relay/", "hbone/", "tls/"];
 /// Latencies and rates of the relay are in `bench.json`; these say what it costs.
-const COSTS: [&str; 8] = [
+const COSTS: [&str; 6] = [
     "cpu_us_per_request",
     "cpu_s_per_gb",
     "cpu_us_per_connection",
     "bytes_per_idle_connection",
-    "instructions_per_frame",
-    "instructions_per_stream",
-    "instructions_per_record",
+    "instructions",
     "ns_per_record",
 ];
 
