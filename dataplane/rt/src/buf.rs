@@ -15,7 +15,7 @@
 
 mod geometry;
 
-use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::dealloc;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use io_uring::types::BufRingEntry;
 
 pub use geometry::PoolConfig;
-use geometry::{Class, block_layout, entries_layout, ring_layout};
+use geometry::{Class, allocate, allocate_zeroed, block_layout, entries_layout, map, ring_layout};
 
 /// Group id of the provided-buffer ring.
 pub(crate) const RING_GROUP: u16 = 0;
@@ -372,37 +372,6 @@ impl Drop for PoolInner {
             );
         };
     }
-}
-
-fn allocate(layout: Layout) -> NonNull<u8> {
-    // SAFETY: every layout made in this module has a non-zero size.
-    NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| handle_alloc_error(layout))
-}
-
-/// Memory whose pages exist once they are touched, whatever the allocator does.
-fn map(layout: Layout) -> NonNull<u8> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    // SAFETY: an anonymous mapping at an address the kernel chooses touches no other memory.
-    let ptr = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            layout.size(),
-            protection,
-            flags,
-            -1,
-            0,
-        )
-    };
-    if ptr == libc::MAP_FAILED {
-        handle_alloc_error(layout);
-    }
-    NonNull::new(ptr.cast()).unwrap_or_else(|| handle_alloc_error(layout))
-}
-
-fn allocate_zeroed(layout: Layout) -> NonNull<u8> {
-    // SAFETY: every layout made in this module has a non-zero size.
-    NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout))
 }
 
 /// Exclusive owner of a range of bytes in a pool block. Dereferences to the bytes.

@@ -1,6 +1,7 @@
-//! Sizes of a pool and its blocks.
+//! Sizes of a pool and its blocks, and where their memory is from.
 
-use std::alloc::Layout;
+use std::alloc::{Layout, alloc, alloc_zeroed, handle_alloc_error};
+use std::ptr::NonNull;
 
 use io_uring::types::BufRingEntry;
 
@@ -86,4 +87,36 @@ pub(super) fn ring_layout(config: &PoolConfig) -> Layout {
 pub(super) fn entries_layout(config: &PoolConfig) -> Layout {
     let size = usize::from(config.ring_entries) * size_of::<BufRingEntry>();
     Layout::from_size_align(size, PAGE).expect("ring sizes are small")
+}
+
+/// A block; its content is whatever it is.
+pub(super) fn allocate(layout: Layout) -> NonNull<u8> {
+    // SAFETY: every layout made in this module has a non-zero size.
+    NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| handle_alloc_error(layout))
+}
+
+/// Memory whose pages exist once they are touched, whatever the allocator does.
+pub(super) fn map(layout: Layout) -> NonNull<u8> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: an anonymous mapping at an address the kernel chooses touches no other memory.
+    let ptr = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            layout.size(),
+            protection,
+            flags,
+            -1,
+            0,
+        )
+    };
+    if ptr == libc::MAP_FAILED {
+        handle_alloc_error(layout);
+    }
+    NonNull::new(ptr.cast()).unwrap_or_else(|| handle_alloc_error(layout))
+}
+
+pub(super) fn allocate_zeroed(layout: Layout) -> NonNull<u8> {
+    // SAFETY: every layout made in this module has a non-zero size.
+    NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout))
 }
