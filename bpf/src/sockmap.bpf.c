@@ -362,19 +362,19 @@ static __always_inline int has_unread(__u64 sock)
 	return first != queue;
 }
 
-static __always_inline void tell(struct direction *dir, __u32 kind, __u32 started)
+static __always_inline void tell(__u32 kind, __u32 started, const struct end_key *self,
+				 const struct end_key *peer)
 {
 	struct shortcut_event *event;
 
-	dir->asked_ns = bpf_ktime_get_ns();
 	event = bpf_ringbuf_reserve(&shortcut_events, sizeof(*event), 0);
 	if (!event)
-		return;		/* the next message asks again */
-	event->when_ns = dir->asked_ns;
+		return;		/* a later message tells again */
+	event->when_ns = bpf_ktime_get_ns();
 	event->kind = kind;
 	event->started = started;
-	event->self = dir->self;
-	event->peer = dir->peer;
+	event->self = *self;
+	event->peer = *peer;
 	bpf_ringbuf_submit(event, 0);
 }
 
@@ -403,7 +403,8 @@ static __always_inline int demote(struct direction *dir, __u32 bytes, __u32 reas
 		started |= STARTED_SELF;
 	if (close_end(&dir->peer))
 		started |= STARTED_PEER;
-	tell(dir, EVENT_DEMOTED, started);
+	dir->asked_ns = bpf_ktime_get_ns();
+	tell(EVENT_DEMOTED, started, &dir->self, &dir->peer);
 	return by_tcp(bytes);
 }
 
@@ -425,10 +426,28 @@ static __always_inline int not_yet(struct direction *dir, __u32 bytes, __u32 rea
 	return by_tcp(bytes);
 }
 
+/* Whether the peer is still the socket it was. */
+static __always_inline int is_same_peer(const struct direction *dir)
+{
+	struct sock *peer = (struct sock *)dir->peer_sock;
+	__u64 cookie = 0;
+
+	return peer && !BPF_CORE_READ_INTO(&cookie, peer, __sk_common.skc_cookie.counter) &&
+	       cookie == dir->peer_cookie;
+}
+
+/* The peer's queue is looked at, too: a receiver of bulk data sends nothing itself. */
 static __always_inline int still_tcp(struct direction *dir, __u32 bytes)
 {
-	if (bpf_ktime_get_ns() - dir->asked_ns > ASK_EVERY_NS && !has_unread(dir->own_sock))
-		tell(dir, EVENT_DRAINED, 0);
+	__u64 now = bpf_ktime_get_ns();
+
+	if (now - dir->asked_ns > ASK_EVERY_NS) {
+		dir->asked_ns = now;
+		if (is_same_peer(dir) && !has_unread(dir->peer_sock))
+			tell(EVENT_DRAINED, 0, &dir->peer, &dir->self);
+		if (!has_unread(dir->own_sock))
+			tell(EVENT_DRAINED, 0, &dir->self, &dir->peer);
+	}
 	return by_tcp(bytes);
 }
 
@@ -445,8 +464,8 @@ static __always_inline int has_read_tcp(const struct direction *dir)
 	return written == read;
 }
 
-/* How a message of a new direction goes: MODE_SHORTCUT, or the return value of `verdict`. */
-static __always_inline int start(struct direction *dir, __u32 bytes, int *verdict)
+/* Whether a new direction may start now; else `verdict` is what becomes of the message. */
+static __always_inline int may_start(struct direction *dir, __u32 bytes, int *verdict)
 {
 	struct end *peer = bpf_map_lookup_elem(&shortcut_ends, &dir->peer);
 
@@ -470,11 +489,15 @@ static __always_inline int start(struct direction *dir, __u32 bytes, int *verdic
 		*verdict = not_yet(dir, bytes, COUNT_DEMOTED_BUDGET);
 		return 0;
 	}
-	if (__sync_fetch_and_or(&peer->flags, END_STARTED) & END_CLOSED) {
-		*verdict = demote(dir, bytes, COUNT_DEMOTED_CLOSED);
-		return 0;
-	}
 	return 1;
+}
+
+/* False: the other end is to leave the map, or has. */
+static __always_inline int start(struct direction *dir)
+{
+	struct end *peer = bpf_map_lookup_elem(&shortcut_ends, &dir->peer);
+
+	return peer && !(__sync_fetch_and_or(&peer->flags, END_STARTED) & END_CLOSED);
 }
 
 /* Whether the receiver may get `bytes` more; else `reason` says why not. */
@@ -483,12 +506,11 @@ static __always_inline int has_room(const struct direction *dir, __u32 bytes, __
 	struct sock *peer = (struct sock *)dir->peer_sock;
 	unsigned long *pressure = 0, under_pressure = 0;
 	int unread = 0, buffer = 0;
-	__u64 cookie = 0, total;
 	struct proto *proto = 0;
+	__u64 total;
 
 	*reason = COUNT_DEMOTED_NO_PEER;
-	if (BPF_CORE_READ_INTO(&cookie, peer, __sk_common.skc_cookie.counter) ||
-	    cookie != dir->peer_cookie ||
+	if (!is_same_peer(dir) ||
 	    BPF_CORE_READ_INTO(&unread, peer, sk_backlog.rmem_alloc.counter) || unread < 0)
 		return 0;
 	if (dir->from_ztunnel) {
@@ -533,10 +555,12 @@ int shortcut_send(struct sk_msg_md *msg)
 	if (!(cfg->flags & SHORTCUT_ENABLED) ||
 	    (dir->from_ztunnel && !(cfg->flags & SHORTCUT_TO_PODS)))
 		return demote(dir, bytes, COUNT_DEMOTED_CLOSED);
-	if (dir->mode == MODE_NEW && !start(dir, bytes, &verdict))
+	if (dir->mode == MODE_NEW && !may_start(dir, bytes, &verdict))
 		return verdict;
 	if (!has_room(dir, bytes, &reason))
 		return demote(dir, bytes, reason);
+	if (dir->mode == MODE_NEW && !start(dir))
+		return demote(dir, bytes, COUNT_DEMOTED_CLOSED);
 	if (bpf_msg_redirect_hash(msg, &shortcut_targets, &dir->peer, BPF_F_INGRESS) != SK_PASS)
 		return demote(dir, bytes, COUNT_DEMOTED_NO_PEER);
 	/* From here on the message is redirected: no other verdict is possible. */

@@ -85,6 +85,7 @@ fn config(state: &State, node: Node) -> Value {
         },
         "state_dir": directory(lab).join(node.name()),
         "bpffs": bpffs(lab).join(node.name()),
+        "sockmap": if state.sockmap { "on" } else { "off" },
         "pods": pods,
     })
 }

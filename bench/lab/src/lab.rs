@@ -381,6 +381,10 @@ fn preflight(options: &LabOptions) -> Result<()> {
         );
         return Err(Error::Options(text));
     }
+    if options.sockmap && options.redirect == Redirect::Tunnel {
+        let text = "--sockmap on is for --redirect ebpf; the tunnel path has no short-cut";
+        return Err(Error::Options(text.to_owned()));
+    }
     if let Some(mesh) = &options.mesh {
         fs::File::open(mesh).map_err(Error::io("reading mesh file", mesh))?;
     }

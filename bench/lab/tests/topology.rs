@@ -387,6 +387,10 @@ fn bad_arguments_are_refused_in_one_line_and_make_nothing() {
     let cases: &[(&[&str], &str)] = &[
         (&["up", "--redirect", "geneve"], "none, tunnel, ebpf"),
         (
+            &["up", "--redirect", "tunnel", "--sockmap", "on"],
+            "--redirect ebpf",
+        ),
+        (
             &["up", "--redirect", "none", "--sockmap", "on"],
             "--redirect tunnel or ebpf",
         ),

@@ -15,6 +15,7 @@ use crate::config::{Config, Kind};
 use crate::dropped::DroppedLog;
 use crate::error::{Error, Result};
 use crate::lock::{self, Lock, NetnsLock};
+use crate::shortcut;
 
 /// How often the configuration file, the interfaces and ztunnel's namespace are looked at.
 const POLL_EVERY: Duration = Duration::from_secs(1);
@@ -71,6 +72,7 @@ struct Agent {
     path: PathBuf,
     config: Config,
     redirection: Box<dyn Redirection>,
+    shortcut: shortcut::Owner,
     /// What the file held when last looked at, right or wrong.
     seen: String,
     observed: Observation,
@@ -103,6 +105,8 @@ impl Agent {
             }
             return Err(error);
         }
+        let mut shortcut = shortcut::Owner::default();
+        shortcut.follow(&config);
         Ok(Self {
             path: path.to_owned(),
             observed: Observation::take(&config.settings(), &config.pods),
@@ -112,6 +116,7 @@ impl Agent {
             dropped: DroppedLog::default(),
             config,
             redirection,
+            shortcut,
             complaint: None,
             retry: None,
         })
@@ -125,6 +130,7 @@ impl Agent {
             .and_then(|()| self.try_again())
             .and_then(|()| self.reconcile());
         self.dropped.log(self.redirection.as_mut());
+        self.shortcut.follow(&self.config);
         match result {
             Ok(()) if self.retry.is_some() => {}
             Ok(()) => self.complaint = None,
@@ -286,6 +292,8 @@ struct Report {
     agent_pid: Option<u32>,
     #[serde(flatten)]
     status: Status,
+    /// Of the sockmap short-cut, if it is installed.
+    sockmap: Option<redirect::sockmap::Status>,
 }
 
 /// `status`.
@@ -293,6 +301,7 @@ pub(crate) fn status(config: &Config, json: bool) -> Result<()> {
     let report = Report {
         agent_pid: lock::running(&config.state_dir),
         status: config.redirection()?.status()?,
+        sockmap: shortcut::status(config)?,
     };
     let text = if json {
         serde_json::to_string_pretty(&report).map_err(|e| Error::Output(e.into()))?
@@ -303,7 +312,11 @@ pub(crate) fn status(config: &Config, json: bool) -> Result<()> {
 }
 
 fn describe(report: &Report) -> String {
-    let Report { agent_pid, status } = report;
+    let Report {
+        agent_pid,
+        status,
+        sockmap,
+    } = report;
     let mut lines = vec![
         format!("redirection: {}", status.redirect),
         format!(
@@ -364,6 +377,17 @@ fn describe(report: &Report) -> String {
             .iter()
             .map(|owned| format!("owns:        {owned}")),
     );
+    if let Some(sockmap) = sockmap {
+        let state = match (sockmap.enabled, sockmap.to_pods) {
+            (false, _) => "off",
+            (true, false) => "on, from pods only",
+            (true, true) => "on",
+        };
+        lines.push(format!("sockmap:     {state}"));
+        for (counter, count) in &sockmap.counters {
+            lines.push(format!("sockmap:     {counter} {count}"));
+        }
+    }
     lines.join("\n")
 }
 
@@ -371,6 +395,7 @@ fn describe(report: &Report) -> String {
 pub(crate) fn cleanup(config: &Config) -> Result<()> {
     redirect::check_privileges(config.redirect == Kind::Ebpf)?;
     let lock = Lock::take(&config.state_dir, CLEANUP_PATIENCE)?;
+    shortcut::remove(config)?;
     config.redirection()?.cleanup()?;
     lock.remove()
 }

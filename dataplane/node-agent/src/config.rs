@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use redirect::ebpf::Ebpf;
 use redirect::iptables_tunnel::IptablesTunnel;
+use redirect::sockmap;
 use redirect::{Attach, Iptables, Node, Pod, Redirection, Settings, Variant, Ztunnel};
 use serde::{Deserialize, Deserializer};
 
@@ -18,6 +19,15 @@ pub(crate) enum Kind {
     Tunnel,
     /// BPF programs.
     Ebpf,
+}
+
+/// Whether something is used.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Switch {
+    #[default]
+    Off,
+    On,
 }
 
 /// The file. Unknown keys are errors.
@@ -41,6 +51,13 @@ pub(crate) struct Config {
     /// Seconds between looks for what others removed (1 to 3600, 10 by default).
     #[serde(default = "default_reconcile_s")]
     reconcile_s: u32,
+    /// `ebpf`: whether connections between pods and ztunnel get the sockmap short-cut.
+    #[serde(default)]
+    sockmap: Switch,
+    /// `sockmap`: cgroup2 directory that holds the pods' and ztunnel's processes; by default the
+    /// root of that hierarchy.
+    #[serde(default)]
+    cgroup: Option<PathBuf>,
     node: Node,
     ztunnel: Ztunnel,
     /// Directory for the journal and the lock.
@@ -98,6 +115,9 @@ impl Config {
                 config.reconcile_s
             )));
         }
+        if config.sockmap == Switch::On {
+            config.check_shortcut().map_err(wrong)?;
+        }
         if !config.state_dir.is_absolute() {
             return Err(wrong("state_dir: an absolute path is needed".to_owned()));
         }
@@ -126,6 +146,33 @@ impl Config {
             attach: self.attach,
             dns: self.dns,
         }
+    }
+
+    fn check_shortcut(&self) -> Result<(), String> {
+        if self.redirect != Kind::Ebpf {
+            return Err("sockmap: on needs redirect: ebpf".to_owned());
+        }
+        if self.shortcut().is_none() {
+            let missing = "no cgroup2 file system is mounted; name one by cgroup";
+            return Err(format!("sockmap: {missing}"));
+        }
+        Ok(())
+    }
+
+    /// What the sockmap short-cut needs, if it is asked for.
+    pub(crate) fn shortcut(&self) -> Option<sockmap::Settings> {
+        (self.sockmap == Switch::On).then_some(())?;
+        Some(sockmap::Settings {
+            bpffs: self.bpffs.clone(),
+            cgroup: self.cgroup.clone().or_else(sockmap::root_cgroup)?,
+            ztunnel_netns: self.ztunnel.netns.clone(),
+            to_pods: true,
+        })
+    }
+
+    /// Where pins are, if the back end has any.
+    pub(crate) fn pins(&self) -> Option<&Path> {
+        (self.redirect == Kind::Ebpf).then_some(&*self.bpffs)
     }
 
     /// The back end, nothing installed yet.
@@ -177,12 +224,30 @@ pods:
     }
 
     #[test]
+    fn the_short_cut_is_off_unless_asked_for() {
+        let config = Config::parse(Path::new("/c.yaml"), SOUND).unwrap();
+        assert_eq!(config.shortcut(), None);
+        let on = SOUND.replace("pods:", "sockmap: on\ncgroup: /c\npods:");
+        let config = Config::parse(Path::new("/c.yaml"), &on).unwrap();
+        let shortcut = config.shortcut().unwrap();
+        assert_eq!(shortcut.cgroup, Path::new("/c"));
+        assert_eq!(shortcut.bpffs, Path::new("/run/y"));
+    }
+
+    #[test]
     fn what_is_wrong_is_said_in_one_line() {
         let cases = [
             ("", "configuration /c.yaml"),
             ("redirect: [", "configuration /c.yaml"),
             (&SOUND.replace("ebpf", "carrier-pigeon"), "carrier-pigeon"),
             (&SOUND.replace("state_dir", "statedir"), "statedir"),
+            (&SOUND.replace("pods:", "sockmap: maybe\npods:"), "maybe"),
+            (
+                &SOUND
+                    .replace("ebpf", "tunnel")
+                    .replace("pods:", "sockmap: on\npods:"),
+                "sockmap",
+            ),
             (
                 &SOUND.replace("10.244.1.11", "10.244.1.999"),
                 "configuration /c.yaml",

@@ -126,11 +126,16 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
         }),
         None => Ok(()),
     };
-    if environment
-        .text("SOCKMAP")
-        .is_some_and(|value| value != "off")
+    // The node agent sets the short-cut up, and ztunnel has nothing to do for it: its sockets are
+    // only sent to and received from, never spliced.
+    let switch = [("off", false), ("on", true)];
+    if environment.one_of("SOCKMAP", &switch)? == Some(true)
+        && environment.text("REDIRECT_MODE").as_deref() != Some("node")
     {
-        refused("SOCKMAP", "the sockmap short-cut is not built yet; use off")?;
+        refused(
+            "SOCKMAP",
+            "the short-cut is for REDIRECT_MODE=node; use off",
+        )?;
     }
     if environment.boolean("TLS12_ENABLED")? == Some(true) {
         refused("TLS12_ENABLED", "only TLS 1.3 is spoken; unset it")?;
@@ -441,6 +446,7 @@ mod tests {
         for (name, value) in [
             ("XDS_ADDRESS", "https://istiod:15012"),
             ("SOCKMAP", "on"),
+            ("SOCKMAP", "maybe"),
             ("TLS12_ENABLED", "true"),
         ] {
             let text = with(&[(name, value)]).unwrap_err().to_string();
@@ -450,6 +456,7 @@ mod tests {
             );
         }
         assert!(with(&[("XDS_ADDRESS", ""), ("SOCKMAP", "off")]).is_ok());
+        assert!(with(&[("REDIRECT_MODE", "node"), ("SOCKMAP", "on")]).is_ok());
     }
 
     #[test]

@@ -60,6 +60,7 @@ impl Labs {
             let options = LabOptions {
                 name,
                 redirect: path.redirect,
+                sockmap: path.sockmap,
                 ..LabOptions::default()
             };
             let lab = Lab::up(&options);

@@ -161,7 +161,8 @@ fn choose_repeated(plan: &mut Plan, aa: Option<&str>) -> Result<()> {
     match (repeated.count(), aa) {
         (0, Some("off")) => Ok(()),
         (0, None) => {
-            let ebpf = plan.paths.iter().find(|p| p.redirect == Redirect::Ebpf);
+            let mut paths = plan.paths.iter();
+            let ebpf = paths.find(|p| p.redirect == Redirect::Ebpf && !p.sockmap);
             let name = ebpf
                 .or_else(|| plan.paths.last())
                 .map(|path| path.name.clone());

@@ -9,6 +9,8 @@ use crate::state::Redirect;
 
 /// Redirections of this project's own ztunnel, all measured unless others are asked for.
 const OWN: [Redirect; 3] = [Redirect::None, Redirect::Tunnel, Redirect::Ebpf];
+/// The path with the sockmap short-cut, measured if it is asked for.
+const SHORTCUT: &str = "ebpf+sockmap";
 /// Longest name of a path: the labs' names are made from it.
 const NAME_MAX: usize = 16;
 
@@ -18,6 +20,8 @@ pub(super) struct Path {
     /// As in reports.
     pub(super) name: String,
     pub(super) redirect: Redirect,
+    /// With the sockmap short-cut between pods and ztunnel.
+    pub(super) sockmap: bool,
     /// The path that this one is measured a second time as.
     pub(super) again: Option<String>,
     /// A proxy that is not ours.
@@ -31,9 +35,19 @@ impl Path {
         Self {
             name: redirect.name().to_owned(),
             redirect,
+            sockmap: false,
             again: None,
             peer: None,
             cross_node_only: false,
+        }
+    }
+
+    /// `ebpf` with the short-cut.
+    fn shortcut() -> Self {
+        Self {
+            name: SHORTCUT.to_owned(),
+            sockmap: true,
+            ..Self::own(Redirect::Ebpf)
         }
     }
 
@@ -42,6 +56,7 @@ impl Path {
         Self {
             name: name.to_owned(),
             redirect,
+            sockmap: false,
             again: None,
             peer: Some(binary),
             cross_node_only: false,
@@ -49,13 +64,13 @@ impl Path {
     }
 
     fn parse(name: &str) -> Result<Self> {
-        if name == "ebpf+sockmap" {
-            bail!("path ebpf+sockmap: the sockmap short-cut does not exist yet; leave it out");
+        if name == SHORTCUT {
+            return Ok(Self::shortcut());
         }
         OWN.into_iter()
             .find(|redirect| redirect.name() == name)
             .map_or_else(
-                || bail!("path `{name}` is none of none, tunnel, ebpf"),
+                || bail!("path `{name}` is none of none, tunnel, ebpf, {SHORTCUT}"),
                 |redirect| Ok(Self::own(redirect)),
             )
     }
@@ -77,7 +92,7 @@ impl Path {
 
     /// The path's part of its lab's name.
     pub(super) fn slug(&self) -> String {
-        self.name.replace('#', "-")
+        self.name.replace(['#', '+'], "-")
     }
 }
 
@@ -262,7 +277,7 @@ impl Plan {
             let path = Path::parse(name)?;
             match chosen_paths
                 .iter()
-                .filter(|p| p.redirect == path.redirect)
+                .filter(|p| (p.redirect, p.sockmap) == (path.redirect, path.sockmap))
                 .count()
             {
                 0 => chosen_paths.push(path),
@@ -482,13 +497,20 @@ mod tests {
     }
 
     #[test]
+    fn the_short_cut_is_a_path_of_its_own() {
+        let plan = Plan::new(&strings(&["ebpf", "ebpf+sockmap"]), &[], false).unwrap();
+        let sockmap: Vec<bool> = plan.paths.iter().map(|path| path.sockmap).collect();
+        assert_eq!(sockmap, [false, true]);
+        assert_eq!(plan.paths[1].slug(), "ebpf-sockmap");
+    }
+
+    #[test]
     fn names_that_cannot_be_measured_are_refused_with_the_reason() {
         let refused = |paths: &[&str], workloads: &[&str]| {
             Plan::new(&strings(paths), &strings(workloads), false)
                 .unwrap_err()
                 .to_string()
         };
-        assert!(refused(&["ebpf+sockmap"], &[]).contains("does not exist yet"));
         assert!(refused(&["magic"], &[]).contains("none of none, tunnel, ebpf"));
         assert!(refused(&["none", "none", "none"], &[]).contains("more than twice"));
         assert!(refused(&[], &["udp"]).contains("none of rr, stream, connect, rr-open"));

@@ -1,0 +1,83 @@
+//! The sockmap short-cut beside the redirection: installed and kept up to date if the
+//! configuration asks for it, removed if not. What fails is logged and costs only speed.
+
+use redirect::Pod;
+use redirect::sockmap::{self, Settings, Shortcut};
+
+use crate::config::Config;
+use crate::error::Result;
+
+/// What the agent keeps of it.
+#[derive(Debug, Default)]
+pub(crate) struct Owner {
+    installed: Option<(Settings, Shortcut)>,
+    /// For which settings and pods it was last tried: what failed is not tried again and again.
+    tried: Option<(Option<Settings>, Vec<Pod>)>,
+    complaint: Option<String>,
+}
+
+impl Owner {
+    /// Brings it to what the configuration and the namespaces are now.
+    pub(crate) fn follow(&mut self, config: &Config) {
+        let result = self.apply(config);
+        let text = result.err().map(|error| error.to_string());
+        if let Some(text) = &text
+            && self.complaint.as_ref() != Some(text)
+        {
+            tracing::warn!("sockmap short-cut, connections use TCP: {text}");
+        }
+        self.complaint = text;
+    }
+
+    fn apply(&mut self, config: &Config) -> Result<()> {
+        let wanted = config.shortcut();
+        let Some(settings) = wanted else {
+            self.installed = None;
+            return self.remove_once(config);
+        };
+        let current = self
+            .installed
+            .as_ref()
+            .is_some_and(|(known, shortcut)| *known == settings && shortcut.is_current());
+        let state = (Some(settings.clone()), config.pods.clone());
+        if !current {
+            self.installed = None; // its thread ends before another begins
+            if self.tried.as_ref() == Some(&state) && self.complaint.is_some() {
+                return Ok(());
+            }
+            self.tried = Some(state);
+            let shortcut = Shortcut::install(&settings)?;
+            tracing::info!(cgroup = %settings.cgroup.display(), "sockmap short-cut installed");
+            self.installed = Some((settings, shortcut));
+        }
+        match &mut self.installed {
+            Some((_, shortcut)) => Ok(shortcut.set_pods(&config.pods)?),
+            None => Ok(()),
+        }
+    }
+
+    fn remove_once(&mut self, config: &Config) -> Result<()> {
+        let state = (None, Vec::new());
+        if self.tried.as_ref() != Some(&state) {
+            self.tried = Some(state);
+            remove(config)?;
+        }
+        Ok(())
+    }
+}
+
+/// Removes what is installed.
+pub(crate) fn remove(config: &Config) -> Result<()> {
+    match config.pins() {
+        Some(bpffs) => Ok(sockmap::remove(bpffs)?),
+        None => Ok(()),
+    }
+}
+
+/// What is installed.
+pub(crate) fn status(config: &Config) -> Result<Option<sockmap::Status>> {
+    match config.pins() {
+        Some(bpffs) => Ok(sockmap::status(bpffs)?),
+        None => Ok(None),
+    }
+}
