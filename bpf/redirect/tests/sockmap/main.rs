@@ -8,4 +8,5 @@
 
 mod basics;
 mod support;
+mod torture;
 mod traps;
