@@ -10,7 +10,7 @@ CARGO_DENY := $(TARGET)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
 # Time for the advisory database to arrive before it is taken to be out of reach.
 ADVISORIES_TIMEOUT_S := 60
 
-.PHONY: help setup build compare readme test bench lint fmt clippy deny clean
+.PHONY: help setup build compare aa readme test bench lint fmt clippy deny clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ build: setup ## build every program in release mode
 compare: build ## compare the redirection paths in the two-node lab; QUICK=1, PEERS=1
 	$(TARGET)/release/lab compare $(if $(filter-out 0,$(QUICK)),--quick) \
 	    $(if $(filter-out 0,$(PEERS)),--peer all) $(ARGS)
+
+aa: build ## measure a path against itself: how often a difference is seen where there is none; QUICK=1
+	$(TARGET)/release/lab compare --paths ebpf,ebpf \
+	    $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 readme: ## put the newest results into the README
 	cargo build --release -p lab

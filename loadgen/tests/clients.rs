@@ -173,7 +173,12 @@ fn an_open_loop_counts_the_requests_a_stall_delayed() {
         "{}",
         metric(&report, "p90_us")
     );
-    assert!(metric(&report, "service_p90_us") < 100_000.0);
+    assert!(metric(&report, "p99_us") > 150_000.0);
+    // One request met the stall itself; all others were served at once.
+    for quantile in ["service_p90_us", "service_p99_us"] {
+        assert!(metric(&report, quantile) < 100_000.0, "{quantile}");
+    }
+    assert!(metric(&report, "service_max_us") > 190_000.0);
     assert!(metric(&report, "late") > 100.0);
     assert_eq!(metric(&report, "scheduled"), 600.0);
     assert_eq!(report.ok(), 600);
@@ -349,10 +354,10 @@ fn idle_tells_held_connections_from_dropped_ones() {
         }
         drop(stream);
     });
-    let report = idle::run(&idle::Options {
-        client: client(address, 10),
-    })
-    .unwrap();
+    let mut client = client(address, 10);
+    // Time for the server to drop its half also on a machine that is busy otherwise.
+    client.duration = Duration::from_secs(2);
+    let report = idle::run(&idle::Options { client }).unwrap();
     assert_eq!(report.ok(), 5);
     assert_eq!(report.errors_by_kind()["closed_early"], 5);
 }

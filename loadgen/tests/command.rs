@@ -148,6 +148,34 @@ fn interrupting_still_writes_the_results() {
 }
 
 #[test]
+fn a_line_a_second_says_how_it_goes() {
+    let serving = Serving::start();
+    let output = run(&[
+        "rr",
+        "--to",
+        &serving.address,
+        "--duration",
+        "2",
+        "--warmup",
+        "0.5",
+        "--progress",
+        "--no-calibration",
+    ]);
+    let stderr = text(&output.stderr);
+    let lines: Vec<&str> = stderr.lines().collect();
+    assert!((2..=3).contains(&lines.len()), "{stderr}");
+    for line in lines {
+        let rate = line.split_whitespace().zip(line.split_whitespace().skip(1));
+        let rate = rate
+            .filter(|(_, unit)| *unit == "requests/s")
+            .map(|(n, _)| n);
+        let rate: Vec<f64> = rate.map(|n| n.parse().unwrap()).collect();
+        assert!(rate.len() == 1 && rate[0] > 0.0, "{line}");
+        assert!(line.contains("0 failed"), "{line}");
+    }
+}
+
+#[test]
 fn markers_tell_the_measured_window() {
     let serving = Serving::start();
     let mut child = loadgen(&[

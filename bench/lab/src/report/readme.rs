@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use super::schema::{Cell, Document, Row, Verdict, cpu_metrics, throughput_metric};
+use super::schema::{Cell, Document, Peer, Row, Verdict, cpu_metrics, throughput_metric};
 use super::units::with_unit;
 use super::{read, tally};
 
@@ -105,6 +105,7 @@ fn section(directory: &Path, link: &str) -> Result<String> {
     let document = read(directory)?;
     let mut text = about(&document, link);
     ratios(&mut text, &document);
+    rivals(&mut text, &document);
     medians(&mut text, &document);
     let bench = directory.join("bench.json");
     if bench.exists() {
@@ -185,6 +186,55 @@ fn ratios(text: &mut String, document: &Document) {
             })
         };
         let shown = metrics(cell.workload).map(show);
+        if shown.iter().any(|text| !text.is_empty()) {
+            let (scope, label) = (cell.scope, cell.label());
+            let _ = writeln!(text, "| {scope} | {label} | {} |", shown.join(" | "));
+        }
+    }
+}
+
+/// A ratio with its interval and verdict; empty if there is none.
+fn ratio(document: &Document, cell: &Cell<'_>, metric: &str, (of, to): (&str, &str)) -> String {
+    let ratio = document.ratios.iter().find(|r| {
+        r.cell() == *cell && r.metric == metric && (r.of.as_str(), r.to.as_str()) == (of, to)
+    });
+    ratio.map_or_else(String::new, |r| {
+        let verdict = match r.verdict {
+            Verdict::NoDifference => "–",
+            told => told.name(),
+        };
+        let [low, high] = r.ci95;
+        format!("{:.2} [{low:.2}, {high:.2}] {verdict}", r.ratio)
+    })
+}
+
+/// Ours against every other proxy, on the redirection that one runs on.
+fn rivals(text: &mut String, document: &Document) {
+    if document.peers.is_empty() {
+        return;
+    }
+    let ours = |peer: &Peer| peer.redirect.clone();
+    text.push_str(
+        "\n**Ours / other proxies**, on the same redirection: throughput; CPU of the proxies per \
+         request, connection or GB.\n\n| scope | workload |",
+    );
+    for peer in &document.peers {
+        let _ = write!(text, " {} / {} |", ours(peer), peer.name);
+    }
+    text.push_str("\n| --- | --- |");
+    text.push_str(&" --- |".repeat(document.peers.len()));
+    text.push('\n');
+    for cell in cells(document) {
+        let [throughput, .., cpu, _] = metrics(cell.workload);
+        let shown = document.peers.iter().map(|peer| {
+            let of = ours(peer);
+            let show = |metric| ratio(document, &cell, metric, (&of, &peer.name));
+            match (show(throughput), show(cpu)) {
+                (throughput, _) if throughput.is_empty() => String::new(),
+                (throughput, cpu) => format!("{throughput}; CPU {cpu}"),
+            }
+        });
+        let shown: Vec<String> = shown.collect();
         if shown.iter().any(|text| !text.is_empty()) {
             let (scope, label) = (cell.scope, cell.label());
             let _ = writeln!(text, "| {scope} | {label} | {} |", shown.join(" | "));
@@ -300,7 +350,18 @@ mod tests {
     fn the_section_has_ratios_medians_benches_and_links() {
         let root = tempfile::tempdir().unwrap();
         let (directory, readme) = (root.path().join("results/x"), root.path().join("README.md"));
-        stored(&example(), &directory);
+        let mut document = example();
+        document.peers.push(Peer {
+            name: "other".to_owned(),
+            binary: "other".to_owned(),
+            redirect: "ebpf".to_owned(),
+            mode: "shared".to_owned(),
+            about: Default::default(),
+        });
+        let mut against = document.ratios[0].clone();
+        "other".clone_into(&mut against.to);
+        document.ratios.push(against);
+        stored(&document, &directory);
         let rows = json!([
             {"bench": "relay/rr/32", "metric": "cpu_us_per_request", "subject": "rt",
              "baseline": "tokio", "subject_value": 3.0, "baseline_value": 4.0, "ratio": 0.75},
@@ -322,6 +383,8 @@ mod tests {
             "| cross-node | rr x32 | 1.30 [1.25, 1.35] better |",
             "| cross-node | rr x32 | ebpf | 26.0k req/s | 1.23 ms |",
             "| relay/rr/32 | cpu_us_per_request | 3.00 | tokio 4.00 (0.75), monoio 6.00 (0.50) |",
+            "| scope | workload | ebpf / other |\n| --- | --- | --- |\n\
+             | cross-node | rr x32 | 1.30 [1.25, 1.35] better; CPU  |",
             "BENCH_QUICK=1",
             "throughput better in 1, worse in 0 of 1",
         ] {
