@@ -14,8 +14,7 @@ use super::Place;
 
 /// As ztunnel's preference.
 const SUITES: &str = "TLS_AES_256_GCM_SHA384:TLS_AES_128_GCM_SHA256";
-/// Bytes of each of a connection's two buffers. HAProxy's default; larger ones make bulk flows
-/// cheaper but each record is 16 KiB at most, and small requests more expensive.
+/// Bytes of each of a connection's two buffers: HAProxy's default, and the size of a TLS record.
 const BUFFER_BYTES: u32 = 16_384;
 
 /// HAProxy's configuration file. Its bound on connections is what the limit of open files allows.

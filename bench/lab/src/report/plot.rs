@@ -10,13 +10,17 @@ pub(super) const FONT: &str = "sans-serif";
 pub(super) const AXIS: RGBColor = RGBColor(90, 96, 105);
 pub(super) const GRID: RGBColor = RGBColor(228, 231, 236);
 /// Colours of the paths in their order; the first is for `none`.
-const COLOURS: [RGBColor; 6] = [
+const COLOURS: [RGBColor; 10] = [
     RGBColor(140, 146, 156),
     RGBColor(217, 119, 6),
     RGBColor(37, 99, 235),
     RGBColor(5, 150, 105),
     RGBColor(190, 24, 93),
     RGBColor(109, 40, 217),
+    RGBColor(8, 145, 178),
+    RGBColor(101, 67, 33),
+    RGBColor(101, 163, 13),
+    RGBColor(15, 23, 42),
 ];
 /// Width of a category's group of bars, the categories being 1 apart.
 const GROUP: f64 = 0.78;
