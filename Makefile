@@ -10,7 +10,7 @@ CARGO_DENY := $(TARGET)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
 # Time for the advisory database to arrive before it is taken to be out of reach.
 ADVISORIES_TIMEOUT_S := 60
 
-.PHONY: help setup build compare aa readme test bench lint fmt clippy deny clean
+.PHONY: help setup build compare aa readme test soak bench lint fmt clippy deny clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ readme: ## put the newest results into the README
 test: ## run every test, network ones included
 	@scripts/setup.sh --best-effort
 	@scripts/test.sh
+
+soak: ## a million short connections through one worker, on each back end
+	RT_SOAK_CONNECTIONS=1000000 cargo test -p rt --release --test soak
 
 bench: setup ## run every micro-benchmark; BENCH_QUICK=1 in under 3 minutes after the build
 	rm -rf $(TARGET)/bench-parts

@@ -37,6 +37,9 @@ pub struct RuntimeConfig {
     pub polls_per_turn: usize,
     /// Completions taken per turn.
     pub completions_per_turn: usize,
+    /// Whether [`crate::net::Splice`] may be used: not where sockmap redirects data to sockets of
+    /// this process, which splice(2) would not see.
+    pub splice: bool,
 }
 
 impl Default for RuntimeConfig {
@@ -47,6 +50,7 @@ impl Default for RuntimeConfig {
             pool: PoolConfig::default(),
             polls_per_turn: 1024,
             completions_per_turn: 2048,
+            splice: true,
         }
     }
 }
@@ -87,6 +91,7 @@ pub(crate) struct Inner {
     pub(crate) driver: RefCell<Driver>,
     pub(crate) timers: RefCell<Timers>,
     pub(crate) pool: Pool,
+    pub(crate) splice: bool,
     tasks: RefCell<Tasks>,
     /// Tasks that go on after the next look at the ring.
     next_turn: RefCell<Vec<Waker>>,
@@ -171,6 +176,7 @@ impl Runtime {
             driver: RefCell::new(driver),
             timers: RefCell::default(),
             pool,
+            splice: config.splice,
             tasks: RefCell::default(),
             next_turn: RefCell::default(),
             worker,

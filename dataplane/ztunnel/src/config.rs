@@ -7,8 +7,8 @@ use std::time::Duration;
 use control::LocalConfig;
 use mesh::{NodeContext, WorkloadName};
 use proxy::{ProxyConfig, RedirectMode};
-use rt::Backend;
 use rt::net::Keepalive;
+use rt::{Backend, RuntimeConfig};
 
 use crate::environment::{BadSetting, Environment};
 
@@ -63,6 +63,8 @@ pub(crate) struct Settings {
     pub(crate) certificate_ttl: Duration,
     pub(crate) workers: usize,
     pub(crate) backend: Backend,
+    /// Plain bulk may be spliced; not while sockmap redirects data to ztunnel's sockets.
+    pub(crate) splice: bool,
     pub(crate) listener_map: Option<PathBuf>,
     pub(crate) ipv6: bool,
     pub(crate) drain: Duration,
@@ -83,6 +85,17 @@ pub(crate) enum Transparent {
     No,
     IfAllowed,
     Required,
+}
+
+impl Settings {
+    /// What each worker's runtime is set up with.
+    pub(crate) fn runtime(&self) -> RuntimeConfig {
+        RuntimeConfig {
+            backend: self.backend,
+            splice: self.splice,
+            ..RuntimeConfig::default()
+        }
+    }
 }
 
 /// Reads and checks all settings.
@@ -110,6 +123,9 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
             .unwrap_or(Duration::from_secs(24 * 3600)),
         workers: workers(environment, cpus, rt::cpu_limit())?,
         backend: backend(environment)?,
+        splice: environment
+            .text("SOCKMAP")
+            .is_none_or(|value| value == "off"),
         listener_map: environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from),
         ipv6: environment.boolean("IPV6_ENABLED")?.unwrap_or(true),
         drain: drain(environment)?,
@@ -127,7 +143,7 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
         None => Ok(()),
     };
     // The node agent sets the short-cut up, and ztunnel has nothing to do for it: its sockets are
-    // only sent to and received from, never spliced.
+    // only sent to and received from then, never spliced.
     let switch = [("off", false), ("on", true)];
     if environment.one_of("SOCKMAP", &switch)? == Some(true)
         && environment.text("REDIRECT_MODE").as_deref() != Some("node")
@@ -456,7 +472,8 @@ mod tests {
             );
         }
         assert!(with(&[("XDS_ADDRESS", ""), ("SOCKMAP", "off")]).is_ok());
-        assert!(with(&[("REDIRECT_MODE", "node"), ("SOCKMAP", "on")]).is_ok());
+        let shortcut = with(&[("REDIRECT_MODE", "node"), ("SOCKMAP", "on")]).unwrap();
+        assert!(!shortcut.splice && with(&[]).unwrap().splice);
     }
 
     #[test]

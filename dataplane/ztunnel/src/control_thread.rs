@@ -86,7 +86,7 @@ pub(crate) fn run() -> Result<(), RunError> {
         registry: registry.clone(),
         logging: logging.clone(),
     };
-    let workers = workers::start(&common, sockets, &cpus, settings.backend)?;
+    let workers = workers::start(&common, sockets, &cpus, settings.runtime())?;
     tracing::info!(
         "version {}, {} workers on CPUs {:?}, {:?} mode",
         env!("CARGO_PKG_VERSION"),

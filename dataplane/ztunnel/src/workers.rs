@@ -48,7 +48,7 @@ pub(crate) fn start(
     common: &Common,
     listeners: Vec<Listeners>,
     cpus: &[u32],
-    backend: Backend,
+    runtime: RuntimeConfig,
 ) -> Result<Workers, StartError> {
     let mut workers = Workers {
         threads: Vec::new(),
@@ -62,7 +62,7 @@ pub(crate) fn start(
         let place = Place {
             worker,
             cpu,
-            backend,
+            runtime,
         };
         let body = move || run(&place, &common, listeners, commands, &started);
         let thread = std::thread::Builder::new()
@@ -84,7 +84,7 @@ pub(crate) fn start(
 struct Place {
     worker: usize,
     cpu: Option<u32>,
-    backend: Backend,
+    runtime: RuntimeConfig,
 }
 
 fn run(
@@ -100,18 +100,14 @@ fn run(
     {
         tracing::warn!("worker {worker} is not pinned to CPU {cpu}: {error}");
     }
-    let config = RuntimeConfig {
-        backend: place.backend,
-        ..RuntimeConfig::default()
-    };
-    let mut runtime = match Runtime::new(config) {
+    let mut runtime = match Runtime::new(place.runtime) {
         Ok(runtime) => runtime,
         Err(error) => {
             let _ = started.send(Err(error)); // the receiver waits for exactly this
             return;
         }
     };
-    log_backend(worker, place.backend, &runtime);
+    log_backend(worker, place.runtime.backend, &runtime);
     export_counters(worker, &common.registry, &runtime.counters());
     let setup = WorkerSetup {
         config: Arc::clone(&common.config),

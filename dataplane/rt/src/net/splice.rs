@@ -66,10 +66,11 @@ impl Splice {
         })
     }
 
-    /// Whether `from` can be spliced: it is bulk, and nothing it has received is waiting.
+    /// Whether `from` can be spliced: it is bulk, nothing it has received is waiting, and
+    /// [`crate::RuntimeConfig::splice`] allows it.
     #[must_use]
     pub fn is_possible(from: &ReadHalf) -> bool {
-        from.is_bulk() && from.is_quiet()
+        from.inner().splice && from.is_bulk() && from.is_quiet()
     }
 
     /// Moves bytes from one socket to the other until the flow ends or is small; tells `moved` how
