@@ -91,8 +91,8 @@ impl Steering {
     }
 }
 
-/// The worker that takes what arrives on `cpu`: its own if there is one. The others are dealt out in
-/// turn, so that a limit on workers or CPUs leaves no CPU without a listener.
+/// The worker that takes what arrives on `cpu`: its own if there is one. The others are dealt out
+/// in turn, so that a limit on workers or CPUs leaves no CPU without a listener.
 fn worker_of(cpu: u32, cpus: &[u32], workers: usize) -> usize {
     let own = cpus.iter().position(|own| *own == cpu);
     own.filter(|worker| *worker < workers)
