@@ -552,8 +552,7 @@ int shortcut_send(struct sk_msg_md *msg)
 	/* After shutdown(2) TCP says EPIPE; the short-cut would not. */
 	if (sk->state != TCP_ESTABLISHED && sk->state != TCP_CLOSE_WAIT)
 		return by_tcp(bytes);
-	if (!(cfg->flags & SHORTCUT_ENABLED) ||
-	    (dir->from_ztunnel && !(cfg->flags & SHORTCUT_TO_PODS)))
+	if (!(cfg->flags & SHORTCUT_ENABLED))
 		return demote(dir, bytes, COUNT_DEMOTED_CLOSED);
 	if (dir->mode == MODE_NEW && !may_start(dir, bytes, &verdict))
 		return verdict;

@@ -32,7 +32,7 @@ struct pod_key {
 };
 
 #define SHORTCUT_ENABLED 1	/* new connections, and messages of the old ones */
-#define SHORTCUT_TO_PODS 2	/* messages of ztunnel, too */
+#define SHORTCUT_FORCED 2	/* for user space: the kernel has a defect */
 
 struct shortcut_config {
 	__u64 ztunnel_netns;	/* cookie */

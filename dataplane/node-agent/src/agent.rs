@@ -378,10 +378,10 @@ fn describe(report: &Report) -> String {
             .map(|owned| format!("owns:        {owned}")),
     );
     if let Some(sockmap) = sockmap {
-        let state = match (sockmap.enabled, sockmap.to_pods) {
+        let state = match (sockmap.enabled, sockmap.forced) {
             (false, _) => "off",
-            (true, false) => "on, from pods only",
-            (true, true) => "on",
+            (true, false) => "on",
+            (true, true) => "on by force: this kernel's FIONREAD is wrong",
         };
         lines.push(format!("sockmap:     {state}"));
         for (counter, count) in &sockmap.counters {

@@ -28,6 +28,8 @@ enum Switch {
     #[default]
     Off,
     On,
+    /// Also on a kernel whose FIONREAD is wrong.
+    Force,
 }
 
 /// The file. Unknown keys are errors.
@@ -115,7 +117,7 @@ impl Config {
                 config.reconcile_s
             )));
         }
-        if config.sockmap == Switch::On {
+        if config.sockmap != Switch::Off {
             config.check_shortcut().map_err(wrong)?;
         }
         if !config.state_dir.is_absolute() {
@@ -161,12 +163,12 @@ impl Config {
 
     /// What the sockmap short-cut needs, if it is asked for.
     pub(crate) fn shortcut(&self) -> Option<sockmap::Settings> {
-        (self.sockmap == Switch::On).then_some(())?;
+        (self.sockmap != Switch::Off).then_some(())?;
         Some(sockmap::Settings {
             bpffs: self.bpffs.clone(),
             cgroup: self.cgroup.clone().or_else(sockmap::root_cgroup)?,
             ztunnel_netns: self.ztunnel.netns.clone(),
-            to_pods: true,
+            force: self.sockmap == Switch::Force,
         })
     }
 

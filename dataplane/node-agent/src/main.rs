@@ -36,7 +36,7 @@ Configuration:
   reconcile_s: 10             # how often what others removed is put back (1 to 3600)
   state_dir: /run/node-agent  # journal and lock; what is needed to clean up
   bpffs: /sys/fs/bpf/ztunnel  # ebpf only; ztunnel finds its map at <bpffs>/listeners
-  sockmap: off                # ebpf only; on: short-cut between pods and ztunnel (kernel 6.13)
+  sockmap: off                # ebpf only; on or force: short-cut between pods and ztunnel
   cgroup: /sys/fs/cgroup/kubepods.slice  # sockmap only; default: root of the cgroup2 hierarchy
   pods:
   - {uid: a, addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}

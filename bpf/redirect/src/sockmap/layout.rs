@@ -79,23 +79,23 @@ pub(crate) const COUNTER_NAMES: [&str; 12] = [
 ];
 
 const FLAG_ENABLED: u32 = 1;
-const FLAG_TO_PODS: u32 = 2;
+const FLAG_FORCED: u32 = 2;
 
 /// `struct shortcut_config`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Config {
     pub(crate) ztunnel_netns: u64,
     pub(crate) enabled: bool,
-    pub(crate) to_pods: bool,
+    pub(crate) forced: bool,
 }
 
 impl Config {
     pub(crate) fn encode(self) -> [u8; CONFIG_BYTES] {
         let enabled = if self.enabled { FLAG_ENABLED } else { 0 };
-        let to_pods = if self.to_pods { FLAG_TO_PODS } else { 0 };
+        let forced = if self.forced { FLAG_FORCED } else { 0 };
         let mut bytes = [0; CONFIG_BYTES];
         bytes[..8].copy_from_slice(&self.ztunnel_netns.to_ne_bytes());
-        bytes[8..12].copy_from_slice(&(enabled | to_pods).to_ne_bytes());
+        bytes[8..12].copy_from_slice(&(enabled | forced).to_ne_bytes());
         bytes
     }
 
@@ -108,7 +108,7 @@ impl Config {
         Self {
             ztunnel_netns: u64::from(word(0)) | u64::from(word(4)) << 32,
             enabled: word(8) & FLAG_ENABLED != 0,
-            to_pods: word(8) & FLAG_TO_PODS != 0,
+            forced: word(8) & FLAG_FORCED != 0,
         }
     }
 }
@@ -176,11 +176,11 @@ mod tests {
         let config = Config {
             ztunnel_netns: 0x1_0000_0007,
             enabled: true,
-            to_pods: false,
+            forced: false,
         };
         let decoded = Config::decode(&config.encode());
         assert_eq!(decoded.ztunnel_netns, config.ztunnel_netns);
-        assert!(decoded.enabled && !decoded.to_pods);
+        assert!(decoded.enabled && !decoded.forced);
     }
 
     #[test]

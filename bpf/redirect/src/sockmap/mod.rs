@@ -50,8 +50,9 @@ pub struct Settings {
     pub cgroup: PathBuf,
     /// Path of ztunnel's network namespace.
     pub ztunnel_netns: PathBuf,
-    /// Also from ztunnel to the pods. If not, only what pods send takes the short-cut.
-    pub to_pods: bool,
+    /// Also on kernels whose FIONREAD is wrong for sockets in a map. Programs that ask it and wait
+    /// for edges, nginx above all, stall there.
+    pub force: bool,
 }
 
 /// State of the short-cut.
@@ -59,8 +60,8 @@ pub struct Settings {
 pub struct Status {
     /// Whether new connections get it.
     pub enabled: bool,
-    /// Whether what ztunnel sends takes it, too.
-    pub to_pods: bool,
+    /// Whether it is used although this kernel's FIONREAD is wrong.
+    pub forced: bool,
     /// Sockets, messages, bytes; demoted directions by reason. All CPUs, since installation.
     pub counters: BTreeMap<String, u64>,
 }
@@ -91,10 +92,12 @@ impl Shortcut {
                  not be bounded: Linux 6.13 or later is needed",
             ));
         }
-        let to_pods = settings.to_pods && abilities.tells_unread;
-        if settings.to_pods && !to_pods {
-            // nginx would wait for an event that never comes.
-            tracing::warn!("FIONREAD does not tell of redirected data: pods get theirs over TCP");
+        if !abilities.tells_unread && !settings.force {
+            disable(&pins)?;
+            return Err(unsupported(
+                "this kernel's FIONREAD does not tell of all unread data on sockets in a map, so \
+                 that nginx and others like it would stall; sockmap: force uses it nevertheless",
+            ));
         }
         let mut object = load(&pins)?;
         attach(&mut object, &pins, &settings.cgroup)?;
@@ -103,7 +106,7 @@ impl Shortcut {
         let config = Config {
             ztunnel_netns: netns_cookie(&ztunnel, &settings.ztunnel_netns)?,
             enabled: true,
-            to_pods,
+            forced: !abilities.tells_unread,
         };
         set_config(&pins, config)?;
         Ok(Self {
@@ -206,7 +209,7 @@ pub fn status(bpffs: &Path) -> Result<Option<Status>> {
     }
     Ok(Some(Status {
         enabled: config.enabled,
-        to_pods: config.to_pods,
+        forced: config.forced,
         counters,
     }))
 }

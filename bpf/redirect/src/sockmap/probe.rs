@@ -19,7 +19,8 @@ const MESSAGE: [u8; 1000] = [0x5a; 1000];
 pub(super) struct Abilities {
     /// Unread redirected data is charged to the receiver, so that it can be bounded.
     pub(super) accounts: bool,
-    /// FIONREAD tells of unread redirected data, so that applications may get it.
+    /// FIONREAD tells of all unread data, however it came. Applications rely on that: nginx, once
+    /// a receive has filled its buffer and FIONREAD is 0, waits for an event that never comes.
     pub(super) tells_unread: bool,
 }
 
@@ -60,9 +61,13 @@ fn try_out(object: &mut Object) -> Result<Abilities> {
     let mut received = [0; MESSAGE.len()];
     receiver.read_exact(&mut received).map_err(socket_failed)?;
     let left = sys::receive_memory(receiver.as_fd()).map_err(socket_failed)?;
+    // Its own messages go by TCP, to a socket that is in a map.
+    receiver.write_all(&MESSAGE).map_err(socket_failed)?;
+    sender.peek(&mut [0]).map_err(socket_failed)?;
+    let told_by_tcp = sys::unread(sender.as_fd()).map_err(socket_failed)?;
     Ok(Abilities {
         accounts: charged as usize >= MESSAGE.len() && left == idle && received == MESSAGE,
-        tells_unread: told == MESSAGE.len(),
+        tells_unread: [told, told_by_tcp] == [MESSAGE.len(); 2],
     })
 }
 
@@ -70,6 +75,8 @@ fn pair() -> io::Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let sender = TcpStream::connect(listener.local_addr()?)?;
     let (receiver, _) = listener.accept()?;
-    receiver.set_read_timeout(Some(Duration::from_secs(2)))?;
+    for socket in [&sender, &receiver] {
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    }
     Ok((sender, receiver))
 }

@@ -104,7 +104,7 @@ impl Net {
             bpffs: self.bpffs(),
             cgroup: sockmap::root_cgroup().unwrap(),
             ztunnel_netns: self.netns("zt"),
-            to_pods: true,
+            force: true,
         }
     }
 
