@@ -149,6 +149,43 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
+    use crate::state::{Phase, Variant};
+
+    #[test]
+    fn a_stranger_gets_upstreams_environment_and_none_of_ours() {
+        let state = State {
+            schema: 1,
+            name: "x".to_owned(),
+            phase: Phase::Starting,
+            redirect: Redirect::Tunnel,
+            variant: Variant::Hardened,
+            sockmap: false,
+            proxy: ProxyKind::Dedicated,
+            ztunnel: None,
+            node_agent: None,
+            tunnel_driver: None,
+            processes: Vec::new(),
+        };
+        let mut command = dedicated(&state, Path::new("/bin/true"), Node::B);
+        let set: Vec<String> = command
+            .inner()
+            .get_envs()
+            .map(|(name, value)| {
+                let value = value.unwrap_or_default().to_string_lossy();
+                format!("{}={value}", name.to_string_lossy())
+            })
+            .collect();
+        let expected = [
+            "ENABLE_ORIG_SRC=true",
+            "FAKE_CA=true",
+            "LOCAL_XDS_PATH=/run/zt-lab/x/mesh.yaml",
+            "NODE_NAME=node-b",
+            "PROXY_MODE=dedicated",
+            "PROXY_WORKLOAD_INFO=default/server-b/server-b",
+            "XDS_ADDRESS=",
+        ];
+        assert_eq!(set, expected);
+    }
 
     #[test]
     fn a_listener_is_seen_in_the_socket_table() {
