@@ -54,7 +54,9 @@ fn carries(test: &str, redirect: Redirect, kind: ProxyKind, program: PathBuf, ex
         proxy: kind,
         ..LabOptions::default()
     });
-    assert!(lab.lab.status().ready, "{:?}", lab.lab.status().missing);
+    eventually("the lab says it is ready", || {
+        lab.lab.status().ready.then_some(())
+    });
     let servers: &[&str] = if expected.same_node {
         &["server-b", "server-a"]
     } else {
