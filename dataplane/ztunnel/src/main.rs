@@ -40,6 +40,7 @@ Settings come from the environment; docs/configuration.md lists all of them. The
   NETWORK               network of this node (default: empty)
   ZTUNNEL_LISTENER_MAP  pinned socket map of the eBPF redirection (node mode)
   ZTUNNEL_WORKER_THREADS  N, N% or 0 for all CPUs
+  ZTUNNEL_RUNTIME_BACKEND  auto (default), io_uring or epoll
   RUST_LOG, LOG_FORMAT  log filter; plain (default) or json
 
 SIGTERM drains. Readiness: :15021/healthz/ready. Metrics: :15020/metrics. Admin: localhost:15000.
