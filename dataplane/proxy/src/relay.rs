@@ -253,7 +253,8 @@ async fn copy(
             may_splice = pipe.is_some();
             if let Some(pipe) = &mut pipe {
                 let moved = |n| records.iter().for_each(|record| way.count(record, n));
-                match pipe.relay(&mut from, to, moved).await {
+                // Boxed: idle connections would hold its state otherwise.
+                match Box::pin(pipe.relay(&mut from, to, moved)).await {
                     Ok(Spliced::Small) => {}
                     Ok(Spliced::End) => return end(to).await,
                     // Whichever side is gone: nothing more comes, or nobody takes it.

@@ -40,21 +40,23 @@ fn serve(backend: Backend, splice: bool, listener: TcpListener, target: SocketAd
 async fn relay(near: TcpStream, target: SocketAddr, splice: bool) -> io::Result<()> {
     near.set_nodelay()?;
     let far = connect(target, &ConnectOptions::default()).await?;
-    let (near_read, near_write) = near.split();
-    let (far_read, far_write) = far.split();
+    let (mut near_read, mut near_write) = near.split();
+    let (mut far_read, mut far_write) = far.split();
+    // By reference: what a future takes over it keeps twice.
     tokio::try_join!(
-        copy(near_read, far_write, splice),
-        copy(far_read, near_write, splice)
+        copy(&mut near_read, &mut far_write, splice),
+        copy(&mut far_read, &mut near_write, splice)
     )?;
     Ok(())
 }
 
-async fn copy(mut from: ReadHalf, mut to: WriteHalf, splice: bool) -> io::Result<()> {
+async fn copy(from: &mut ReadHalf, to: &mut WriteHalf, splice: bool) -> io::Result<()> {
     let mut bufs = VecDeque::new();
     loop {
-        if splice && Splice::is_possible(&from) {
-            let ended = Splice::new()?.relay(&mut from, &mut to, |_| {}).await?;
-            if ended == Spliced::End {
+        if splice && Splice::is_possible(from) {
+            let mut pipe = Splice::new()?;
+            // Boxed: idle connections would hold its state otherwise.
+            if Box::pin(pipe.relay(from, to, |_| {})).await? == Spliced::End {
                 break;
             }
         }
