@@ -4,8 +4,10 @@
 //! `bench-peer` runs the workload twice with different counts; the difference of the two totals
 //! divided by that of the counts is free of set-up and tear-down.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -19,7 +21,7 @@ use crate::rows::{Part, Row};
 pub const METRIC: &str = "instructions";
 
 /// Something to count instructions of.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, clap::ValueEnum)]
 pub enum Subject {
     /// DATA frames through our codec.
     HboneData,
@@ -224,7 +226,24 @@ fn each(program: &Path, subject: Subject, size: usize, (few, many): (u64, u64)) 
     Ok((high - low) as f64 / (many - few) as f64)
 }
 
+/// Totals by what was run. A subject of several rows is counted once.
+static TOTALS: Mutex<Option<Totals>> = Mutex::new(None);
+
+type Totals = HashMap<(Subject, usize, u64), u64>;
+
 fn total(program: &Path, subject: Subject, size: usize, count: u64) -> Result<u64> {
+    let mut totals = TOTALS.lock().unwrap_or_else(PoisonError::into_inner);
+    let totals = totals.get_or_insert_default();
+    let key = (subject, size, count);
+    if let Some(known) = totals.get(&key) {
+        return Ok(*known);
+    }
+    let counted = run_counted(program, subject, size, count)?;
+    totals.insert(key, counted);
+    Ok(counted)
+}
+
+fn run_counted(program: &Path, subject: Subject, size: usize, count: u64) -> Result<u64> {
     let name = clap::ValueEnum::to_possible_value(&subject).context("every subject has a name")?;
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
