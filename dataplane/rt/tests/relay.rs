@@ -329,7 +329,37 @@ fn timers_fire_in_order_and_messages_cross_threads(backend: Backend) {
     other.join().unwrap();
 }
 
+/// What was handed over is sent although the connection is dropped at once, and the connection ends
+/// although nothing else happens on the worker.
+fn a_handed_over_message_survives_the_drop(backend: Backend) {
+    let listener = TcpListener::bind(LOCAL).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (sender, mut told) = rt::mailbox::channel(1);
+    let client = thread::spawn(move || {
+        let mut stream = TcpStream::connect(addr).unwrap();
+        let limit = Duration::from_secs(5);
+        stream.set_read_timeout(Some(limit)).unwrap();
+        let mut all = Vec::new();
+        let ended = stream.read_to_end(&mut all);
+        sender.send(()).unwrap();
+        (ended.is_ok(), all)
+    });
+    let mut runtime = Runtime::new(with(backend)).unwrap();
+    runtime
+        .run(async move {
+            let mut listener = Listener::from_std(listener);
+            let (read, mut write) = listener.accept().await.unwrap().split();
+            write.push_copy(b"last words");
+            write.hand_over().await.unwrap();
+            drop((read, write));
+            told.recv().await;
+        })
+        .unwrap();
+    assert_eq!(client.join().unwrap(), (true, b"last words".to_vec()));
+}
+
 both_back_ends! {
+    a_handed_over_message_survives_the_drop,
     bytes_are_exact_in_every_mode,
     many_connections_with_few_buffers_all_finish,
     a_reader_that_stops_bounds_memory_and_others_go_on,

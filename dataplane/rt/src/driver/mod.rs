@@ -174,10 +174,15 @@ impl Driver {
 
     /// The owner of an operation is dropped: keep its resources until the kernel is done.
     pub(crate) fn abandon(&mut self, id: OpId) {
-        // On the ring a relaxed send cannot linger.
-        let ends = self.books.ops.is_relaxed(id) && matches!(self.engine, Engine::Ring(_));
-        if self.books.ops.abandon(id, &self.books.pool, close_fd) && !ends {
-            self.cancel(id);
+        let relaxed = self.books.ops.is_relaxed(id);
+        if !self.books.ops.abandon(id, &self.books.pool, close_fd) {
+            return;
+        }
+        match &mut self.engine {
+            // It cannot linger in the kernel; but its socket must not stay open until something
+            // else ends the next wait.
+            Engine::Ring(ring) if relaxed => ring.hurry(),
+            _ => self.cancel(id),
         }
     }
 
