@@ -54,7 +54,12 @@ struct Side {
     waiting: Option<OpId>,
     /// An edge has come since the last attempt that found nothing.
     ready: bool,
+    /// An edge told of the end of the stream or of an error.
+    over: bool,
 }
+
+/// Bits of an event that tell of an end.
+const END: u32 = (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) as u32;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Watched {
@@ -171,6 +176,7 @@ impl Epoll {
                 if bits & edge == 0 {
                     continue;
                 }
+                side.over |= bits & END != 0;
                 match side.waiting.take() {
                     Some(id) => self.tries.push_back(id),
                     None => side.ready = true,
@@ -195,6 +201,8 @@ impl Epoll {
                     Err(code) => return self.conclude(books, id, -code, None, false),
                 }
             }
+            let short = matches!(keep, Keep::Receive(_))
+                && usize::try_from(result).is_ok_and(|n| n < pool.config().ring_payload() as usize);
             let more = match keep {
                 Keep::Accept(_) => result >= 0,
                 Keep::Receive(_) => result > 0,
@@ -214,6 +222,10 @@ impl Epoll {
             }
             self.conclude(books, id, result, buffer, more);
             if !more {
+                return;
+            }
+            // A receive that did not fill its block has emptied the socket: what comes now is an edge.
+            if short && !self.is_over(id, books) && self.wait_for_edge(id, books) == Ok(true) {
                 return;
             }
         }
@@ -264,6 +276,13 @@ impl Epoll {
         }
         side.waiting = Some(id);
         Ok(true)
+    }
+
+    /// Whether the end of the stream may follow without another edge.
+    fn is_over(&self, id: OpId, books: &mut Books) -> bool {
+        let keep = books.ops.keep_if_pending(id);
+        let watch = keep.and_then(|keep| Some(keep.socket().watch()?.index));
+        watch.is_none_or(|index| self.watched[index as usize].sides[0].over)
     }
 
     fn vacant(&mut self) -> usize {
