@@ -224,7 +224,7 @@ impl Epoll {
             if !more {
                 return;
             }
-            // A receive that did not fill its block has emptied the socket: what comes now is an edge.
+            // A receive that did not fill its block has emptied the socket: an edge comes next.
             if short && !self.is_over(id, books) && self.wait_for_edge(id, books) == Ok(true) {
                 return;
             }
