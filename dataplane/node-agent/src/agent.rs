@@ -216,11 +216,10 @@ impl Agent {
             return Ok(());
         }
         self.next_reconcile = Instant::now() + self.config.reconcile();
-        self.redirection.tidy()?;
         let now = self.redirection.inventory()?;
         let mut missing = self.expected.difference(&now);
         let Some(example) = missing.next() else {
-            return Ok(());
+            return self.redirection.tidy().map_err(Error::from);
         };
         let others = missing.count();
         tracing::warn!(

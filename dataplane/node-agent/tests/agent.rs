@@ -81,10 +81,11 @@ impl Site {
     fn config(&self, pods: &[&str]) -> String {
         let settings = self.topology.settings();
         let mut text = format!(
-            "redirect: {}\nnode: {{interfaces: [und], address: 10.244.1.1, \
+            "redirect: {}\nreconcile_s: 1\nnode: {{netns: {}, interfaces: [und], address: 10.244.1.1, \
              pod_cidrs: [10.244.0.0/16]}}\nztunnel: {{netns: {}, interface: eth0, \
              host_interface: vz, address: {ZTUNNEL}}}\nstate_dir: {}\nbpffs: {}\npods:\n",
-            self.redirect,
+            self.redirect.replace("clsact", "ebpf\nattach: clsact"),
+            self.topology.netns("node").display(),
             settings.ztunnel.netns.display(),
             settings.state_dir.display(),
             settings.bpffs.display(),
@@ -162,7 +163,7 @@ impl Site {
 
     fn listener(&self) -> Server {
         let map = self.topology.settings().bpffs.join("listeners");
-        let map = (self.redirect == "ebpf").then_some((map.as_path(), 0));
+        let map = (self.redirect != "tunnel").then_some((map.as_path(), 0));
         Server::ztunnel(
             &self.topology.netns("ztunnel"),
             Role::Outbound,
@@ -373,6 +374,176 @@ fn probes_pass(redirect: &'static str) {
     let _app = Server::app(&site.topology.netns("app1"), 8080);
     let answer = site.topology.ask("node", (APP1, 8080)).unwrap();
     assert_eq!(answer.label, "app");
+}
+
+impl Site {
+    /// What `status` lists as its own.
+    fn owned(&self) -> BTreeSet<String> {
+        let output = self.once(&["status", "--json"]);
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let owned = status["owned"].as_array().unwrap();
+        owned
+            .iter()
+            .map(|l| l.as_str().unwrap().to_owned())
+            .collect()
+    }
+
+    /// Runs a command in a namespace.
+    fn damage(&self, host: &str, line: &str) {
+        inside(&self.topology.netns(host), || topology::run(line));
+    }
+}
+
+/// Others remove parts of it, one after the other; all come back and traffic is captured again.
+fn repairs(redirect: &'static str, damages: &[(&str, &str)]) {
+    let site = Site::new(redirect);
+    let agent = site.run();
+    let _ztunnel = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    site.wait_until_answered_by("captured");
+    let whole = site.owned();
+    let bpffs = site.topology.settings().bpffs.display().to_string();
+    for (host, line) in damages {
+        site.damage(host, &line.replace("BPFFS", &bpffs));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = site.owned();
+            let missing: Vec<_> = whole.difference(&now).collect();
+            if missing.is_empty() {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{line}: {missing:#?}");
+            thread::sleep(Duration::from_millis(200));
+        }
+        site.wait_until_answered_by("captured");
+    }
+    let (_, log) = agent.end(Signal::SIGTERM);
+    assert!(log.contains("removed by someone else"), "{log}");
+    assert!(!log.contains("ERROR"), "{log}");
+    site.cleanup();
+}
+
+#[test]
+fn repairs_ebpf() {
+    if can_run("repairs_ebpf") {
+        repairs(
+            "ebpf",
+            &[
+                ("node", "find BPFFS -name app_outbound_* -delete"),
+                ("node", "find BPFFS -name underlay_ingress_* -delete"),
+                ("ztunnel", "ip rule del pref 20000"),
+                ("ztunnel", "ip route flush table 100"),
+            ],
+        );
+    }
+}
+
+#[test]
+fn repairs_clsact() {
+    if can_run("repairs_clsact") {
+        repairs(
+            "clsact",
+            &[
+                ("node", "tc filter del dev va1 ingress"),
+                ("node", "tc qdisc del dev va1 clsact"),
+                ("node", "tc qdisc del dev vz clsact"),
+            ],
+        );
+    }
+}
+
+#[test]
+fn repairs_tunnel() {
+    if can_run("repairs_tunnel") {
+        repairs(
+            "tunnel",
+            &[
+                ("node", "iptables -t mangle -F"),
+                ("node", "iptables -t nat -F ztunnel-PREROUTING"),
+                ("ztunnel", "iptables -t mangle -F"),
+                ("node", "ipset flush ztunnel-pods-ips"),
+                ("node", "ip rule del pref 101"),
+                ("node", "ip route flush table 101"),
+                ("node", "ip link del istioout"),
+                ("ztunnel", "ip link del pistioin"),
+            ],
+        );
+    }
+}
+
+/// Filters of others, older and newer than ours, survive all of it.
+#[test]
+fn foreign_filters_survive() {
+    if !can_run("foreign_filters_survive") {
+        return;
+    }
+    let site = Site::new("clsact");
+    let foreign = |interface: &str| {
+        let add = "prio 50 handle 0x77 bpf bytecode 1,6\u{a0}0\u{a0}0\u{a0}4294967295";
+        let words: Vec<_> = add.split(' ').map(|w| w.replace('\u{a0}', " ")).collect();
+        inside(&site.topology.netns("node"), || {
+            let status = Command::new("tc")
+                .args(["filter", "add", "dev", interface, "ingress"])
+                .args(&words)
+                .args(["flowid", "1:1"])
+                .status();
+            assert!(status.unwrap().success());
+        });
+    };
+    site.damage("node", "tc qdisc add dev va1 clsact");
+    foreign("va1");
+    let agent = site.run();
+    foreign("va2");
+    let _ztunnel = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    site.wait_until_answered_by("captured");
+    site.configure(&["app2"]);
+    site.wait_until_answered_by("app");
+    agent.end(Signal::SIGTERM);
+    assert!(site.once(&["cleanup"]).status.success());
+    for interface in ["va1", "va2"] {
+        let shown = inside(&site.topology.netns("node"), || {
+            topology::run(&format!("tc filter show dev {interface} ingress"))
+        });
+        assert!(
+            shown.contains("0x77") && !shown.contains("0x5a54"),
+            "{shown}"
+        );
+        site.damage("node", &format!("tc qdisc del dev {interface} clsact"));
+    }
+    site.cleanup();
+}
+
+#[test]
+fn one_agent_per_namespace_and_in_its_own() {
+    if !can_run("one_agent_per_namespace_and_in_its_own") {
+        return;
+    }
+    let site = Site::new("ebpf");
+    let elsewhere = inside(&site.topology.netns("plain"), || {
+        site.command(&["run"]).output().unwrap()
+    });
+    let message = String::from_utf8_lossy(&elsewhere.stderr).into_owned();
+    assert!(message.contains("another network namespace"), "{message}");
+    assert_eq!(site.before, site.topology.traces());
+    let agent = site.run();
+    // With another state directory it is refused, too.
+    let config = site.config(&["app1"]).replace("/state", "/other-state");
+    fs::write(site.config_path(), config).unwrap();
+    let second = site.once(&["run"]);
+    let message = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(message.contains("another node-agent runs"), "{message}");
+    site.configure(&["app1", "app2"]);
+    // What is dropped is told.
+    let asked = site
+        .topology
+        .ask_from("app1", Some(topology::APP2), (REMOTE, 80));
+    asked.unwrap_err();
+    thread::sleep(Duration::from_millis(1500));
+    let (_, log) = agent.end(Signal::SIGTERM);
+    let told = "dropped: app_outbound spoofed: protocol 6 10.244.1.12:";
+    assert!(log.contains(told), "{log}");
+    site.cleanup();
 }
 
 macro_rules! for_both {
