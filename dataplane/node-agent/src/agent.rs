@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
-use redirect::{Observation, Pod, Redirection, Status};
+use redirect::{Observation, Pod, PodStatus, Redirection, Status};
 use serde::Serialize;
 
 use crate::config::{Config, Kind};
@@ -311,56 +311,22 @@ pub(crate) fn status(config: &Config, json: bool) -> Result<()> {
 }
 
 fn describe(report: &Report) -> String {
-    let Report {
-        agent_pid,
-        status,
-        sockmap,
-    } = report;
+    let status = &report.status;
+    let yes = |is: bool| if is { "yes" } else { "no" };
+    let agent = report.agent_pid.map(|pid| pid.to_string());
     let mut lines = vec![
         format!("redirection: {}", status.redirect),
-        format!(
-            "installed:   {}",
-            if status.installed { "yes" } else { "no" }
-        ),
-        format!(
-            "agent:       {}",
-            agent_pid.map_or("not running".into(), |p| p.to_string())
-        ),
+        format!("installed:   {}", yes(status.installed)),
+        format!("agent:       {}", agent.as_deref().unwrap_or("not running")),
     ];
-    lines.extend(
-        status
-            .variant
-            .map(|variant| format!("variant:     {variant:?}")),
-    );
-    lines.extend(
-        status
-            .tunnel_driver
-            .iter()
-            .map(|driver| format!("tunnels:     {driver}")),
-    );
-    lines.extend(
-        status
-            .attach
-            .iter()
-            .map(|attach| format!("attached by: {attach}")),
-    );
-    for pod in &status.pods {
-        let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
-        let missing = if pod.present {
-            ""
-        } else {
-            " (interface missing)"
-        };
-        let (uid, interface) = (&pod.uid, &pod.host_interface);
-        lines.push(format!(
-            "pod:         {uid} {} {interface}{missing}",
-            addresses.join(",")
-        ));
-    }
-    lines.push(format!(
-        "dns capture: {}",
-        if status.dns { "yes" } else { "no" }
-    ));
+    let variant = status.variant.iter();
+    lines.extend(variant.map(|variant| format!("variant:     {variant:?}")));
+    let driver = status.tunnel_driver.iter();
+    lines.extend(driver.map(|driver| format!("tunnels:     {driver}")));
+    let attach = status.attach.iter();
+    lines.extend(attach.map(|attach| format!("attached by: {attach}")));
+    lines.extend(status.pods.iter().map(describe_pod));
+    lines.push(format!("dns capture: {}", yes(status.dns)));
     if status.older_connections > 0 {
         let count = status.older_connections;
         lines.push(format!("older:       {count} connections left alone"));
@@ -370,24 +336,36 @@ fn describe(report: &Report) -> String {
             lines.push(format!("packets:     {program} {reason} {count}"));
         }
     }
-    lines.extend(
-        status
-            .owned
-            .iter()
-            .map(|owned| format!("owns:        {owned}")),
-    );
-    if let Some(sockmap) = sockmap {
-        let state = match (sockmap.enabled, sockmap.forced) {
-            (false, _) => "off",
-            (true, false) => "on",
-            (true, true) => "on by force: this kernel's FIONREAD is wrong",
-        };
-        lines.push(format!("sockmap:     {state}"));
-        for (counter, count) in &sockmap.counters {
-            lines.push(format!("sockmap:     {counter} {count}"));
-        }
+    let owned = status.owned.iter();
+    lines.extend(owned.map(|owned| format!("owns:        {owned}")));
+    if let Some(sockmap) = &report.sockmap {
+        describe_sockmap(sockmap, &mut lines);
     }
     lines.join("\n")
+}
+
+fn describe_pod(pod: &PodStatus) -> String {
+    let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
+    let missing = if pod.present {
+        ""
+    } else {
+        " (interface missing)"
+    };
+    let (uid, interface) = (&pod.uid, &pod.host_interface);
+    let addresses = addresses.join(",");
+    format!("pod:         {uid} {addresses} {interface}{missing}")
+}
+
+fn describe_sockmap(sockmap: &redirect::sockmap::Status, lines: &mut Vec<String>) {
+    let state = match (sockmap.enabled, sockmap.forced) {
+        (false, _) => "off",
+        (true, false) => "on",
+        (true, true) => "on by force: this kernel's FIONREAD is wrong",
+    };
+    lines.push(format!("sockmap:     {state}"));
+    for (counter, count) in &sockmap.counters {
+        lines.push(format!("sockmap:     {counter} {count}"));
+    }
 }
 
 /// `cleanup`.
