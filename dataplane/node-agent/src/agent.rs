@@ -78,6 +78,8 @@ struct Agent {
     observed: Observation,
     /// What was there after the last change; part of it missing means that someone interfered.
     expected: BTreeSet<String>,
+    /// What the last repair was for.
+    repaired: BTreeSet<String>,
     next_reconcile: Instant,
     dropped: DroppedLog,
     /// Last failure of a poll, so that one that lasts is logged once.
@@ -112,6 +114,7 @@ impl Agent {
             observed: Observation::take(&config.settings(), &config.pods),
             seen: std::fs::read_to_string(path).unwrap_or_default(),
             expected: redirection.inventory()?,
+            repaired: BTreeSet::new(),
             next_reconcile: Instant::now() + config.reconcile(),
             dropped: DroppedLog::default(),
             config,
@@ -217,17 +220,27 @@ impl Agent {
         }
         self.next_reconcile = Instant::now() + self.config.reconcile();
         let now = self.redirection.inventory()?;
-        let mut missing = self.expected.difference(&now);
-        let Some(example) = missing.next() else {
+        let missing: BTreeSet<_> = self.expected.difference(&now).cloned().collect();
+        let Some(example) = missing.first() else {
+            self.repaired.clear();
             return self.redirection.tidy().map_err(Error::from);
         };
-        let others = missing.count();
         tracing::warn!(
             missing = example,
-            others,
+            others = missing.len() - 1,
             "removed by someone else, installing again"
         );
-        self.apply()
+        let whole = self.expected.clone();
+        let result = self.apply();
+        // What is removed while the repair is under way is missing from the new inventory, too, and
+        // would never be put back. What a repair does not bring back is given up.
+        if missing == self.repaired {
+            self.repaired.clear();
+        } else {
+            self.expected.extend(whole);
+            self.repaired = missing;
+        }
+        result
     }
 
     /// Installs everything again, in place.
