@@ -63,7 +63,8 @@ fn carries(test: &str, redirect: Redirect, kind: ProxyKind, program: PathBuf, ex
         &["server-b"]
     };
     for server in servers {
-        let sizes = [0, 1, 100, 70_000, 8 * MIB];
+        // None is empty: HAProxy may drop a connection that ends before its own has begun.
+        let sizes = [1, 100, 70_000, 8 * MIB];
         let echo = echo_server(lab.listen(server, 8080), sizes.len());
         for (size, seed) in sizes.into_iter().zip(0..) {
             let client = lab.connect("client-a", at(server, 8080));
