@@ -137,7 +137,11 @@ pub fn records(data: &[u8]) {
                 _ => wire.extend_from_within(..),
             }
         }
-        if !deliver(&mut sides[1 - from], &mut wire, honest[from].then_some(fill)) {
+        if !deliver(
+            &mut sides[1 - from],
+            &mut wire,
+            honest[from].then_some(fill),
+        ) {
             return;
         }
     }
