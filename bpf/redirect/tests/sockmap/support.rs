@@ -155,6 +155,12 @@ impl Net {
         sockmap::sockets(&self.bpffs()).unwrap()
     }
 
+    /// Closed sockets leave the maps; a test beside this one that starts a program holds copies of
+    /// them for a moment.
+    pub(crate) fn expect_empty_maps(&self) {
+        eventually("no socket is in the maps", || self.sockets_in_maps() == 0);
+    }
+
     /// Listens in ztunnel's namespace, on the address of this family.
     pub(crate) fn listener(&self, ztunnel: IpAddr) -> TcpListener {
         self.on("zt", || TcpListener::bind((ztunnel, 0)).unwrap())

@@ -233,7 +233,7 @@ fn every_byte_arrives_in_order_whatever_the_ends_do() {
     ] {
         assert!(counters[counter] > 0, "{counter}: {counters:?}");
     }
-    assert_eq!(net.sockets_in_maps(), 0, "all connections are closed");
+    net.expect_empty_maps();
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn resets_at_any_point_are_errors_or_ends_and_never_wrong_bytes() {
             }
         });
     }
-    assert_eq!(net.sockets_in_maps(), 0);
+    net.expect_empty_maps();
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn a_thousand_connections_share_the_maps_within_bounds() {
     let redirected = net.counter("to_ztunnel_bytes") - counters["to_ztunnel_bytes"];
     assert!(redirected <= 1000 * 256 * 1024, "{redirected} bytes");
     drop(pairs);
-    assert_eq!(net.sockets_in_maps(), 0);
+    net.expect_empty_maps();
 }
 
 /// TCP's own buffers are what fills memory here; not more of it than the test needs.
