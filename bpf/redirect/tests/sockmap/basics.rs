@@ -76,9 +76,9 @@ fn a_connection_is_given_back_to_tcp_with_its_data_whole() {
     // Unread short-cut data, then more than the budget, which goes by TCP, in this order.
     app.write_all(b"unread ").unwrap();
     let bulk = vec![9; 1 << 20];
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         scope.spawn(|| app.write_all(&bulk).unwrap());
-        std::thread::sleep(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(100));
         zt.expect(b"unread ");
         zt.expect(&bulk);
     });
