@@ -43,26 +43,16 @@ fn hold(worker: &mut Worker<'_>, mut streams: Vec<Option<TcpStream>>) -> io::Res
     };
     let mut events = worker.events();
     let mut buffer = vec![0; 4096];
+    // What happened to a connection while others were still being established raised its event
+    // then, and readiness is reported once.
+    for stream in &mut streams {
+        look(worker, stream, &mut buffer);
+    }
     while worker.clock.now() < window.until && !worker.stopped() {
         worker.wait(&mut events, window.until)?;
         for event in &events {
             let Token(i) = event.token();
-            // An idle server sends nothing; what one sends all the same is thrown away, and not
-            // for ever: new bytes are new events.
-            for _ in 0..READS {
-                let Some(stream) = &mut streams[i] else { break };
-                let kind = match net::progress(stream.read(&mut buffer)) {
-                    Ok(Progress::Moved(n)) => {
-                        worker.tally.moved(0, n, true);
-                        continue;
-                    }
-                    Ok(Progress::Blocked) => break,
-                    Ok(Progress::Ended) => Kind::ClosedEarly,
-                    Err(e) => Kind::of_io(&e),
-                };
-                worker.tally.fail(kind);
-                streams[i] = None;
-            }
+            look(worker, &mut streams[i], &mut buffer);
         }
         worker.publish();
     }
@@ -71,4 +61,25 @@ fn hold(worker: &mut Worker<'_>, mut streams: Vec<Option<TcpStream>>) -> io::Res
         worker.tally.complete(true);
     }
     Ok(())
+}
+
+/// Reads what a connection has, which tells whether it still stands; one that does not is counted
+/// and forgotten.
+fn look(worker: &mut Worker<'_>, slot: &mut Option<TcpStream>, buffer: &mut [u8]) {
+    // An idle server sends nothing; what one sends all the same is thrown away, and not for ever:
+    // new bytes are new events.
+    for _ in 0..READS {
+        let Some(stream) = slot else { return };
+        let kind = match net::progress(stream.read(buffer)) {
+            Ok(Progress::Moved(n)) => {
+                worker.tally.moved(0, n, true);
+                continue;
+            }
+            Ok(Progress::Blocked) => return,
+            Ok(Progress::Ended) => Kind::ClosedEarly,
+            Err(e) => Kind::of_io(&e),
+        };
+        worker.tally.fail(kind);
+        *slot = None;
+    }
 }
