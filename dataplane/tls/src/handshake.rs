@@ -13,7 +13,6 @@ use std::fmt;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
-use std::sync::Arc;
 
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
@@ -21,11 +20,11 @@ use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, Unbuffered
 use rustls::{AlertDescription, CommonState};
 use rustls_pki_types::ServerName;
 
-use crate::peer::{ExpectedPeers, Peer, PeerRefused};
+use crate::peer::{Acceptance, ExpectedPeers, Peer, PeerRefused};
 use crate::record::{RECORD_HEADER, RecordTooLong, record_len};
 use crate::session::{Keys, Session};
 use crate::settings::{ClientSettings, ServerSettings};
-use crate::verify::PeerVerifier;
+use crate::verify::Case;
 
 /// Bytes a peer may send during a handshake: more than any sane certificate chain.
 pub const MAX_HANDSHAKE: usize = 128 * 1024;
@@ -81,7 +80,8 @@ pub struct Progress {
 /// A handshake in progress.
 pub struct Handshake {
     state: State,
-    verifier: Arc<PeerVerifier>,
+    /// Always there, but while the TLS library is at work.
+    case: Option<Case>,
     /// The record being received, and records rustls keeps to join a fragmented message.
     pending: Vec<u8>,
     /// Where in `pending` the incomplete record starts.
@@ -106,13 +106,13 @@ impl Handshake {
         settings: &ClientSettings,
         expected: impl Into<ExpectedPeers>,
     ) -> Result<Self, HandshakeError> {
-        let (config, verifier) = settings.for_connection(expected.into());
+        let case = Case::new(Acceptance::Servers(expected.into()));
         // Servers are told apart by their SPIFFE identity. No server name is sent, and the
         // verifier ignores this one; the library wants some.
         let name = ServerName::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let connection =
-            UnbufferedClientConnection::new(config, name).map_err(HandshakeError::Tls)?;
-        Ok(Self::new(State::Client(Box::new(connection)), verifier))
+        let connection = UnbufferedClientConnection::new(settings.config(), name)
+            .map_err(HandshakeError::Tls)?;
+        Ok(Self::new(State::Client(Box::new(connection)), case))
     }
 
     /// Starts a handshake as the server.
@@ -120,15 +120,16 @@ impl Handshake {
     /// # Errors
     /// The TLS library refuses the settings.
     pub fn server(settings: &ServerSettings) -> Result<Self, HandshakeError> {
-        let (config, verifier) = settings.for_connection().map_err(HandshakeError::Tls)?;
-        let connection = UnbufferedServerConnection::new(config).map_err(HandshakeError::Tls)?;
-        Ok(Self::new(State::Server(Box::new(connection)), verifier))
+        let case = Case::new(settings.acceptance());
+        let connection =
+            UnbufferedServerConnection::new(settings.config()).map_err(HandshakeError::Tls)?;
+        Ok(Self::new(State::Server(Box::new(connection)), case))
     }
 
-    const fn new(state: State, verifier: Arc<PeerVerifier>) -> Self {
+    const fn new(state: State, case: Case) -> Self {
         Self {
             state,
-            verifier,
+            case: Some(case),
             pending: Vec::new(),
             record_start: 0,
             received: 0,
@@ -214,18 +215,26 @@ impl Handshake {
     fn process(&mut self, output: &mut Vec<u8>) -> Result<bool, HandshakeError> {
         let records = &mut self.pending[..self.record_start];
         let (discard, result) = match &mut self.state {
-            State::Client(connection) => run(
-                records,
-                output,
-                connection,
-                |connection, records, output| step(connection.process_tls_records(records), output),
-            ),
-            State::Server(connection) => run(
-                records,
-                output,
-                connection,
-                |connection, records, output| step(connection.process_tls_records(records), output),
-            ),
+            State::Client(connection) => Case::during(&mut self.case, || {
+                run(
+                    records,
+                    output,
+                    connection,
+                    |connection, records, output| {
+                        step(connection.process_tls_records(records), output)
+                    },
+                )
+            }),
+            State::Server(connection) => Case::during(&mut self.case, || {
+                run(
+                    records,
+                    output,
+                    connection,
+                    |connection, records, output| {
+                        step(connection.process_tls_records(records), output)
+                    },
+                )
+            }),
             State::Over => return Err(HandshakeError::Over),
         };
         self.pending.drain(..discard);
@@ -261,11 +270,15 @@ impl Handshake {
 
     /// The peer as the verifier accepted it in the course of this handshake.
     fn authenticated_peer(&self) -> Result<Peer, HandshakeError> {
-        match self.verifier.outcome() {
+        match self.outcome() {
             Some(Ok(peer)) => Ok(peer.clone()),
             Some(Err(refused)) => Err(HandshakeError::Refused(Box::new(refused.clone()))),
             None => Err(HandshakeError::NotAuthenticated),
         }
+    }
+
+    fn outcome(&self) -> Option<&Result<Peer, PeerRefused>> {
+        self.case.as_ref().and_then(Case::outcome)
     }
 
     /// Says whom we refused where rustls only knows that the certificate was invalid.
@@ -273,7 +286,7 @@ impl Handshake {
         match error {
             StepError::Closed => HandshakeError::Closed,
             StepError::Library(rustls::Error::AlertReceived(alert)) => HandshakeError::Alert(alert),
-            StepError::Library(error) => match self.verifier.outcome() {
+            StepError::Library(error) => match self.outcome() {
                 Some(Err(refused)) => HandshakeError::Refused(Box::new(refused.clone())),
                 _ => HandshakeError::Tls(error),
             },

@@ -14,7 +14,7 @@
 //! * [`record`]: framing and protection of records, where other record layers belong.
 //!
 //! Invariants: only TLS 1.3 with AES-GCM; a [`Session`] exists only after rustls has verified the
-//! peer's chain and possession of its key, and the per-connection verifier has accepted its
+//! peer's chain and possession of its key, and the connection's own case has accepted its
 //! identity; nothing is sent to a server, not even our certificate, before its identity is
 //! accepted. Input is hostile: every length is bounded, and nothing a peer sends makes this crate
 //! panic.

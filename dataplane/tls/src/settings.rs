@@ -1,4 +1,6 @@
 //! What handshakes need, built once per workload certificate and shared by its connections.
+//!
+//! A connection adds whom it accepts, and nothing else: the verifier finds that in the connection's own case.
 
 use std::sync::Arc;
 
@@ -10,9 +12,9 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
 
 use crate::certificate::WorkloadCertificate;
-use crate::peer::{Acceptance, ExpectedPeers, first_uri};
+use crate::peer::{Acceptance, first_uri};
 use crate::provider::provider;
-use crate::verify::{PeerVerifier, Trust};
+use crate::verify::Trust;
 
 /// HTTP/2 carries HBONE, so it is the only protocol offered and accepted.
 const ALPN: &[u8] = b"h2";
@@ -58,15 +60,13 @@ pub enum SettingsError {
 /// A workload's certificate as a TLS client: connections to servers of the mesh.
 #[derive(Debug)]
 pub struct ClientSettings {
-    base: ClientConfig,
-    trust: Arc<Trust>,
+    config: Arc<ClientConfig>,
 }
 
 /// A workload's certificate as a TLS server: connections from clients of the mesh.
 #[derive(Debug)]
 pub struct ServerSettings {
-    key: Arc<SingleCertAndKey>,
-    trust: Arc<Trust>,
+    config: Arc<ServerConfig>,
     trust_domain: Arc<str>,
 }
 
@@ -90,20 +90,10 @@ impl ClientSettings {
         Credentials::new(certificate)?.client()
     }
 
-    /// The configuration of one connection, which accepts `expected` only.
-    ///
-    /// A copy of the shared one: a few reference counts beside some hundred microseconds of
-    /// handshake, and the identity is checked before our certificate is shown to the server.
-    pub(crate) fn for_connection(
-        &self,
-        expected: ExpectedPeers,
-    ) -> (Arc<ClientConfig>, Arc<PeerVerifier>) {
-        let acceptance = Acceptance::Servers(expected);
-        let verifier = Arc::new(PeerVerifier::new(Arc::clone(&self.trust), acceptance));
-        let mut config = self.base.clone();
-        let shared: Arc<PeerVerifier> = Arc::clone(&verifier);
-        config.dangerous().set_certificate_verifier(shared);
-        (Arc::new(config), verifier)
+    /// The configuration of all connections. The identity is checked before our certificate is
+    /// shown to the server.
+    pub(crate) fn config(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.config)
     }
 }
 
@@ -122,24 +112,14 @@ impl ServerSettings {
         &self.trust_domain
     }
 
-    /// The configuration of one connection, with a verifier of its own to keep the outcome.
-    pub(crate) fn for_connection(
-        &self,
-    ) -> Result<(Arc<ServerConfig>, Arc<PeerVerifier>), rustls::Error> {
-        let acceptance = Acceptance::TrustDomain(Arc::clone(&self.trust_domain));
-        let verifier = Arc::new(PeerVerifier::new(Arc::clone(&self.trust), acceptance));
-        let shared: Arc<PeerVerifier> = Arc::clone(&verifier);
-        let key: Arc<SingleCertAndKey> = Arc::clone(&self.key);
-        let mut config = ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&TLS13])?
-            .with_client_cert_verifier(shared)
-            .with_cert_resolver(key);
-        config.alpn_protocols = vec![ALPN.to_vec()];
-        config.enable_secret_extraction = true;
-        // A resumed connection would skip the verification of the client's certificate.
-        config.send_tls13_tickets = 0;
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok((Arc::new(config), verifier))
+    /// The configuration of all connections.
+    pub(crate) fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
+    }
+
+    /// Whom all connections accept.
+    pub(crate) fn acceptance(&self) -> Acceptance {
+        Acceptance::TrustDomain(Arc::clone(&self.trust_domain))
     }
 }
 
@@ -172,26 +152,20 @@ impl Credentials {
     }
 
     fn client(&self) -> Result<ClientSettings, SettingsError> {
-        // Accepts nobody: a connection that forgot to bring its own verifier fails.
-        let nobody = Acceptance::Servers(ExpectedPeers::new([], []));
-        let verifier = PeerVerifier::new(Arc::clone(&self.trust), nobody);
         let key: Arc<SingleCertAndKey> = Arc::clone(&self.key);
-        let mut base = ClientConfig::builder_with_provider(provider())
+        let verifier: Arc<Trust> = Arc::clone(&self.trust);
+        let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
-            .map_err(|source| SettingsError::Library {
-                identity: named(self.identity.as_deref()),
-                source,
-            })?
+            .map_err(|source| self.refused(source))?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_custom_certificate_verifier(verifier)
             .with_client_cert_resolver(key);
-        base.alpn_protocols = vec![ALPN.to_vec()];
-        base.enable_secret_extraction = true;
-        base.enable_sni = false;
-        base.resumption = Resumption::disabled();
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.enable_secret_extraction = true;
+        config.enable_sni = false;
+        config.resumption = Resumption::disabled();
         Ok(ClientSettings {
-            base,
-            trust: Arc::clone(&self.trust),
+            config: Arc::new(config),
         })
     }
 
@@ -200,11 +174,29 @@ impl Credentials {
         let own = own.ok_or_else(|| SettingsError::NoIdentity {
             found: named(self.identity.as_deref()),
         })?;
+        let key: Arc<SingleCertAndKey> = Arc::clone(&self.key);
+        let verifier: Arc<Trust> = Arc::clone(&self.trust);
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|source| self.refused(source))?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(key);
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.enable_secret_extraction = true;
+        // A resumed connection would skip the verification of the client's certificate.
+        config.send_tls13_tickets = 0;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
         Ok(ServerSettings {
-            key: Arc::clone(&self.key),
-            trust: Arc::clone(&self.trust),
+            config: Arc::new(config),
             trust_domain: Arc::from(own.trust_domain()),
         })
+    }
+
+    fn refused(&self, source: rustls::Error) -> SettingsError {
+        SettingsError::Library {
+            identity: named(self.identity.as_deref()),
+            source,
+        }
     }
 }
 
@@ -214,4 +206,18 @@ fn named(identity: Option<&str>) -> String {
         || "no URI name".to_owned(),
         |uri| uri.escape_debug().take(256).collect(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::{authority, identity, workload};
+
+    #[test]
+    fn connections_share_one_configuration() {
+        let certificate = workload(&authority("mesh"), &identity("td", "app"));
+        let (client, server) = both(&certificate).unwrap();
+        assert!(Arc::ptr_eq(&client.config(), &client.config()));
+        assert!(Arc::ptr_eq(&server.config(), &server.config()));
+    }
 }

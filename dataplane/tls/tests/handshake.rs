@@ -103,6 +103,58 @@ fn bytes_behind_the_handshake_stay_ours() {
 }
 
 #[test]
+fn handshakes_in_turns_keep_their_own_peers() {
+    let authority = authority("mesh");
+    let account = |n: usize| identity("td", &format!("server-{n}"));
+    let client = workload(&authority, &identity("td", "client"));
+    let client = ClientSettings::new(&client).unwrap();
+    let servers = (0..4).map(|n| ServerSettings::new(&workload(&authority, &account(n))));
+    // All of one client configuration; every second one expects somebody else.
+    let mut pairs: Vec<_> = servers
+        .enumerate()
+        .map(|(n, server)| {
+            let near = Handshake::client(&client, &account(n - n % 2)).unwrap();
+            let far = Handshake::server(&server.unwrap()).unwrap();
+            (near, far, Vec::new(), Vec::new())
+        })
+        .collect();
+    for (near, _, up, _) in &mut pairs {
+        near.advance(&[], up).unwrap();
+    }
+    for (_, far, up, down) in &mut pairs {
+        far.advance(up, down).unwrap();
+    }
+    let longest = pairs.iter().map(|pair| pair.3.len()).max().unwrap();
+    let mut outcomes: [Option<bool>; 4] = [None; 4];
+    // A piece for each in turn, from one flight's first byte to its last.
+    for start in (0..longest).step_by(100) {
+        for (n, (near, _, up, down)) in pairs.iter_mut().enumerate() {
+            let piece = &down[start.min(down.len())..(start + 100).min(down.len())];
+            if outcomes[n].is_some() || piece.is_empty() {
+                continue;
+            }
+            match near.advance(piece, up) {
+                Ok(progress) => {
+                    if let Some(session) = progress.established {
+                        assert_eq!(session.peer().identity(), Some(&account(n)));
+                        outcomes[n] = Some(true);
+                    }
+                }
+                Err(error) => {
+                    let HandshakeError::Refused(refused) = error else {
+                        panic!("{error}");
+                    };
+                    let shown = format!("[{}]", account(n).uri());
+                    assert_eq!(refused.presented(), shown);
+                    outcomes[n] = Some(false);
+                }
+            }
+        }
+    }
+    assert_eq!(outcomes, [true, false, true, false].map(Some));
+}
+
+#[test]
 fn certificates_of_another_ca_are_refused() {
     let (ours, theirs) = (authority("mesh"), authority("elsewhere"));
     let (a, b) = (identity("td", "client"), identity("td", "server"));
