@@ -23,7 +23,7 @@ use crate::tunnel::{self, Setup, Tunnel, TunnelOwner, TunnelStream};
 use crate::watch::Watch;
 
 /// Accepts one tunnel. The tunnel's own tasks go on after this returns.
-pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
+pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, _alive: Alive) {
     let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
     let Ok(dst) = context.original_dst(&client) else {
         return;
@@ -111,7 +111,7 @@ impl TunnelOwner for Inbound {
     fn request(&self, tunnel: &Rc<Tunnel>, stream: TunnelStream, head: RequestHead) {
         let peer = tunnel.peer();
         rt::spawn(serve(Request {
-            _alive: self.context.alive(),
+            alive: self.context.alive(),
             context: Rc::clone(&self.context),
             dst: self.dst,
             workload: Arc::clone(&self.workload),
@@ -126,7 +126,7 @@ impl TunnelOwner for Inbound {
 /// One CONNECT request.
 struct Request {
     /// From the start: a request that has not been looked at yet is not lost in a drain.
-    _alive: Alive,
+    alive: Alive,
     context: Rc<Context>,
     dst: SocketAddr,
     workload: Arc<Workload>,
@@ -136,6 +136,8 @@ struct Request {
     stream: TunnelStream,
 }
 
+/// Sets the connection to the server up. Bytes are relayed by a task of their own, which is all that
+/// stays.
 async fn serve(request: Request) {
     let context = &request.context;
     let target = match request.target() {
@@ -166,8 +168,12 @@ async fn serve(request: Request) {
                 record.close(None, telemetry::ResponseFlags::None);
                 return;
             }
-            let result = relay::tunnel_to_server(&request.stream, server, &record, &watch).await;
-            relay::finish(record, result);
+            let Request { alive, stream, .. } = request;
+            rt::spawn(async move {
+                let _alive = alive;
+                let result = relay::tunnel_to_server(&stream, server, &record, &watch).await;
+                relay::finish(record, result);
+            });
         }
         Err(error) => {
             request.refuse(&error);
@@ -207,7 +213,7 @@ impl Request {
             .watches
             .authorize(&snapshot, &self.workload, &facts)?;
         let connect = context.connect(target, context.source_for(self.src.ip()));
-        let server = watch.while_allowed(connect).await??;
+        let server = watch.while_allowed(pin!(connect)).await??;
         Ok((server, watch))
     }
 

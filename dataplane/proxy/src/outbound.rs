@@ -1,6 +1,7 @@
 //! Connections captured from local pods (port 15001).
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,18 +12,19 @@ use telemetry::{ConnectionInfo, HboneTarget, Reporter, ResponseFlags, Security};
 
 use crate::baggage::{baggage, forwarded, traceparent};
 use crate::config::RedirectMode;
-use crate::context::Context;
+use crate::context::{Alive, Context};
 use crate::error::ProxyError;
 use crate::pool::Key;
 use crate::relay;
 
-/// Serves one captured connection to its end.
-pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
+/// Sets one captured connection up. Its bytes are relayed by a task of their own: what setting up
+/// takes is several times the state of the relay, and would be spread between its parts.
+pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, alive: Alive) {
     let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
     let Ok(dst) = context.original_dst(&client) else {
         return;
     };
-    if let Err(error) = serve(&context, client, src, dst).await {
+    if let Err(error) = serve(&context, client, src, dst, alive).await {
         context
             .telemetry
             .failed_early(Reporter::Source, src, dst, &error);
@@ -35,6 +37,7 @@ async fn serve(
     client: TcpStream,
     src: SocketAddr,
     dst: SocketAddr,
+    alive: Alive,
 ) -> Result<(), ProxyError> {
     let reset = |client: &TcpStream| {
         let _ = client.reset_on_close(); // the client may be gone already
@@ -60,6 +63,7 @@ async fn serve(
         client,
         src,
         source,
+        alive,
     };
     match route {
         Route::Passthrough { dst } => connection.plain(dst, None, None).await,
@@ -122,6 +126,7 @@ struct Connection<'a> {
     client: TcpStream,
     src: SocketAddr,
     source: Arc<Workload>,
+    alive: Alive,
 }
 
 impl Connection<'_> {
@@ -149,8 +154,12 @@ impl Connection<'_> {
         };
         match self.context.connect(dst, source).await {
             Ok(server) => {
-                let result = relay::client_to_server(self.client, server, &[&record], None).await;
-                relay::finish(record, result);
+                let Self { client, alive, .. } = self;
+                rt::spawn(async move {
+                    let _alive = alive;
+                    let result = relay::client_to_server(client, server, &[&record], None).await;
+                    relay::finish(record, result);
+                });
             }
             Err(error) => {
                 let _ = self.client.reset_on_close();
@@ -204,9 +213,13 @@ impl Connection<'_> {
         };
         match context.pool.connect(context, &key, &request).await {
             Ok(stream) => {
-                let result = relay::client_to_tunnel(self.client, &stream, &record).await;
-                drop(stream);
-                relay::finish(record, result);
+                let Self { client, alive, .. } = self;
+                rt::spawn(async move {
+                    let _alive = alive;
+                    let result = relay::client_to_tunnel(client, &stream, &record).await;
+                    drop(stream);
+                    relay::finish(record, result);
+                });
             }
             Err(error) => {
                 let _ = self.client.reset_on_close();
@@ -246,20 +259,22 @@ impl Connection<'_> {
             let context = self.context;
             let watch = context.watches.authorize(&snapshot, &workload, &facts)?;
             let connect = context.connect(target, context.source_for(self.src.ip()));
-            let server = watch.while_allowed(connect).await??;
+            let server = watch.while_allowed(pin!(connect)).await??;
             Ok::<_, ProxyError>((server, watch))
         };
         match connected.await {
             Ok((server, watch)) => {
-                let records = [&outbound, &inbound];
-                let relay = relay::client_to_server(self.client, server, &records, Some(&watch));
-                let result = relay.await;
-                let shown = result
-                    .as_ref()
-                    .err()
-                    .map(|error| error as &dyn std::fmt::Display);
-                outbound.close(shown, ResponseFlags::None);
-                inbound.close(shown, ResponseFlags::None);
+                let Self { client, alive, .. } = self;
+                rt::spawn(async move {
+                    let _alive = alive;
+                    let records = [&outbound, &inbound];
+                    let relay = relay::client_to_server(client, server, &records, Some(&watch));
+                    let result = relay.await;
+                    let error = result.as_ref().err();
+                    let shown = error.map(|error| error as &dyn std::fmt::Display);
+                    outbound.close(shown, ResponseFlags::None);
+                    inbound.close(shown, ResponseFlags::None);
+                });
             }
             Err(error) => {
                 let _ = self.client.reset_on_close();

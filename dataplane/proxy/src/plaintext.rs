@@ -1,6 +1,7 @@
 //! Connections to local pods from outside the mesh (port 15006): authorized without an identity.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -8,17 +9,17 @@ use mesh::ConnectionFacts;
 use rt::net::TcpStream;
 use telemetry::{ConnectionInfo, Reporter};
 
-use crate::context::Context;
+use crate::context::{Alive, Context};
 use crate::error::ProxyError;
 use crate::relay;
 
-/// Serves one captured connection to its end.
-pub(crate) async fn handle(context: Rc<Context>, client: TcpStream) {
+/// Sets one captured connection up. Its bytes are relayed by a task of their own.
+pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, alive: Alive) {
     let Ok(src) = client.peer_addr() else { return }; // reset before it was looked at
     let Ok(dst) = context.original_dst(&client) else {
         return;
     };
-    if let Err((client, error)) = serve(&context, client, src, dst).await {
+    if let Err((client, error)) = serve(&context, client, src, dst, alive).await {
         let _ = client.reset_on_close(); // the client may be gone already
         context
             .telemetry
@@ -32,6 +33,7 @@ async fn serve(
     client: TcpStream,
     src: SocketAddr,
     dst: SocketAddr,
+    alive: Alive,
 ) -> Result<(), (TcpStream, ProxyError)> {
     let node = &context.config.node;
     if node.is_own_port(dst.port()) {
@@ -60,13 +62,18 @@ async fn serve(
         let snapshot = context.snapshot();
         let watch = context.watches.authorize(&snapshot, &workload, &facts)?;
         let connect = context.connect(dst, context.source_for(src.ip()));
-        let server = watch.while_allowed(connect).await??;
+        let server = watch.while_allowed(pin!(connect)).await??;
         Ok::<_, ProxyError>((server, watch))
     };
     match connected.await {
         Ok((server, watch)) => {
-            let result = relay::client_to_server(client, server, &[&record], Some(&watch)).await;
-            relay::finish(record, result);
+            rt::spawn(async move {
+                let _alive = alive;
+                let records = [&record];
+                let relay = relay::client_to_server(client, server, &records, Some(&watch));
+                let result = relay.await;
+                relay::finish(record, result);
+            });
         }
         Err(error) => {
             let _ = client.reset_on_close();

@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -52,11 +52,11 @@ pub(crate) async fn client_to_tunnel(
     server: &TunnelStream,
     record: &ConnectionRecord,
 ) -> Result<(), ProxyError> {
-    let (read, mut write) = client.split();
+    let (mut read, mut write) = client.split();
     let cut = Cut::default();
     both(
-        upload(read, server, record, Way::Request, &cut),
-        download(server, &mut write, record, Way::Response),
+        pin!(upload(&mut read, server, record, Way::Request, &cut)),
+        pin!(download(server, &mut write, record, Way::Response)),
         &cut,
     )
     .await
@@ -69,14 +69,13 @@ pub(crate) async fn tunnel_to_server(
     record: &ConnectionRecord,
     watch: &Watch,
 ) -> Result<(), ProxyError> {
-    let (read, mut write) = server.split();
-    let cut = Cut::default();
-    let relay = both(
-        upload(read, client, record, Way::Response, &cut),
-        download(client, &mut write, record, Way::Request),
-        &cut,
-    );
-    let result = watch.while_allowed(relay).await;
+    let (mut read, mut write) = server.split();
+    let result = {
+        let cut = Cut::default();
+        let up = pin!(upload(&mut read, client, record, Way::Response, &cut));
+        let down = pin!(download(client, &mut write, record, Way::Request));
+        watch.while_allowed(pin!(both(up, down, &cut))).await
+    };
     if result.is_err() {
         client.cut_off();
         let _ = write.reset_on_close(); // the application may be gone already
@@ -91,18 +90,19 @@ pub(crate) async fn client_to_server(
     records: &[&ConnectionRecord],
     watch: Option<&Watch>,
 ) -> Result<(), ProxyError> {
-    let (client_read, mut client_write) = client.split();
-    let (server_read, mut server_write) = server.split();
-    let cut = Cut::default();
-    let relay = both(
-        copy(client_read, &mut server_write, records, Way::Request),
-        copy(server_read, &mut client_write, records, Way::Response),
-        &cut,
-    );
-    let Some(watch) = watch else {
-        return relay.await;
+    let (mut client_read, mut client_write) = client.split();
+    let (mut server_read, mut server_write) = server.split();
+    let result = {
+        let cut = Cut::default();
+        let (request, response) = (Way::Request, Way::Response);
+        let up = pin!(copy(&mut client_read, &mut server_write, records, request));
+        let down = pin!(copy(&mut server_read, &mut client_write, records, response));
+        let mut relay = pin!(both(up, down, &cut));
+        match watch {
+            Some(watch) => watch.while_allowed(relay).await,
+            None => Ok(relay.as_mut().await),
+        }
     };
-    let result = watch.while_allowed(relay).await;
     if result.is_err() {
         // Either may be gone already.
         let _ = client_write.reset_on_close();
@@ -119,12 +119,13 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// Runs both directions to their ends; the first error ends the other one too. If `one` is `cut`
 /// the end of `other` is the end, after [`LINGER`].
+///
+/// Pinned by the caller: a future that is moved into another one's state is in it twice.
 async fn both(
-    one: impl Future<Output = Result<(), ProxyError>>,
-    other: impl Future<Output = Result<(), ProxyError>>,
+    mut one: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
+    mut other: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
     cut: &Cut,
 ) -> Result<(), ProxyError> {
-    let (mut one, mut other) = (pin!(one), pin!(other));
     let (mut one_open, mut other_open) = (true, true);
     let mut linger = None;
     poll_fn(|cx| {
@@ -161,7 +162,7 @@ async fn both(
 
 /// Socket into tunnel. Bulk data is received where it will be sealed.
 async fn upload(
-    mut from: ReadHalf,
+    from: &mut ReadHalf,
     to: &TunnelStream,
     record: &ConnectionRecord,
     way: Way,
@@ -192,7 +193,7 @@ async fn upload(
             Ok(n) => way.count(record, n),
             Err(failure) => {
                 *cut.borrow_mut() = Some(failure);
-                return discard(from, bufs).await;
+                return discard(from, &mut bufs).await;
             }
         }
     }
@@ -200,10 +201,10 @@ async fn upload(
 
 /// Takes what nobody wants until its sender ends: closing a socket with unread data would reset it,
 /// and take away what is still on its way to the application.
-async fn discard(mut from: ReadHalf, mut bufs: VecDeque<Buf>) -> Result<(), ProxyError> {
+async fn discard(from: &mut ReadHalf, bufs: &mut VecDeque<Buf>) -> Result<(), ProxyError> {
     loop {
         bufs.clear();
-        if end_if_gone(from.recv(&mut bufs).await)? == 0 {
+        if end_if_gone(from.recv(bufs).await)? == 0 {
             return Ok(());
         }
     }
@@ -238,7 +239,7 @@ async fn download(
 
 /// Socket into socket; bulk goes through a pipe instead of through this process's memory.
 async fn copy(
-    mut from: ReadHalf,
+    from: &mut ReadHalf,
     to: &mut WriteHalf,
     records: &[&ConnectionRecord],
     way: Way,
@@ -246,7 +247,7 @@ async fn copy(
     let mut bufs = VecDeque::new();
     let (mut pipe, mut may_splice) = (None, true);
     loop {
-        if may_splice && Splice::is_possible(&from) {
+        if may_splice && Splice::is_possible(from) {
             if pipe.is_none() {
                 pipe = Splice::new().ok(); // without descriptors to spare it is copied
             }
@@ -254,7 +255,7 @@ async fn copy(
             if let Some(pipe) = &mut pipe {
                 let moved = |n| records.iter().for_each(|record| way.count(record, n));
                 // Boxed: idle connections would hold its state otherwise.
-                match Box::pin(pipe.relay(&mut from, to, moved)).await {
+                match Box::pin(pipe.relay(from, to, moved)).await {
                     Ok(Spliced::Small) => {}
                     Ok(Spliced::End) => return end(to).await,
                     // Whichever side is gone: nothing more comes, or nobody takes it.
@@ -308,5 +309,37 @@ fn end_if_gone(result: io::Result<usize>) -> io::Result<usize> {
     match result {
         Err(error) if is_gone(&error) => Ok(0),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Size of the future that a function of these arguments returns.
+    fn size<A, B, C, D, F>(_: impl FnOnce(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Every connection holds one of these, and touches most of it for each message: with many
+    /// connections their size is cache misses per message.
+    #[test]
+    fn relays_are_small() {
+        type Record = &'static ConnectionRecord;
+        type Stream = &'static TunnelStream;
+        let sizes = [
+            size(|client, server: Stream, record: Record, _: ()| {
+                client_to_tunnel(client, server, record)
+            }),
+            size(
+                |client: Stream, server, record: Record, watch: &'static Watch| {
+                    tunnel_to_server(client, server, record, watch)
+                },
+            ),
+            size(|client, server, records: &'static [Record], watch| {
+                client_to_server(client, server, records, watch)
+            }),
+        ];
+        assert!(sizes.iter().all(|size| *size <= 1024), "bytes: {sizes:?}");
     }
 }

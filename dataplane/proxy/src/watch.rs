@@ -12,7 +12,7 @@
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -164,12 +164,11 @@ impl Watch {
     /// Runs `future` as long as policies allow the connection.
     ///
     /// # Errors
-    /// [`ProxyError::Revoked`]; `future` is dropped then.
+    /// [`ProxyError::Revoked`]; `future` is not polled any more then.
     pub(crate) async fn while_allowed<T>(
         &self,
-        future: impl Future<Output = T>,
+        mut future: Pin<&mut impl Future<Output = T>>,
     ) -> Result<T, ProxyError> {
-        let mut future = pin!(future);
         std::future::poll_fn(|cx| {
             // First: what is no longer allowed moves no byte more.
             while self.facts.signal.poll_wait(cx).is_ready() {

@@ -16,7 +16,7 @@ use telemetry::WorkerTelemetry;
 use tls::CertificateStore;
 
 use crate::config::ProxyConfig;
-use crate::context::Context;
+use crate::context::{Alive, Context};
 use crate::{inbound, outbound, plaintext};
 
 /// Bound and listening sockets of one worker (blocking mode).
@@ -129,7 +129,7 @@ pub async fn serve(setup: WorkerSetup) {
 /// clients that they are connected.
 async fn accept<F, H>(context: Rc<Context>, listener: TcpListener, handle: F)
 where
-    F: Fn(Rc<Context>, TcpStream) -> H,
+    F: Fn(Rc<Context>, TcpStream, Alive) -> H,
     H: Future<Output = ()> + 'static,
 {
     let mut listener = Listener::from_std(listener);
@@ -156,12 +156,7 @@ where
                 rt::time::sleep(LAST_LOOK).await; // one more turn of the ring
             }
             Some(Ok(stream)) => {
-                let alive = context.alive();
-                let handled = handle(Rc::clone(&context), stream);
-                rt::spawn(async move {
-                    let _alive = alive;
-                    handled.await;
-                });
+                rt::spawn(handle(Rc::clone(&context), stream, context.alive()));
             }
             Some(Err(error)) => {
                 tracing::warn!("cannot accept connections: {error}; trying again");
