@@ -52,10 +52,6 @@ async fn accept(
     src: SocketAddr,
     dst: SocketAddr,
 ) -> Result<Rc<Tunnel>, ProxyError> {
-    client.set_nodelay()?;
-    if let Some(keepalive) = &context.config.keepalive {
-        client.set_keepalive(keepalive)?;
-    }
     let max = context.config.handshakes_max;
     let deadline = Instant::now() + context.config.handshake_timeout;
     let place = rt::time::timeout(

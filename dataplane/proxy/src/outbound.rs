@@ -43,10 +43,6 @@ async fn serve(
         let _ = client.reset_on_close(); // the client may be gone already
     };
     let prepared = async {
-        client.set_nodelay()?;
-        if let Some(keepalive) = &context.config.keepalive {
-            client.set_keepalive(keepalive)?;
-        }
         let source = context.wait_for_workload(src.ip()).await?;
         let route = route(context, &source, dst)?;
         Ok::<_, ProxyError>((source, route))

@@ -46,9 +46,6 @@ async fn serve(
         };
         return Err((client, error));
     };
-    if let Err(error) = prepare(context, &client) {
-        return Err((client, error.into()));
-    }
     let mut info = ConnectionInfo::new(Reporter::Destination, src, dst);
     info.source = context.workload(src.ip());
     info.destination = Some(Arc::clone(&workload));
@@ -81,12 +78,4 @@ async fn serve(
         }
     }
     Ok(())
-}
-
-fn prepare(context: &Context, client: &TcpStream) -> std::io::Result<()> {
-    client.set_nodelay()?;
-    match &context.config.keepalive {
-        Some(keepalive) => client.set_keepalive(keepalive),
-        None => Ok(()),
-    }
 }

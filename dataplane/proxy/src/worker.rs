@@ -133,6 +133,7 @@ where
     H: Future<Output = ()> + 'static,
 {
     let mut listener = Listener::from_std(listener);
+    prepare(&listener, &context.config);
     let mut last_look = false;
     loop {
         let accepted = {
@@ -163,6 +164,17 @@ where
                 rt::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// Sets what every accepted connection inherits, instead of on each of them.
+fn prepare(listener: &Listener, config: &ProxyConfig) {
+    let mut set = listener.set_nodelay();
+    if let Some(keepalive) = &config.keepalive {
+        set = set.and_then(|()| listener.set_keepalive(keepalive));
+    }
+    if let Err(error) = set {
+        tracing::warn!("cannot set the options of accepted connections: {error}");
     }
 }
 

@@ -6,7 +6,8 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Poll, ready};
 
-use super::socket::{Socket, TcpStream};
+use super::sockaddr::set_option;
+use super::socket::{Keepalive, Socket, TcpStream};
 use crate::exec::{Inner, current};
 use crate::op::{Keep, OpId};
 
@@ -31,6 +32,22 @@ impl Listener {
             inner: current(),
             op: None,
         }
+    }
+
+    /// Disables Nagle's algorithm for the connections it accepts, which inherit it (`tcp(7)`).
+    ///
+    /// # Errors
+    /// That of `setsockopt(2)`.
+    pub fn set_nodelay(&self) -> io::Result<()> {
+        set_option(self.socket.raw(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)
+    }
+
+    /// Turns keepalive probes on for the connections it accepts, which inherit all of it.
+    ///
+    /// # Errors
+    /// That of `setsockopt(2)`.
+    pub fn set_keepalive(&self, keepalive: &Keepalive) -> io::Result<()> {
+        keepalive.apply(self.socket.raw())
     }
 
     /// Waits for the next connection. Cancel safe.

@@ -152,14 +152,6 @@ impl TcpStream {
         set_option(self.0.raw(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)
     }
 
-    /// Turns keepalive probes on.
-    ///
-    /// # Errors
-    /// That of `setsockopt(2)`.
-    pub fn set_keepalive(&self, keepalive: &Keepalive) -> io::Result<()> {
-        keepalive.apply(self.0.raw())
-    }
-
     /// Makes the final close send RST instead of FIN (`SO_LINGER` with zero time).
     ///
     /// # Errors
