@@ -102,12 +102,43 @@ impl Server {
             0 => thread::available_parallelism().map_or(1, usize::from),
             n => n,
         });
-        let failed = |source| Error::Listen {
+        let listeners =
+            net::listen(options.listen, count.max(1)).map_err(|source| Error::Listen {
+                address: options.listen,
+                source,
+            })?;
+        Self::with(listeners, options)
+    }
+
+    /// Serves what others have listened on, a thread for each listener: sockets with options that
+    /// [`Self::start`] does not know. `listen` and `threads` of `options` mean nothing here.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Listen`] if there is no listener or one cannot be used, [`Error::Worker`] if epoll
+    /// cannot.
+    pub fn over(listeners: Vec<std::net::TcpListener>, options: &Options) -> Result<Self, Error> {
+        let prepared = listeners.into_iter().map(|listener| {
+            listener.set_nonblocking(true)?;
+            Ok(TcpListener::from_std(listener))
+        });
+        let listeners: io::Result<Vec<_>> = prepared.collect();
+        let listeners = listeners.map_err(|source| Error::Listen {
             address: options.listen,
             source,
-        };
-        let listeners = net::listen(options.listen, count.max(1)).map_err(failed)?;
-        let address = listeners[0].local_addr().map_err(failed)?;
+        })?;
+        Self::with(listeners, options)
+    }
+
+    fn with(listeners: Vec<TcpListener>, options: &Options) -> Result<Self, Error> {
+        let first = listeners
+            .first()
+            .ok_or_else(|| io::ErrorKind::InvalidInput.into());
+        let address = first.and_then(TcpListener::local_addr);
+        let address = address.map_err(|source| Error::Listen {
+            address: options.listen,
+            source,
+        })?;
         let pattern: Arc<[u8]> = payload::pattern(STREAM_PATTERN).into();
         let workers: Vec<Worker> = listeners
             .into_iter()

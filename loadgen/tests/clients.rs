@@ -16,14 +16,17 @@ use loadgen::worker::Client;
 use loadgen::{Error, connect, idle, rr, stream};
 
 fn server(mode: Mode) -> Server {
-    Server::start(&serve::Options {
+    Server::start(&serving(mode)).unwrap()
+}
+
+fn serving(mode: Mode) -> serve::Options {
+    serve::Options {
         listen: ([127, 0, 0, 1], 0).into(),
         mode,
         threads: Some(2),
         cpus: Vec::new(),
         print_peers: false,
-    })
-    .unwrap()
+    }
 }
 
 fn client(to: SocketAddr, connections: usize) -> Client {
@@ -383,10 +386,8 @@ fn an_occupied_address_is_refused() {
     let first = server(Mode::Echo);
     let again = serve::Options {
         listen: first.address(),
-        mode: Mode::Echo,
         threads: None,
-        cpus: Vec::new(),
-        print_peers: false,
+        ..serving(Mode::Echo)
     };
     let error = Server::start(&again).unwrap_err();
     assert!(matches!(error, Error::Listen { .. }));
@@ -394,6 +395,21 @@ fn an_occupied_address_is_refused() {
         error.to_string().contains("another process listens there"),
         "{error}"
     );
+}
+
+#[test]
+fn what_others_listen_on_is_served() {
+    let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let addresses = [0, 1].map(|i: usize| listeners[i].local_addr().unwrap());
+    let server = Server::over(listeners.into(), &serving(Mode::Echo)).unwrap();
+    assert_eq!(server.address(), addresses[0]);
+    for address in addresses {
+        let report = rr::run(&rr(client(address, 4), 100)).unwrap();
+        assert!(report.ok() > 0 && report.errors_by_kind().is_empty());
+    }
+    assert_eq!(server.stop().unwrap().connections, 8);
+    let none = Server::over(Vec::new(), &serving(Mode::Echo));
+    assert!(matches!(none, Err(Error::Listen { .. })));
 }
 
 #[test]

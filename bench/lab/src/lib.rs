@@ -26,6 +26,7 @@ mod daemon;
 mod error;
 mod http;
 mod lab;
+pub mod listener;
 mod lock;
 mod mesh_file;
 pub mod network;

@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use lab::compare::{self, CompareOptions};
 use lab::network::namespace;
 use lab::peers::ProxyKind;
-use lab::{Lab, LabOptions, Redirect, Variant, report};
+use lab::{Lab, LabOptions, Redirect, Variant, listener, report};
 
 /// A two-node Istio ambient network on this machine, in network namespaces.
 ///
@@ -59,6 +59,13 @@ enum Commands {
         #[arg(long, value_name = "README.md")]
         readme: Option<PathBuf>,
     },
+    /// In ztunnel's place: answer what is redirected. Started by `up --proxy listener`
+    #[command(hide = true)]
+    Answer {
+        /// The eBPF redirection's map of listeners
+        #[arg(long, value_name = "PATH")]
+        listener_map: Option<PathBuf>,
+    },
     /// Remove everything: namespaces, links, redirection, processes, files
     Down {
         #[command(flatten)]
@@ -90,8 +97,8 @@ struct UpArgs {
     #[arg(long, value_name = "PATH")]
     ztunnel: Option<PathBuf>,
     /// What runs in ztunnel's place: shared (a ztunnel with this project's environment), dedicated
-    /// (any ztunnel, for the node's main pod), envoy-tcp, envoy-hbone or haproxy; all but shared
-    /// need --redirect tunnel
+    /// (any ztunnel, for the node's main pod), envoy-tcp, envoy-hbone or haproxy, which need
+    /// --redirect tunnel, or listener (nothing of a proxy: it answers by itself)
     #[arg(long, value_name = "KIND", default_value = ProxyKind::default().name())]
     proxy: ProxyKind,
     /// Rule set of --redirect tunnel: hardened, or faithful to Istio 1.20 with its defects
@@ -152,6 +159,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Commands::Down { lab } => down(&lab.name)?,
         Commands::Compare(options) => {
             compare::run(&options).context("compare")?;
+        }
+        Commands::Answer { listener_map } => {
+            listener::serve(listener_map.as_deref()).context("answer")?;
         }
         Commands::Report { dir, readme } => render(dir, readme.as_deref())?,
     }

@@ -32,7 +32,7 @@ const PORTS_LIMIT: Duration = Duration::from_secs(5);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// ztunnel's readiness port.
-const READINESS_PORT: u16 = 15021;
+pub(crate) const READINESS_PORT: u16 = 15021;
 
 /// The lab's root certificate and its key.
 pub(crate) fn ca_paths(lab: &str) -> (PathBuf, PathBuf) {
@@ -60,6 +60,7 @@ pub(crate) fn start(state: &State, binary: &Path, node: Node) -> Result<Daemon> 
     let mut command = match state.proxy {
         ProxyKind::Shared => shared(state, binary, node),
         ProxyKind::Dedicated => dedicated(state, binary, node),
+        ProxyKind::Listener => listener(state, binary, node),
         _ => peers::command(state, binary, node)?,
     };
     if env::var_os("RUST_LOG").is_none() {
@@ -99,6 +100,18 @@ fn dedicated(state: &State, binary: &Path, node: Node) -> HostCommand {
         .env("LOCAL_XDS_PATH", mesh_path(&state.name))
         .env("ENABLE_ORIG_SRC", "true")
         .env("NODE_NAME", node.name());
+    command
+}
+
+/// The lab's own [`crate::listener`].
+fn listener(state: &State, binary: &Path, node: Node) -> HostCommand {
+    let mut command = HostCommand::new(netns_path(&state.name, node.ztunnel()), binary);
+    command.arg("answer");
+    if state.redirect == Redirect::Ebpf {
+        command
+            .arg("--listener-map")
+            .arg(listener_map(&state.name, node));
+    }
     command
 }
 

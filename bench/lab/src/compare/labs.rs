@@ -4,9 +4,10 @@ use anyhow::{Context as _, Result, bail};
 
 use super::interrupt::Interrupt;
 use super::peers::{self, Wanted};
-use super::plan::{Path, Plan};
+use super::plan::{Cell, Path, Plan};
 use super::trial::Setup;
 use crate::lab::{Lab, LabOptions};
+use crate::peers::ProxyKind;
 use crate::report::schema::{Peer, SkippedPeer};
 use crate::state::Redirect;
 
@@ -14,6 +15,8 @@ use crate::state::Redirect;
 #[derive(Debug, Default)]
 pub(super) struct Labs {
     up: Vec<(String, Lab)>,
+    /// The labs with listeners in the place of ztunnels, of paths that are measured so as well.
+    listeners: Vec<(String, Lab)>,
     /// The peers among them.
     pub(super) peers: Vec<Peer>,
     /// Peers that could not be brought up.
@@ -56,16 +59,14 @@ impl Labs {
     pub(super) fn up(&mut self, prefix: &str, plan: &Plan, interrupt: &Interrupt) -> Result<()> {
         for path in plan.paths.iter().filter(|path| path.peer.is_none()) {
             let name = format!("{prefix}-{}", path.slug());
-            make_room(&name)?;
-            let options = LabOptions {
-                name,
-                redirect: path.redirect,
-                sockmap: path.sockmap,
-                ..LabOptions::default()
-            };
-            let lab = Lab::up(&options);
-            let lab = lab.with_context(|| format!("bringing up path {}", path.name))?;
-            self.up.push((path.name.clone(), lab));
+            if plan.needs_ztunnels(path) {
+                let lab = up(&name, path, ProxyKind::Shared)?;
+                self.up.push((path.name.clone(), lab));
+            }
+            if plan.cells.iter().any(|cell| path.needs_listener(cell)) {
+                let lab = up(&format!("{name}-alone"), path, ProxyKind::Listener)?;
+                self.listeners.push((path.name.clone(), lab));
+            }
             if interrupt.came() {
                 bail!("interrupted while labs came up");
             }
@@ -73,19 +74,41 @@ impl Labs {
         Ok(())
     }
 
-    /// The lab of a path.
-    pub(super) fn of(&self, path: &Path) -> Result<&Lab> {
-        let lab = self.up.iter().find(|(name, _)| *name == path.name);
+    /// The lab of a path for what is measured at `cell`.
+    pub(super) fn of(&self, path: &Path, cell: &Cell) -> Result<&Lab> {
+        let labs = if path.needs_listener(cell) {
+            &self.listeners
+        } else {
+            &self.up
+        };
+        let lab = labs.iter().find(|(name, _)| *name == path.name);
         lab.map(|(_, lab)| lab)
             .with_context(|| format!("path {} has no lab", path.name))
     }
 
+    fn all(&self) -> impl Iterator<Item = &(String, Lab)> {
+        self.up.iter().chain(&self.listeners)
+    }
+
     /// The driver of the `tunnel` path.
     pub(super) fn tunnel_driver(&self) -> Option<String> {
-        let mut labs = self.up.iter().map(|(_, lab)| lab);
+        let mut labs = self.all().map(|(_, lab)| lab);
         let tunnel = labs.find(|lab| lab.redirect() == Redirect::Tunnel)?;
         tunnel.tunnel_driver().map(str::to_owned)
     }
+}
+
+/// Brings up one lab of `path`.
+fn up(name: &str, path: &Path, proxy: ProxyKind) -> Result<Lab> {
+    make_room(name)?;
+    let options = LabOptions {
+        name: name.to_owned(),
+        redirect: path.redirect,
+        sockmap: path.sockmap,
+        proxy,
+        ..LabOptions::default()
+    };
+    Lab::up(&options).with_context(|| format!("bringing up path {}", path.name))
 }
 
 /// Removes what a comparison that was killed left up: the lock says that none is running.
@@ -97,7 +120,7 @@ fn make_room(name: &str) -> Result<()> {
 
 impl Drop for Labs {
     fn drop(&mut self) {
-        for (_, lab) in &self.up {
+        for (_, lab) in self.all() {
             if let Err(error) = Lab::down(lab.name()) {
                 eprintln!("lab: taking lab {} down: {error}", lab.name());
             }

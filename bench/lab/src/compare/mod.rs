@@ -25,6 +25,7 @@ mod summary;
 #[cfg(test)]
 mod tests;
 mod trial;
+mod workload;
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -63,11 +64,12 @@ pub struct CompareOptions {
     /// Under 3 minutes: short trials, fewer rounds
     #[arg(long)]
     pub quick: bool,
-    /// Paths: none, tunnel, ebpf; one named twice is measured against itself [default: all of
-    /// these, each once]
+    /// Paths: none, tunnel, ebpf, ebpf+sockmap; one named twice is measured against itself
+    /// [default: the first three, each once]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub paths: Vec<String>,
-    /// Workloads: rr, stream, connect, rr-open [default: all of these]
+    /// Workloads: rr, stream, connect, rr-open, and redirect-rr, redirect-connect with a plain
+    /// listener in ztunnel's place [default: all of these]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub workloads: Vec<String>,
     /// Rounds, each with one trial of every path at every workload [default: 10, quick 5]
@@ -279,13 +281,14 @@ fn highest_closed_rate(plan: &Plan, setup: &Setup<'_>, labs: &Labs) -> Result<f6
     eprintln!("finding the rates of the open loops");
     let meshed = |redirect| redirect != Redirect::None;
     let any_meshed = plan.paths.iter().any(|path| meshed(path.redirect));
+    let cell = Cell::closed_rr(OPEN_CONNECTIONS);
     let mut highest = 0.0;
     for (path, number) in plan.paths.iter().zip(1900..) {
         if path.again.is_some() || (any_meshed && !meshed(path.redirect)) {
             continue;
         }
         let trial = setup
-            .run(labs.of(path)?, &Cell::closed_rr(OPEN_CONNECTIONS), number)
+            .run(labs.of(path, &cell)?, &cell, number)
             .with_context(|| format!("finding the highest rate of {}", path.name))?;
         highest = trial.metric("requests_per_s").unwrap_or(0.0).max(highest);
     }
@@ -351,7 +354,7 @@ impl Runner<'_> {
                     + u32::try_from(cell).unwrap_or(0);
                 let trial = self
                     .setup
-                    .run(self.labs.of(by)?, at, number)
+                    .run(self.labs.of(by, at)?, at, number)
                     .with_context(|| format!("{} {}", by.name, at.label()))?;
                 if self.interrupt.came() {
                     progress.end();

@@ -229,7 +229,7 @@ fn about(kind: ProxyKind, version: &str) -> String {
             "{each}; the server's chain is checked but not its SPIFFE identity, client's address \
              kept, AES-256-GCM as ours"
         ),
-        ProxyKind::Shared | ProxyKind::Dedicated => return String::new(),
+        ProxyKind::Shared | ProxyKind::Dedicated | ProxyKind::Listener => return String::new(),
     };
     format!("{version}: {does}. {less}")
 }

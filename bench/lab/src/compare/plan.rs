@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 
 use super::placement::Placement;
+pub(super) use super::workload::{Scope, Workload};
 use crate::state::Redirect;
 
 /// Redirections of this project's own ztunnel, all measured unless others are asked for.
@@ -86,8 +87,22 @@ impl Path {
 
     /// Whether the path is measured at `cell`.
     fn meets(&self, cell: &Cell) -> bool {
+        if cell.workload.redirection_only() && !self.redirects_alone() {
+            return false;
+        }
         (self.again.is_none() || cell.repeated())
             && !(self.cross_node_only && cell.scope == Scope::SameNode)
+    }
+
+    /// Whether it can be measured without a ztunnel: each way of redirection once, and plain
+    /// forwarding to hold it against.
+    fn redirects_alone(&self) -> bool {
+        self.peer.is_none() && self.again.is_none() && !self.sockmap
+    }
+
+    /// Whether this path at `cell` needs a lab with listeners in the place of ztunnels.
+    pub(super) fn needs_listener(&self, cell: &Cell) -> bool {
+        self.redirect != Redirect::None && cell.workload.redirection_only() && self.meets(cell)
     }
 
     /// The path's part of its lab's name.
@@ -106,87 +121,6 @@ pub(super) fn check_peer_name(name: &str) -> Result<()> {
         bail!("--peer `{name}`: this is a path's own name; choose another");
     }
     Ok(())
-}
-
-/// Where the server is, seen from the client on node A.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Scope {
-    CrossNode,
-    SameNode,
-}
-
-impl Scope {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::CrossNode => "cross-node",
-            Self::SameNode => "same-node",
-        }
-    }
-
-    /// The host the server runs on.
-    pub(super) fn server(self) -> &'static str {
-        match self {
-            Self::CrossNode => "server-b",
-            Self::SameNode => "server-a",
-        }
-    }
-}
-
-/// What the load generator does.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Workload {
-    Rr,
-    Stream,
-    Connect,
-    RrOpen,
-}
-
-impl Workload {
-    const ALL: [Self; 4] = [Self::Rr, Self::Stream, Self::Connect, Self::RrOpen];
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Rr => "rr",
-            Self::Stream => "stream",
-            Self::Connect => "connect",
-            Self::RrOpen => "rr-open",
-        }
-    }
-
-    /// The load generator's command.
-    pub(super) fn command(self) -> &'static str {
-        match self {
-            Self::RrOpen => "rr",
-            other => other.name(),
-        }
-    }
-
-    /// The server's mode.
-    pub(super) fn server_mode(self) -> &'static str {
-        match self {
-            Self::Stream => "sink",
-            Self::Rr | Self::RrOpen | Self::Connect => "echo",
-        }
-    }
-
-    /// Numbers of connections it is measured at.
-    fn connections(self, scope: Scope, quick: bool) -> &'static [u32] {
-        match (self, scope) {
-            (Self::Rr, Scope::SameNode) if quick => &[32],
-            (Self::Rr, _) => &[1, 32, 256],
-            (Self::Stream, Scope::CrossNode) if !quick => &[1, 8],
-            (Self::Stream, _) => &[8],
-            (Self::Connect, _) => &[16],
-            (Self::RrOpen, _) => &[OPEN_CONNECTIONS],
-        }
-    }
-
-    fn size_bytes(self) -> u32 {
-        match self {
-            Self::Rr | Self::RrOpen | Self::Connect => 64,
-            Self::Stream => 0,
-        }
-    }
 }
 
 /// Connections of the open loop and of the closed one that finds its rates.
@@ -241,6 +175,7 @@ impl Cell {
             Workload::Stream => self.connections > 1,
             Workload::Connect => true,
             Workload::RrOpen => self.load.is_some_and(|load| load.percent == 80),
+            Workload::RedirectRr | Workload::RedirectConnect => false,
         }
     }
 
@@ -294,7 +229,8 @@ impl Plan {
                 .into_iter()
                 .find(|workload| workload.name() == name);
             let Some(workload) = found else {
-                bail!("--workloads: `{name}` is none of rr, stream, connect, rr-open");
+                let all = Workload::ALL.map(Workload::name).join(", ");
+                bail!("--workloads: `{name}` is none of {all}");
             };
             chosen.push(workload);
         }
@@ -376,6 +312,12 @@ impl Plan {
         order
     }
 
+    /// Whether the usual lab of a path is used at all.
+    pub(super) fn needs_ztunnels(&self, path: &Path) -> bool {
+        let mut cells = self.cells.iter();
+        cells.any(|cell| path.meets(cell) && !path.needs_listener(cell))
+    }
+
     pub(super) fn trials_per_round(&self) -> usize {
         let met = |cell| self.paths.iter().filter(|path| path.meets(cell)).count();
         self.cells.iter().map(met).sum()
@@ -403,6 +345,12 @@ fn add_cells(cells: &mut Vec<Cell>, scope: Scope, workload: Workload, quick: boo
                     ..cell
                 }));
             }
+            continue;
+        }
+        if workload.redirection_only() && connections == 1 {
+            // On one CPU nothing but the price is left of a lone connection's latency.
+            let placement = Placement::OneCpu;
+            cells.push(Cell { placement, ..cell });
             continue;
         }
         cells.push(cell);
@@ -461,7 +409,7 @@ mod tests {
         assert_eq!(twice.paths[1].slug(), "ebpf-2");
         let round = twice.round(0);
         assert_eq!(round.len(), twice.trials_per_round());
-        for workload in Workload::ALL {
+        for workload in Workload::ALL.into_iter().filter(|w| !w.redirection_only()) {
             let again = round
                 .iter()
                 .any(|&(cell, path)| path == 1 && twice.cells[cell].workload == workload);
@@ -494,6 +442,33 @@ mod tests {
         assert_eq!(plan.cells.len(), 2);
         assert_eq!(plan.trials_per_round(), before + 1);
         assert_eq!(plan.round(1).len(), plan.trials_per_round());
+    }
+
+    #[test]
+    fn redirection_alone_is_measured_once_a_way_between_pods_of_one_node() {
+        let paths = strings(&["none", "tunnel", "ebpf", "ebpf", "ebpf+sockmap"]);
+        let mut plan = Plan::new(&paths, &strings(&["redirect-rr"]), false).unwrap();
+        plan.add_peer(Path::peer("other", "/bin/true".into(), Redirect::Ebpf));
+        let labels: Vec<String> = plan.cells.iter().map(Cell::label).collect();
+        let expected = [
+            "same-node redirect-rr x1 one-cpu",
+            "same-node redirect-rr x32",
+        ];
+        assert_eq!(labels, expected);
+        let order = plan.round(0);
+        let at = |wanted| order.iter().filter(move |&&(cell, _)| cell == wanted);
+        let names: Vec<&str> = at(1)
+            .map(|&(_, path)| plan.paths[path].name.as_str())
+            .collect();
+        assert_eq!(names, ["none", "tunnel", "ebpf"]);
+        let listeners = |path: &&Path| path.needs_listener(&plan.cells[0]);
+        let names: Vec<&str> = plan
+            .paths
+            .iter()
+            .filter(listeners)
+            .map(|p| &*p.name)
+            .collect();
+        assert_eq!(names, ["tunnel", "ebpf"]);
     }
 
     #[test]
@@ -542,12 +517,12 @@ mod tests {
     }
 
     #[test]
-    fn a_default_comparison_takes_about_twelve_minutes() {
+    fn a_default_comparison_takes_about_fifteen_minutes() {
         let mut plan = Plan::new(&[], &[], false).unwrap();
         plan.repeat("ebpf").unwrap();
         // 1.1 s of load and some 0.15 s around it, ten rounds.
         let minutes = plan.trials_per_round() as f64 * 10.0 * 1.25 / 60.0;
-        assert!((11.0..12.6).contains(&minutes), "{minutes}");
+        assert!((13.5..15.0).contains(&minutes), "{minutes}");
         let mut plan = Plan::new(&[], &[], true).unwrap();
         plan.repeat("ebpf").unwrap();
         let seconds = plan.trials_per_round() as f64 * 5.0 * 0.7;

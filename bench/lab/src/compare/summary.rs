@@ -282,6 +282,10 @@ fn notes(document: &Document) -> Vec<String> {
         }
         notes.push(note);
     }
+    let mut rows = document.rows.iter();
+    if rows.any(|row| schema::is_redirection_only(&row.workload)) {
+        notes.push(ALONE.to_owned());
+    }
     let settings = &document.settings;
     notes.extend(about_peers(document));
     notes.push(format!("CPU placement: {}. {PLACED}", settings.placement));
@@ -312,6 +316,11 @@ fn notes(document: &Document) -> Vec<String> {
 const PLACED: &str = "Rows marked one-cpu have client, server and all ztunnel threads on one \
     CPU; cpu-per-node gives node A's client and ztunnel one and node B's server and ztunnel \
     another. Latency of a lone connection depends on it more than on anything else.";
+const ALONE: &str = "redirect-rr and redirect-connect are rr and connect without ztunnels: what \
+    is redirected is answered by the load generator's echo server, on a transparent listener for \
+    each CPU in ztunnel's place, in labs of their own; in path none the same server runs in the \
+    pod that is dialled. They show what redirection alone costs. No path is measured against \
+    itself at them.";
 const LOOPS: &str = "rr, stream and connect are closed loops: a connection sends its next request \
     when the last response is there, so tail latencies are those at full load and do not count \
     requests a stall kept from being sent. rr-open sends at a set rate, with Poisson arrivals on \

@@ -103,6 +103,44 @@ fn missing(programs: &[&str]) -> Option<String> {
         .map(|error| error.to_string())
 }
 
+#[test]
+fn redirection_alone_is_measured_without_ztunnels() {
+    const NAME: &str = "redirection_alone_is_measured_without_ztunnels";
+    if let Some(reason) = missing(&["loadgen", "node-agent", "lab"]) {
+        eprintln!("skipped: {NAME}: {reason}");
+        return;
+    }
+    let out = tempfile::tempdir().unwrap();
+    let options = CompareOptions {
+        workloads: vec!["redirect-rr".to_owned(), "redirect-connect".to_owned()],
+        trials: Some(2),
+        duration: Some(0.2),
+        out: Some(out.path().join("report")),
+        ..CompareOptions::default()
+    };
+    let prefix = format!("r{}", std::process::id());
+    let directory = run_as(&prefix, &options).unwrap();
+    let _ = fs::remove_file(format!("/run/zt-lab-{prefix}.lock"));
+    let document = report::read(&directory).unwrap();
+    assert_eq!(document.paths, ["none", "tunnel", "ebpf"]);
+    assert_eq!(document.rows.len(), 4 * 3);
+    for row in &document.rows {
+        let [_, machine] = report::schema::cpu_metrics(&row.workload);
+        assert!(row.median(machine).unwrap() > 0.0, "{row:?}");
+        let throughput = report::schema::throughput_metric(&row.workload);
+        assert!(row.median(throughput).unwrap() > 0.0, "{row:?}");
+        assert_eq!(row.median("errors"), Some(0.0), "{row:?}");
+        let of = |part: &str| row.metrics.keys().any(|name| name.starts_with(part));
+        assert!(of("server_cpu") && of("client_cpu"), "{row:?}");
+        assert!(!of("ztunnel"), "{row:?}");
+        assert_eq!(row.scope, "same-node");
+    }
+    let against_none = |ratio: &&report::schema::Ratio| ratio.to == "none";
+    assert!(document.ratios.iter().any(|ratio| against_none(&ratio)));
+    let text = fs::read_to_string(directory.join("report.md")).unwrap();
+    assert!(text.contains("## Redirection alone"), "{text}");
+}
+
 /// A control group of this test.
 struct Group(PathBuf);
 

@@ -74,11 +74,16 @@ impl Setup<'_> {
         let cpus = self
             .pin
             .cpus(cell.placement, cell.scope == Scope::SameNode)?;
-        let server = self.start_server(lab, host, &to, cell, &cpus)?;
+        let pids = lab.ztunnel_pids();
+        // Redirection alone: what stands in the place of the client's ztunnel answers itself.
+        let answers = pids.first().filter(|_| cell.workload.redirection_only());
+        let server = match answers {
+            Some(_) => None,
+            None => Some(self.start_server(lab, host, &to, cell, &cpus)?),
+        };
         let json = self.scratch.join("trial.json");
         // Yesterday's file must not pass for today's.
         let _ = fs::remove_file(&json);
-        let pids = lab.ztunnel_pids();
         let mut bound = Bound::default();
         for (pid, cpu) in pids.iter().zip(cpus.ztunnels.into_iter().flatten()) {
             bound.bind(*pid, cpu)?;
@@ -94,8 +99,12 @@ impl Setup<'_> {
             .stderr(Stdio::piped());
         let mut client = Killed(command.spawn().context("starting loadgen on client-a")?);
         let stdout = client.0.stdout.take().context("loadgen has no stdout")?;
-        let spent = observe(stdout, lab, &watched(&pids, client.0.id(), server.0.id()))?;
-        let rss = resident_bytes(&pids);
+        let ztunnels = if answers.is_some() { &[] } else { &pids[..] };
+        let server = answers
+            .copied()
+            .or_else(|| server.as_ref().map(|server| server.0.id()));
+        let spent = observe(stdout, lab, &watched(ztunnels, client.0.id(), server))?;
+        let rss = resident_bytes(ztunnels);
         let mut complaint = String::new();
         if let Some(stderr) = &mut client.0.stderr {
             let _ = stderr.read_to_string(&mut complaint);
@@ -114,7 +123,7 @@ impl Setup<'_> {
             cell.workload,
             document,
             spent.as_ref(),
-            &pids,
+            ztunnels,
             rss,
         ))
     }
@@ -169,7 +178,7 @@ impl Setup<'_> {
     fn client_arguments(&self, cell: &Cell, to: &str, cpus: &Cpus) -> Vec<String> {
         let text = |text: &str| text.to_owned();
         let connections = match cell.workload {
-            Workload::Connect => "--concurrency",
+            Workload::Connect | Workload::RedirectConnect => "--concurrency",
             _ => "--connections",
         };
         let mut arguments = vec![
@@ -201,15 +210,17 @@ impl Setup<'_> {
 }
 
 /// The processes of a trial by what they do. Of several proxies the first half is node A's.
-fn watched(ztunnels: &[u32], client: u32, server: u32) -> Vec<Watched> {
+fn watched(ztunnels: &[u32], client: u32, server: Option<u32>) -> Vec<Watched> {
     let of = |role| move |&pid: &u32| Watched { role, pid };
     let (a, b) = ztunnels.split_at(ztunnels.len() / 2);
     let ztunnels = a
         .iter()
         .map(of(Role::ZtunnelA))
         .chain(b.iter().map(of(Role::ZtunnelB)));
-    let ends = [(Role::Client, client), (Role::Server, server)];
-    let ends = ends.map(|(role, pid)| Watched { role, pid });
+    let ends = [(Role::Client, Some(client)), (Role::Server, server)];
+    let ends = ends
+        .into_iter()
+        .filter_map(|(role, pid)| Some(Watched { role, pid: pid? }));
     ztunnels.chain(ends).collect()
 }
 
@@ -253,9 +264,9 @@ fn evaluate(
     let errors = document["outcomes"]["errors"].as_u64().unwrap_or(0);
     metrics.insert("errors".to_owned(), errors as f64);
     let wanted: &[&str] = match workload {
-        Workload::Rr => &["requests_per_s", "bytes_per_s"],
+        Workload::Rr | Workload::RedirectRr => &["requests_per_s", "bytes_per_s"],
         Workload::RrOpen => &["requests_per_s", "service_p50_us", "service_p99_us"],
-        Workload::Connect => &["connections_per_s"],
+        Workload::Connect | Workload::RedirectConnect => &["connections_per_s"],
         Workload::Stream => &["bytes_per_s"],
     };
     let p999 = (figure("count") >= Some(P999_SAMPLES)).then_some("p999_us");
@@ -298,10 +309,10 @@ fn costs(
     }
     // What is divided by; the units of CPU time and of counts, and by how much those scale.
     let (rate, cpu_unit, cpu_scale, unit, scale) = match workload {
-        Workload::Rr | Workload::RrOpen => {
+        Workload::Rr | Workload::RrOpen | Workload::RedirectRr => {
             ("requests_per_s", "us_per_request", 1e6, "per_request", 1.0)
         }
-        Workload::Connect => (
+        Workload::Connect | Workload::RedirectConnect => (
             "connections_per_s",
             "us_per_connection",
             1e6,

@@ -18,6 +18,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 use crate::ca::CertificateAuthority;
+use crate::daemon::workspace_binary;
 use crate::error::{Error, Result};
 use crate::mesh_file::TRUST_DOMAIN;
 use crate::network::namespace::HostCommand;
@@ -39,6 +40,8 @@ pub enum ProxyKind {
     /// listeners where redirection asks for it.
     #[default]
     Shared,
+    /// Nothing of a proxy: a server that answers by itself what is redirected to it.
+    Listener,
     /// Any ztunnel, in upstream's `dedicated` mode for the node's main pod.
     Dedicated,
     /// Envoy: TCP proxies, each connection with a TLS session of its own to the other node.
@@ -51,8 +54,9 @@ pub enum ProxyKind {
 
 impl ProxyKind {
     /// Every kind.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Shared,
+        Self::Listener,
         Self::Dedicated,
         Self::EnvoyTcp,
         Self::EnvoyHbone,
@@ -64,6 +68,7 @@ impl ProxyKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Shared => "shared",
+            Self::Listener => "listener",
             Self::Dedicated => "dedicated",
             Self::EnvoyTcp => "envoy-tcp",
             Self::EnvoyHbone => "envoy-hbone",
@@ -74,7 +79,7 @@ impl ProxyKind {
     /// Whether it registers its listeners with the eBPF redirection.
     #[must_use]
     pub fn registers_listeners(self) -> bool {
-        self == Self::Shared
+        matches!(self, Self::Shared | Self::Listener)
     }
 
     /// The program of this kind that is installed.
@@ -93,6 +98,7 @@ impl ProxyKind {
             Self::Haproxy => {
                 in_path("haproxy").ok_or_else(|| format!("HAProxy is not installed: {REMEDY}"))
             }
+            Self::Listener => workspace_binary("lab").map_err(|error| error.to_string()),
             Self::Shared | Self::Dedicated => {
                 Err("no ztunnel of this name is known: give NAME=PATH".to_owned())
             }

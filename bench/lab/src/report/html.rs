@@ -5,10 +5,11 @@ use std::fmt::Write as _;
 use anyhow::Result;
 
 use super::schema::{
-    Cell, Document, Ratio, Row, Verdict, cpu_metrics, process_cpu_metrics, throughput_metric,
+    Cell, Document, Ratio, Row, Verdict, cpu_metrics, is_redirection_only, process_cpu_metrics,
+    throughput_metric,
 };
 use super::units::with_unit;
-use super::{curve, plot, tally};
+use super::{alone, curve, plot, tally};
 
 const STYLE: &str = "
 :root{color-scheme:light}
@@ -173,7 +174,7 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         .iter()
         .filter(|r| r.of == row.path && r.metric == throughput && r.cell() == row.cell())
         // What the whole mesh costs is in the figures; this column is about rivals.
-        .filter(|r| r.to != "none" || document.paths.len() == 2)
+        .filter(|r| r.is_of_rivals() || document.paths.len() == 2)
         .map(|r| format!("{}: {}", escape(&r.to), verdict(r)))
         .collect();
     let _ = writeln!(
@@ -276,7 +277,8 @@ fn load(html: &mut String, document: &Document) -> Result<()> {
 
 fn spectra(html: &mut String, document: &Document) -> Result<()> {
     let mut plots = String::new();
-    for cell in document.cells() {
+    let meshed = |cell: &Cell<'_>| !is_redirection_only(cell.workload);
+    for cell in document.cells().into_iter().filter(meshed) {
         if let Some(svg) = plot::spectrum(document, &cell)? {
             plots.push_str(&svg);
         }
@@ -323,7 +325,36 @@ fn cpu(html: &mut String, document: &Document) -> Result<()> {
         }
     }
     html.push_str("</div>\n");
+    redirection_alone(html, document)?;
     processes(html, document);
+    Ok(())
+}
+
+fn redirection_alone(html: &mut String, document: &Document) -> Result<()> {
+    let Some(table) = alone::Table::of(document) else {
+        return Ok(());
+    };
+    let _ = writeln!(html, "<h2>Redirection alone</h2>\n<p>{}</p>", alone::ABOUT);
+    key(html, document);
+    html.push_str("<div class=\"plots\">\n");
+    for (workload, unit) in [
+        ("redirect-rr", "us of the machine per round trip"),
+        ("redirect-connect", "us of the machine per connection"),
+    ] {
+        let metric = cpu_metrics(workload)[1];
+        bars(html, document, workload, metric, (unit, 1.0))?;
+    }
+    html.push_str("</div>\n<div class=\"wide\"><table>");
+    let row = |html: &mut String, cells: &[String], tag: &str| {
+        html.push_str("<tr>");
+        for cell in cells {
+            let _ = write!(html, "<{tag}>{}</{tag}>", escape(cell));
+        }
+        html.push_str("</tr>\n");
+    };
+    row(html, &table.head, "th");
+    table.lines.iter().for_each(|line| row(html, line, "td"));
+    html.push_str("</table></div>\n");
     Ok(())
 }
 
@@ -439,7 +470,7 @@ fn escape(text: &str) -> String {
 mod tests {
     use std::process::Command;
 
-    use super::super::tests::example;
+    use super::super::tests::{example, redirection_alone};
     use super::*;
 
     #[test]
@@ -455,6 +486,16 @@ mod tests {
     }
 
     #[test]
+    fn redirection_alone_has_a_part_of_its_own() {
+        let html = page(&redirection_alone()).unwrap();
+        assert!(html.contains("<h2>Redirection alone</h2>"));
+        assert!(html.contains("<td>0.70 [0.65, 0.75] better</td>"), "{html}");
+        // The sentence about the mesh leaves it out.
+        assert!(html.contains("throughput better in 1, worse in 0 of 1"));
+        assert!(!page(&example()).unwrap().contains("Redirection alone"));
+    }
+
+    #[test]
     fn a_browser_shows_the_page_without_complaint() {
         let browser = ["chromium", "chromium-browser", "google-chrome"]
             .into_iter()
@@ -465,7 +506,11 @@ mod tests {
         };
         let directory = tempfile::tempdir().unwrap();
         let (file, image) = ("report.html", "report.png");
-        std::fs::write(directory.path().join(file), page(&example()).unwrap()).unwrap();
+        std::fs::write(
+            directory.path().join(file),
+            page(&redirection_alone()).unwrap(),
+        )
+        .unwrap();
         let run = |what: &[&str]| {
             let output = Command::new(browser)
                 .args([

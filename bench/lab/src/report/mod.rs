@@ -1,5 +1,6 @@
 //! The report of a comparison: its file format, the page and the table made from it.
 
+mod alone;
 mod curve;
 mod html;
 pub mod plot;
@@ -180,6 +181,34 @@ mod tests {
             skipped_peers: Vec::new(),
             notes: vec!["A note.".to_owned()],
         }
+    }
+
+    /// One with redirection alone besides.
+    pub(super) fn redirection_alone() -> Document {
+        let mut document = example();
+        for (path, rate) in [("none", 100e3), ("tunnel", 60e3), ("ebpf", 90e3)] {
+            let mut row = row(path, rate);
+            row.metrics
+                .retain(|metric, _| !metric.starts_with("ztunnel_"));
+            row.workload = "redirect-rr".to_owned();
+            row.scope = "same-node".to_owned();
+            document.rows.push(row);
+        }
+        let against = |to: &str, ratio: f64, verdict| Ratio {
+            metric: "total_cpu_us_per_request".to_owned(),
+            to: to.to_owned(),
+            scope: "same-node".to_owned(),
+            workload: "redirect-rr".to_owned(),
+            ratio,
+            ci95: [ratio - 0.05, ratio + 0.05],
+            verdict,
+            ..document.ratios[0].clone()
+        };
+        let mut same = against("none", 1.05, Verdict::NoDifference);
+        same.ci95 = [1.04, 1.06];
+        let faster = against("tunnel", 0.7, Verdict::Better);
+        document.ratios.extend([faster, same]);
+        document
     }
 
     #[test]

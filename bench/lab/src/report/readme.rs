@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use super::schema::{Cell, Document, Peer, Row, Verdict, cpu_metrics, throughput_metric};
+use super::alone::{self, ratio};
+use super::schema::{
+    Cell, Document, Peer, Row, cpu_metrics, is_redirection_only, throughput_metric,
+};
 use super::units::with_unit;
 use super::{read, tally};
 
@@ -105,6 +108,7 @@ fn section(directory: &Path, link: &str) -> Result<String> {
     let document = read(directory)?;
     let mut text = about(&document, link);
     ratios(&mut text, &document);
+    redirection_alone(&mut text, &document);
     rivals(&mut text, &document);
     medians(&mut text, &document);
     let bench = directory.join("bench.json");
@@ -156,6 +160,13 @@ fn cells(document: &Document) -> Vec<Cell<'_>> {
     cells.filter(|cell| cell.offered_per_s.is_none()).collect()
 }
 
+/// Those with ztunnels.
+fn meshed(document: &Document) -> Vec<Cell<'_>> {
+    let mut cells = cells(document);
+    cells.retain(|cell| !is_redirection_only(cell.workload));
+    cells
+}
+
 fn metrics(workload: &str) -> [&'static str; 5] {
     let [ztunnel, machine] = cpu_metrics(workload);
     let throughput = throughput_metric(workload);
@@ -170,21 +181,8 @@ fn ratios(text: &mut String, document: &Document) {
          | scope | workload | throughput | p50 | p99 | ztunnel CPU | machine CPU |\n\
          | --- | --- | --- | --- | --- | --- | --- |\n"
     );
-    for cell in cells(document) {
-        let show = |metric: &str| {
-            let ratio = document
-                .ratios
-                .iter()
-                .find(|r| r.cell() == cell && r.metric == metric && (&*r.of, &*r.to) == (OF, TO));
-            ratio.map_or_else(String::new, |r| {
-                let verdict = match r.verdict {
-                    Verdict::NoDifference => "–",
-                    told => told.name(),
-                };
-                let [low, high] = r.ci95;
-                format!("{:.2} [{low:.2}, {high:.2}] {verdict}", r.ratio)
-            })
-        };
+    for cell in meshed(document) {
+        let show = |metric: &str| ratio(document, &cell, metric, (OF, TO));
         let shown = metrics(cell.workload).map(show);
         if shown.iter().any(|text| !text.is_empty()) {
             let (scope, label) = (cell.scope, cell.label());
@@ -193,19 +191,12 @@ fn ratios(text: &mut String, document: &Document) {
     }
 }
 
-/// A ratio with its interval and verdict; empty if there is none.
-fn ratio(document: &Document, cell: &Cell<'_>, metric: &str, (of, to): (&str, &str)) -> String {
-    let ratio = document.ratios.iter().find(|r| {
-        r.cell() == *cell && r.metric == metric && (r.of.as_str(), r.to.as_str()) == (of, to)
-    });
-    ratio.map_or_else(String::new, |r| {
-        let verdict = match r.verdict {
-            Verdict::NoDifference => "–",
-            told => told.name(),
-        };
-        let [low, high] = r.ci95;
-        format!("{:.2} [{low:.2}, {high:.2}] {verdict}", r.ratio)
-    })
+fn redirection_alone(text: &mut String, document: &Document) {
+    if let Some(table) = alone::Table::of(document) {
+        let about = alone::ABOUT;
+        let table = table.markdown();
+        let _ = write!(text, "\n**Redirection alone**: {about}\n\n{table}");
+    }
 }
 
 /// Ours against every other proxy, on the redirection that one runs on.
@@ -224,7 +215,7 @@ fn rivals(text: &mut String, document: &Document) {
     text.push_str("\n| --- | --- |");
     text.push_str(&" --- |".repeat(document.peers.len()));
     text.push('\n');
-    for cell in cells(document) {
+    for cell in meshed(document) {
         let [throughput, .., cpu, _] = metrics(cell.workload);
         let shown = document.peers.iter().map(|peer| {
             let of = ours(peer);
@@ -337,7 +328,7 @@ mod tests {
 
     use serde_json::json;
 
-    use super::super::tests::example;
+    use super::super::tests::{example, redirection_alone};
     use super::*;
 
     fn stored(document: &Document, directory: &Path) {
@@ -396,6 +387,24 @@ mod tests {
         // Once more changes nothing.
         update(&directory, &readme).unwrap();
         assert_eq!(fs::read_to_string(&readme).unwrap(), text);
+    }
+
+    #[test]
+    fn redirection_alone_has_a_table_of_its_own_and_is_in_no_other_of_ratios() {
+        let root = tempfile::tempdir().unwrap();
+        let document = redirection_alone();
+        stored(&document, root.path());
+        let text = section(root.path(), "x").unwrap();
+        assert!(text.contains("**Redirection alone**: CPU time"), "{text}");
+        assert_eq!(
+            text.matches("0.70 [0.65, 0.75] better").count(),
+            1,
+            "{text}"
+        );
+        assert!(
+            text.contains("| same-node | redirect-rr x32 | ebpf |"),
+            "{text}"
+        );
     }
 
     #[test]

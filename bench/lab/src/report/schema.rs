@@ -143,7 +143,8 @@ pub struct Row {
     pub path: String,
     /// `cross-node` or `same-node`.
     pub scope: String,
-    /// `rr`, `rr-open`, `stream` or `connect`.
+    /// `rr`, `rr-open`, `stream` or `connect`; `redirect-rr` or `redirect-connect` with a plain
+    /// listener in ztunnel's place.
     pub workload: String,
     /// Connections at a time.
     pub connections: u32,
@@ -311,6 +312,13 @@ impl Row {
 }
 
 impl Ratio {
+    /// Whether it is of two ways to do the same. `none` is no mesh, so no rival of one; without
+    /// ztunnels it is what redirection alone is held against.
+    #[must_use]
+    pub fn is_of_rivals(&self) -> bool {
+        self.to != "none" || is_redirection_only(&self.workload)
+    }
+
     /// What was measured.
     #[must_use]
     pub fn cell(&self) -> Cell<'_> {
@@ -344,12 +352,18 @@ pub fn noise_kind(workload: &str, metric: &str) -> &'static str {
     }
 }
 
+/// Whether a workload is measured without ztunnels: the price of redirection alone.
+#[must_use]
+pub fn is_redirection_only(workload: &str) -> bool {
+    workload.starts_with("redirect-")
+}
+
 /// The metric that says how much a workload moves.
 #[must_use]
 pub fn throughput_metric(workload: &str) -> &'static str {
     match workload {
         "stream" => "bytes_per_s",
-        "connect" => "connections_per_s",
+        "connect" | "redirect-connect" => "connections_per_s",
         _ => "requests_per_s",
     }
 }
@@ -360,7 +374,7 @@ pub fn throughput_metric(workload: &str) -> &'static str {
 pub fn process_cpu_metrics(workload: &str) -> [String; 6] {
     let unit = match workload {
         "stream" => "s_per_gb",
-        "connect" => "us_per_connection",
+        "connect" | "redirect-connect" => "us_per_connection",
         _ => "us_per_request",
     };
     [
@@ -379,7 +393,7 @@ pub fn process_cpu_metrics(workload: &str) -> [String; 6] {
 pub fn cpu_metrics(workload: &str) -> [&'static str; 2] {
     match workload {
         "stream" => ["ztunnel_cpu_s_per_gb", "total_cpu_s_per_gb"],
-        "connect" => [
+        "connect" | "redirect-connect" => [
             "ztunnel_cpu_us_per_connection",
             "total_cpu_us_per_connection",
         ],

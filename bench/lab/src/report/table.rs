@@ -94,7 +94,7 @@ fn compare(text: &mut String, document: &Document, cell: &Cell<'_>) {
     let here: Vec<&Ratio> = document
         .ratios
         .iter()
-        .filter(|r| r.cell() == *cell && r.to != "none" && !document.is_against_itself(r))
+        .filter(|r| r.cell() == *cell && r.is_of_rivals() && !document.is_against_itself(r))
         .collect();
     let mut pairs: Vec<_> = here
         .iter()

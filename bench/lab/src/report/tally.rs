@@ -1,6 +1,8 @@
 //! How often one path is better than another: the comparison in a sentence.
 
-use super::schema::{Document, Ratio, Verdict, cpu_metrics, throughput_metric};
+use super::schema::{
+    Document, Ratio, Verdict, cpu_metrics, is_redirection_only, throughput_metric,
+};
 
 /// Whether a ratio is counted.
 type Belongs = fn(&Ratio) -> bool;
@@ -15,7 +17,7 @@ const PARTS: [(&str, Belongs); 5] = [
 ];
 
 /// The pairs of paths that have ratios, in their order. `none` is no rival, nor is a path to
-/// itself.
+/// itself; and this is about meshes.
 pub(super) fn pairs(document: &Document) -> Vec<(&str, &str)> {
     let mut pairs = Vec::new();
     for ratio in rivals(document) {
@@ -44,5 +46,8 @@ pub(super) fn sentence(document: &Document, of: &str, to: &str) -> String {
 
 fn rivals(document: &Document) -> impl Iterator<Item = &Ratio> {
     let ratios = document.ratios.iter();
-    ratios.filter(|ratio| ratio.to != "none" && !document.is_against_itself(ratio))
+    ratios.filter(|ratio| {
+        let meshed = ratio.to != "none" && !is_redirection_only(&ratio.workload);
+        meshed && !document.is_against_itself(ratio)
+    })
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::alone;
 use super::schema::{Document, Ratio, cpu_metrics, throughput_metric};
 use super::units::with_unit;
 
@@ -42,6 +43,10 @@ pub(super) fn markdown(document: &Document) -> String {
             let _ = writeln!(text, " {errors:.0} |");
         }
     }
+    if let Some(table) = alone::Table::of(document) {
+        let (about, table) = (alone::ABOUT, table.markdown());
+        let _ = write!(text, "\n## Redirection alone\n\n{about}\n\n{table}");
+    }
     differences(&mut text, document);
     text.push_str("\n## To judge the numbers\n\n");
     for note in &document.notes {
@@ -61,7 +66,7 @@ fn differences(text: &mut String, document: &Document) {
             ztunnel,
             total,
         ];
-        ratio.to != "none"
+        ratio.is_of_rivals()
             && !document.is_against_itself(ratio)
             && metrics.contains(&ratio.metric.as_str())
     };
