@@ -17,12 +17,12 @@ use std::ops::RangeInclusive;
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{AlertDescription, CommonState};
+use rustls::{AlertDescription, ClientConnection, CommonState, ExtractedSecrets, ServerConnection};
 use rustls_pki_types::ServerName;
 
 use crate::peer::{Acceptance, ExpectedPeers, Peer, PeerRefused};
-use crate::record::{RECORD_HEADER, RecordTooLong, record_len};
-use crate::session::{Keys, Session};
+use crate::record::{RECORD_HEADER, RecordPath, RecordTooLong, record_len};
+use crate::session::{Buffered, InPlace, Keys, Layer, Session};
 use crate::settings::{ClientSettings, ServerSettings};
 use crate::verify::Case;
 
@@ -93,6 +93,8 @@ pub struct Handshake {
 enum State {
     Client(Box<UnbufferedClientConnection>),
     Server(Box<UnbufferedServerConnection>),
+    /// Either side, where rustls does the records as well.
+    Buffered(Box<rustls::Connection>),
     Over,
 }
 
@@ -110,9 +112,14 @@ impl Handshake {
         // Servers are told apart by their SPIFFE identity. No server name is sent, and the
         // verifier ignores this one; the library wants some.
         let name = ServerName::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let connection = UnbufferedClientConnection::new(settings.config(), name)
-            .map_err(HandshakeError::Tls)?;
-        Ok(Self::new(State::Client(Box::new(connection)), case))
+        let config = settings.config();
+        let state = match settings.records() {
+            RecordPath::Own => UnbufferedClientConnection::new(config, name)
+                .map(|connection| State::Client(Box::new(connection))),
+            RecordPath::Rustls => ClientConnection::new(config, name)
+                .map(|connection| State::Buffered(Box::new(connection.into()))),
+        };
+        Ok(Self::new(state.map_err(HandshakeError::Tls)?, case))
     }
 
     /// Starts a handshake as the server.
@@ -121,9 +128,14 @@ impl Handshake {
     /// The TLS library refuses the settings.
     pub fn server(settings: &ServerSettings) -> Result<Self, HandshakeError> {
         let case = Case::new(settings.acceptance());
-        let connection =
-            UnbufferedServerConnection::new(settings.config()).map_err(HandshakeError::Tls)?;
-        Ok(Self::new(State::Server(Box::new(connection)), case))
+        let config = settings.config();
+        let state = match settings.records() {
+            RecordPath::Own => UnbufferedServerConnection::new(config)
+                .map(|connection| State::Server(Box::new(connection))),
+            RecordPath::Rustls => ServerConnection::new(config)
+                .map(|connection| State::Buffered(Box::new(connection.into()))),
+        };
+        Ok(Self::new(state.map_err(HandshakeError::Tls)?, case))
     }
 
     const fn new(state: State, case: Case) -> Self {
@@ -235,6 +247,11 @@ impl Handshake {
                     },
                 )
             }),
+            State::Buffered(connection) => {
+                let length = records.len();
+                let result = Case::during(&mut self.case, || feed(connection, records, output));
+                (length, result)
+            }
             State::Over => return Err(HandshakeError::Over),
         };
         self.pending.drain(..discard);
@@ -251,21 +268,21 @@ impl Handshake {
         }
         let peer = self.authenticated_peer()?;
         self.pending = Vec::new();
-        match mem::replace(&mut self.state, State::Over) {
-            State::Client(connection) => {
-                let (secrets, kernel) = connection
-                    .dangerous_into_kernel_connection()
-                    .map_err(HandshakeError::Tls)?;
-                Session::new(peer, secrets, Keys::Client(kernel))
-            }
-            State::Server(connection) => {
-                let (secrets, kernel) = connection
-                    .dangerous_into_kernel_connection()
-                    .map_err(HandshakeError::Tls)?;
-                Session::new(peer, secrets, Keys::Server(kernel))
+        let layer = match mem::replace(&mut self.state, State::Over) {
+            State::Client(connection) => connection
+                .dangerous_into_kernel_connection()
+                .map_err(HandshakeError::Tls)
+                .and_then(|(secrets, kernel)| in_place(secrets, Keys::Client(kernel))),
+            State::Server(connection) => connection
+                .dangerous_into_kernel_connection()
+                .map_err(HandshakeError::Tls)
+                .and_then(|(secrets, kernel)| in_place(secrets, Keys::Server(kernel))),
+            State::Buffered(connection) => {
+                Ok(Layer::Buffered(Box::new(Buffered::new(*connection))))
             }
             State::Over => Err(HandshakeError::Over),
-        }
+        };
+        Ok(Session::new(peer, layer?))
     }
 
     /// The peer as the verifier accepted it in the course of this handshake.
@@ -312,6 +329,10 @@ impl Handshake {
                         .is_ok()
                 {}
             }
+            State::Buffered(connection) => {
+                // Encoding into a vector; what rustls still wants to say is the alert.
+                let _ = drain(connection, output);
+            }
             State::Over => {}
         }
     }
@@ -322,6 +343,7 @@ impl fmt::Debug for Handshake {
         let side = match self.state {
             State::Client(_) => "client",
             State::Server(_) => "server",
+            State::Buffered(_) => "by rustls",
             State::Over => "over",
         };
         f.debug_struct("Handshake")
@@ -329,6 +351,45 @@ impl fmt::Debug for Handshake {
             .field("received", &self.received)
             .finish_non_exhaustive()
     }
+}
+
+fn in_place(secrets: ExtractedSecrets, keys: Keys) -> Result<Layer, HandshakeError> {
+    InPlace::new(secrets, keys)
+        .map(Layer::InPlace)
+        .map_err(|error| HandshakeError::Keys(error.to_string()))
+}
+
+/// Has a buffered connection work on whole records. True when the handshake is complete.
+fn feed(
+    connection: &mut rustls::Connection,
+    mut records: &[u8],
+    output: &mut Vec<u8>,
+) -> Result<bool, StepError> {
+    while !records.is_empty() {
+        let taken = connection.read_tls(&mut records).map_err(|error| {
+            StepError::Library(rustls::Error::General(format!(
+                "cannot take records: {error}"
+            )))
+        })?;
+        let state = connection
+            .process_new_packets()
+            .map_err(StepError::Library)?;
+        if state.peer_has_closed() || taken == 0 {
+            return Err(StepError::Closed);
+        }
+    }
+    drain(connection, output).map_err(StepError::Library)?;
+    Ok(!connection.is_handshaking())
+}
+
+/// Appends what a buffered connection wants to send.
+fn drain(connection: &mut rustls::Connection, output: &mut Vec<u8>) -> Result<(), rustls::Error> {
+    while connection.wants_write() {
+        connection
+            .write_tls(output)
+            .map_err(|error| rustls::Error::General(format!("cannot encode: {error}")))?;
+    }
+    Ok(())
 }
 
 /// What rustls wants next.

@@ -2,7 +2,8 @@
 //!
 //! rustls does the handshake and nothing after it: [`Handshake`] feeds its unbuffered API one
 //! record at a time, so that no byte behind the handshake is swallowed, then takes the traffic
-//! secrets. From there a [`Session`] seals and opens records in place, in the caller's buffers.
+//! secrets. From there a [`Session`] seals and opens records in place, in the caller's buffers. Or
+//! rustls keeps its secrets and does that as well, if so chosen ([`RecordPath`]).
 //!
 //! * [`certificate`]: a workload's certificate, key and roots, and loading them.
 //! * [`authority`]: a local certificate authority, issuing in process.
@@ -37,6 +38,7 @@ pub use authority::{Authority, AuthorityError};
 pub use certificate::{CertificateError, CertificateInfo, WorkloadCertificate};
 pub use handshake::{Handshake, HandshakeError, Progress};
 pub use peer::{ExpectedPeers, Peer, PeerRefused};
+pub use record::RecordPath;
 pub use session::{OpenError, Opened, SealError, Session};
 pub use settings::{ClientSettings, ServerSettings, SettingsError};
 pub use store::{

@@ -1,9 +1,18 @@
 //! TLS 1.3 records: framing (RFC 8446, 5.1 and 5.2) and their protection.
 //!
-//! `protection` is the only record layer so far: AES-GCM in place, in user space. A layer that
-//! leaves records to rustls' buffered connections (the reference to compare with) or to the kernel
-//! (kTLS) belongs beside it, chosen where [`Session`](crate::Session) builds its two directions;
-//! framing, alerts and post-handshake messages stay shared.
+//! [`RecordLayer`] is what a session asks of whoever does the rest, and there are three places for
+//! it, chosen by [`RecordPath`] before the handshake:
+//!
+//! * *own* (`protection`, `session::in_place`): AES-GCM in the caller's buffers, in user space;
+//! * *rustls* (`session::buffered`): rustls' buffered connections, the reference to compare with;
+//! * *kernel* (kTLS): nothing is there yet. It would be built from the same secrets as the first,
+//!   after they were given to the socket with `setsockopt(SOL_TLS)`; sealing would leave the payload
+//!   as it is, the room around it unsent, and control records would travel as ancillary data. Key
+//!   updates stay with the session, which has the key schedule.
+
+use std::fmt;
+
+use crate::session::{OpenError, Opened, SealError};
 
 pub(crate) mod protection;
 
@@ -24,6 +33,39 @@ pub(crate) const ALERT: u8 = 21;
 pub(crate) const HANDSHAKE: u8 = 22;
 /// `application_data`, and the outer type of every protected record.
 pub(crate) const APPLICATION_DATA: u8 = 23;
+
+/// Who seals and opens records.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum RecordPath {
+    /// This crate, in the caller's buffers.
+    #[default]
+    Own,
+    /// rustls' buffered connections: slower, and what the first is compared with.
+    Rustls,
+}
+
+impl fmt::Display for RecordPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Own => "own",
+            Self::Rustls => "rustls",
+        })
+    }
+}
+
+/// The records of one connection, both directions. The contract of each function is that of the
+/// function of the same name of [`Session`](crate::Session).
+pub(crate) trait RecordLayer {
+    fn seal(&mut self, record: &mut [u8]) -> Result<(), SealError>;
+    fn open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError>;
+    fn fail(&mut self, error: &OpenError);
+    fn has_control_output(&self) -> bool;
+    fn take_control_output(&mut self, output: &mut Vec<u8>);
+    fn close_notify(&mut self, output: &mut Vec<u8>);
+    fn update_keys(&mut self, ask_peer: bool);
+    fn set_key_update_after(&mut self, records: u64);
+    fn received_close_notify(&self) -> bool;
+}
 
 /// A record announces more bytes than TLS 1.3 allows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]

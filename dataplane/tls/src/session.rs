@@ -15,26 +15,20 @@
 //! Limits: [`KEY_UPDATE_AFTER`] records per key, [`MAX_WITHOUT_DATA`] records in a row that carry
 //! no application data. Secrets are cleared when the session is dropped.
 
+mod buffered;
 mod error;
+mod in_place;
 mod post_handshake;
 
-use std::fmt;
 use std::ops::Range;
 
-use rustls::client::ClientConnectionData;
-use rustls::kernel::KernelConnection;
-use rustls::server::ServerConnectionData;
-use rustls::{AlertDescription, ConnectionTrafficSecrets, ExtractedSecrets};
-
+pub(crate) use self::buffered::Buffered;
 pub use self::error::{OpenError, SealError};
+pub(crate) use self::in_place::{InPlace, Keys};
 pub use self::post_handshake::MessageError;
-use self::post_handshake::MessageReader;
-use crate::handshake::HandshakeError;
 use crate::peer::Peer;
-use crate::record::protection::{ProtectionError, TrafficKey};
 use crate::record::{
-    self, ALERT, APPLICATION_DATA, HANDSHAKE, MAX_PLAINTEXT, RECORD_HEADER, RECORD_TRAILER,
-    RecordTooLong,
+    self, MAX_PLAINTEXT, RECORD_HEADER, RECORD_TRAILER, RecordLayer, RecordPath, RecordTooLong,
 };
 
 /// Records sealed with one key before it is updated. AES-GCM allows 2^24.5 full records (RFC 8446,
@@ -59,12 +53,6 @@ pub enum Opened {
     Closed,
 }
 
-/// The handshake's secrets from which further keys come.
-pub(crate) enum Keys {
-    Client(KernelConnection<ClientConnectionData>),
-    Server(KernelConnection<ServerConnectionData>),
-}
-
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Direction {
     Open,
@@ -72,22 +60,32 @@ enum Direction {
     Failed,
 }
 
+/// Which record layer the connection has. Not a trait object: the usual one is called directly,
+/// behind a branch that always goes the same way.
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is the usual one; in a box it would cost a look-up for each record"
+)]
+pub(crate) enum Layer {
+    InPlace(InPlace),
+    Buffered(Box<Buffered>),
+}
+
+/// Calls the record layer there is.
+macro_rules! layer {
+    ($of:expr, $call:ident($($argument:expr),*)) => {
+        match $of {
+            Layer::InPlace(layer) => layer.$call($($argument),*),
+            Layer::Buffered(layer) => layer.$call($($argument),*),
+        }
+    };
+}
+
 /// An authenticated connection. Exists only after the peer's certificate has been verified.
+#[derive(Debug)]
 pub struct Session {
-    transmit: TrafficKey,
-    receive: TrafficKey,
-    writing: Direction,
-    reading: Direction,
-    /// Records after which the sealing key is updated.
-    update_after: u64,
-    /// Whether to send a KeyUpdate, and if so whether it asks the peer to update as well.
-    update_wanted: Option<bool>,
-    /// The fatal alert to send.
-    alert_wanted: Option<AlertDescription>,
-    /// Records since the last application data.
-    without_data: u8,
-    messages: MessageReader,
-    keys: Keys,
+    layer: Layer,
     peer: Peer,
 }
 
@@ -99,28 +97,8 @@ impl Session {
     /// Most plaintext bytes in one record.
     pub const MAX_PLAINTEXT: usize = MAX_PLAINTEXT;
 
-    pub(crate) fn new(
-        peer: Peer,
-        secrets: ExtractedSecrets,
-        keys: Keys,
-    ) -> Result<Self, HandshakeError> {
-        let key = |(sequence, secrets)| {
-            TrafficKey::new(secrets, sequence)
-                .map_err(|error| HandshakeError::Keys(error.to_string()))
-        };
-        Ok(Self {
-            transmit: key(secrets.tx)?,
-            receive: key(secrets.rx)?,
-            writing: Direction::Open,
-            reading: Direction::Open,
-            update_after: KEY_UPDATE_AFTER,
-            update_wanted: None,
-            alert_wanted: None,
-            without_data: 0,
-            messages: MessageReader::new(matches!(keys, Keys::Client(_))),
-            keys,
-            peer,
-        })
+    pub(crate) const fn new(peer: Peer, layer: Layer) -> Self {
+        Self { layer, peer }
     }
 
     /// Makes `record` a complete TLS record of application data, in place.
@@ -133,19 +111,7 @@ impl Session {
     /// of `record` may be sent then.
     #[inline]
     pub fn seal(&mut self, record: &mut [u8]) -> Result<(), SealError> {
-        if self.writing != Direction::Open {
-            return Err(SealError::Closed);
-        }
-        if self.transmit.sequence() >= KEY_LIMIT {
-            return Err(SealError::KeyExhausted);
-        }
-        self.transmit
-            .seal(APPLICATION_DATA, record)
-            .map_err(|_| SealError::BadLength(record.len()))?;
-        if self.transmit.sequence() >= self.update_after && self.update_wanted.is_none() {
-            self.update_wanted = Some(false);
-        }
-        Ok(())
+        layer!(&mut self.layer, seal(record))
     }
 
     /// Opens the complete record `record`, header included, in place.
@@ -155,17 +121,7 @@ impl Session {
     /// session is over, unless the error is [`OpenError::Incomplete`].
     #[inline]
     pub fn open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
-        match self.reading {
-            Direction::Open => {}
-            Direction::Closed => return Ok(Opened::Closed),
-            Direction::Failed => return Err(OpenError::Failed),
-        }
-        let opened = self.try_open(record);
-        match &opened {
-            Ok(_) | Err(OpenError::Incomplete { .. }) => {}
-            Err(error) => self.fail(error),
-        }
-        opened
+        layer!(&mut self.layer, open(record))
     }
 
     /// Total length of the record that starts at `bytes[0]`; `None`: more bytes needed to tell.
@@ -179,18 +135,13 @@ impl Session {
 
     /// Gives the session up because of `error`, and queues the alert that is due.
     pub fn fail(&mut self, error: &OpenError) {
-        self.reading = Direction::Failed;
-        if self.writing != Direction::Open {
-            return;
-        }
-        self.writing = Direction::Closed;
-        self.alert_wanted = error.alert();
+        layer!(&mut self.layer, fail(error));
     }
 
     /// Whether [`take_control_output`](Self::take_control_output) has something to append.
     #[inline]
-    pub const fn has_control_output(&self) -> bool {
-        self.update_wanted.is_some() || self.alert_wanted.is_some()
+    pub fn has_control_output(&self) -> bool {
+        layer!(&self.layer, has_control_output())
     }
 
     /// Appends the control records that are due to `output`, sealed. They are to be sent after
@@ -199,47 +150,23 @@ impl Session {
     /// When a key cannot be updated nothing can be sealed any more, which the next
     /// [`seal`](Self::seal) reports.
     pub fn take_control_output(&mut self, output: &mut Vec<u8>) {
-        if let Some(alert) = self.alert_wanted.take() {
-            // Final; an answer to a key update would be pointless before it.
-            self.update_wanted = None;
-            self.seal_control(ALERT, &[FATAL, u8::from(alert)], output);
-            return;
-        }
-        let Some(request) = self.update_wanted.take() else {
-            return;
-        };
-        if self.writing != Direction::Open {
-            return;
-        }
-        let message = post_handshake::key_update(request);
-        self.seal_control(HANDSHAKE, &message, output);
-        match self.keys.update_transmit() {
-            Ok(key) => self.transmit = key,
-            Err(_) => self.writing = Direction::Failed,
-        }
+        layer!(&mut self.layer, take_control_output(output));
     }
 
     /// Appends close_notify, after what is due before it; nothing can be sealed afterwards.
     pub fn close_notify(&mut self, output: &mut Vec<u8>) {
-        self.take_control_output(output);
-        if self.writing == Direction::Open {
-            let alert = [WARNING, u8::from(AlertDescription::CloseNotify)];
-            self.seal_control(ALERT, &alert, output);
-            self.writing = Direction::Closed;
-        }
+        layer!(&mut self.layer, close_notify(output));
     }
 
     /// Wishes for new keys: ours, and with `ask_peer` the peer's as well.
     pub fn update_keys(&mut self, ask_peer: bool) {
-        if self.writing == Direction::Open {
-            self.update_wanted = Some(ask_peer || self.update_wanted == Some(true));
-        }
+        layer!(&mut self.layer, update_keys(ask_peer));
     }
 
     /// Updates the sealing key every `records` records, 1 to [`KEY_UPDATE_AFTER`]; values outside
     /// are brought into this range.
     pub fn set_key_update_after(&mut self, records: u64) {
-        self.update_after = records.clamp(1, KEY_UPDATE_AFTER);
+        layer!(&mut self.layer, set_key_update_after(records));
     }
 
     /// Who the peer is.
@@ -249,139 +176,25 @@ impl Session {
 
     /// Whether the peer closed its direction with close_notify. A transport that ends without it
     /// was cut off, and what was received may be incomplete.
-    pub const fn received_close_notify(&self) -> bool {
-        matches!(self.reading, Direction::Closed)
+    pub fn received_close_notify(&self) -> bool {
+        layer!(&self.layer, received_close_notify())
     }
 
-    #[inline]
-    fn try_open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
-        let need = record::record_len(record)?.unwrap_or(RECORD_HEADER);
-        if record.len() != need {
-            let have = record.len();
-            return Err(OpenError::Incomplete { have, need });
-        }
-        // A change_cipher_spec is tolerated during the handshake only, and everything behind it
-        // is protected.
-        if record[0] != APPLICATION_DATA {
-            return Err(OpenError::UnexpectedRecord(record[0]));
-        }
-        let sequence = self.receive.sequence();
-        let inner = self.receive.open(record).map_err(|error| match error {
-            ProtectionError::Exhausted => OpenError::Exhausted,
-            _ => OpenError::BadRecordMac { sequence },
-        })?;
-        if inner > MAX_PLAINTEXT + 1 {
-            return Err(OpenError::PlaintextTooLong(inner));
-        }
-        let inner = RECORD_HEADER..RECORD_HEADER + inner;
-        // Zero bytes behind the content type are padding.
-        let end = record[inner.clone()]
-            .iter()
-            .rposition(|byte| *byte != 0)
-            .ok_or(OpenError::NoContentType)?;
-        let content = inner.start..inner.start + end;
-        match record[content.end] {
-            APPLICATION_DATA if self.messages.is_aligned() && !content.is_empty() => {
-                self.without_data = 0;
-                Ok(Opened::Data(content))
-            }
-            content_type => self.handle_control(content_type, &record[content]),
+    /// Who seals and opens the records.
+    pub const fn records(&self) -> RecordPath {
+        match self.layer {
+            Layer::InPlace(_) => RecordPath::Own,
+            Layer::Buffered(_) => RecordPath::Rustls,
         }
     }
 
-    /// Acts on a record that holds anything but application data, or none of it.
-    #[cold]
-    fn handle_control(&mut self, content_type: u8, content: &[u8]) -> Result<Opened, OpenError> {
-        self.without_data += 1;
-        if self.without_data > MAX_WITHOUT_DATA {
-            return Err(OpenError::TooManyWithoutData);
+    /// The keys, to forge records with.
+    #[cfg(test)]
+    fn in_place(&mut self) -> &mut InPlace {
+        match &mut self.layer {
+            Layer::InPlace(layer) => layer,
+            Layer::Buffered(_) => panic!("the library keeps its keys"),
         }
-        if content_type != HANDSHAKE && !self.messages.is_aligned() {
-            return Err(OpenError::Interleaved(content_type));
-        }
-        match content_type {
-            // Only empty ones come here.
-            APPLICATION_DATA => Ok(Opened::Data(RECORD_HEADER..RECORD_HEADER)),
-            HANDSHAKE => self.handle_messages(content),
-            ALERT => self.handle_alert(content),
-            other => Err(OpenError::UnexpectedRecord(other)),
-        }
-    }
-
-    fn handle_alert(&mut self, content: &[u8]) -> Result<Opened, OpenError> {
-        let [_level, description] = content else {
-            return Err(OpenError::MalformedAlert(content.len()));
-        };
-        match AlertDescription::from(*description) {
-            AlertDescription::CloseNotify => {
-                self.reading = Direction::Closed;
-                Ok(Opened::Closed)
-            }
-            // Says that a close_notify follows, nothing else (RFC 8446, 6.1).
-            AlertDescription::UserCanceled => Ok(Opened::Handled),
-            alert => Err(OpenError::Alert(alert)),
-        }
-    }
-
-    fn handle_messages(&mut self, content: &[u8]) -> Result<Opened, OpenError> {
-        if let Some(update) = self.messages.read(content)? {
-            self.receive = self.keys.update_receive().map_err(OpenError::KeyUpdate)?;
-            if update.answer_requested {
-                self.update_keys(false);
-            }
-        }
-        Ok(Opened::Handled)
-    }
-
-    /// Appends one control record.
-    fn seal_control(&mut self, content_type: u8, content: &[u8], output: &mut Vec<u8>) {
-        let start = output.len();
-        output.resize(start + RECORD_HEADER, 0);
-        output.extend_from_slice(content);
-        output.resize(output.len() + RECORD_TRAILER, 0);
-        if self
-            .transmit
-            .seal(content_type, &mut output[start..])
-            .is_err()
-        {
-            output.truncate(start);
-            self.writing = Direction::Failed;
-        }
-    }
-}
-
-impl Keys {
-    fn update_transmit(&mut self) -> Result<TrafficKey, String> {
-        usable(match self {
-            Self::Client(kernel) => kernel.update_tx_secret(),
-            Self::Server(kernel) => kernel.update_tx_secret(),
-        })
-    }
-
-    fn update_receive(&mut self) -> Result<TrafficKey, String> {
-        usable(match self {
-            Self::Client(kernel) => kernel.update_rx_secret(),
-            Self::Server(kernel) => kernel.update_rx_secret(),
-        })
-    }
-}
-
-fn usable(
-    updated: Result<(u64, ConnectionTrafficSecrets), rustls::Error>,
-) -> Result<TrafficKey, String> {
-    let (sequence, secrets) = updated.map_err(|error| error.to_string())?;
-    TrafficKey::new(secrets, sequence).map_err(|error| error.to_string())
-}
-
-impl fmt::Debug for Session {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Session")
-            .field("peer", &self.peer)
-            .field("reading", &self.reading)
-            .field("writing", &self.writing)
-            .field("opened", &self.receive.sequence())
-            .field("sealed", &self.transmit.sequence())
-            .finish_non_exhaustive()
     }
 }
 

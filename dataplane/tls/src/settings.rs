@@ -14,6 +14,7 @@ use rustls::{ClientConfig, ServerConfig};
 use crate::certificate::WorkloadCertificate;
 use crate::peer::{Acceptance, first_uri};
 use crate::provider::provider;
+use crate::record::RecordPath;
 use crate::verify::Trust;
 
 /// HTTP/2 carries HBONE, so it is the only protocol offered and accepted.
@@ -61,6 +62,7 @@ pub enum SettingsError {
 #[derive(Debug)]
 pub struct ClientSettings {
     config: Arc<ClientConfig>,
+    records: RecordPath,
 }
 
 /// A workload's certificate as a TLS server: connections from clients of the mesh.
@@ -68,6 +70,7 @@ pub struct ClientSettings {
 pub struct ServerSettings {
     config: Arc<ServerConfig>,
     trust_domain: Arc<str>,
+    records: RecordPath,
 }
 
 /// Both sides' settings of one certificate; cheaper than building each by itself.
@@ -90,6 +93,16 @@ impl ClientSettings {
         Credentials::new(certificate)?.client()
     }
 
+    /// Whom connections shall leave their records to from now on.
+    pub const fn set_records(&mut self, records: RecordPath) {
+        self.records = records;
+    }
+
+    /// Whom connections leave their records to.
+    pub const fn records(&self) -> RecordPath {
+        self.records
+    }
+
     /// The configuration of all connections. The identity is checked before our certificate is
     /// shown to the server.
     pub(crate) fn config(&self) -> Arc<ClientConfig> {
@@ -110,6 +123,16 @@ impl ServerSettings {
     /// The trust domain clients must be of: our own.
     pub fn trust_domain(&self) -> &str {
         &self.trust_domain
+    }
+
+    /// Whom connections shall leave their records to from now on.
+    pub const fn set_records(&mut self, records: RecordPath) {
+        self.records = records;
+    }
+
+    /// Whom connections leave their records to.
+    pub const fn records(&self) -> RecordPath {
+        self.records
     }
 
     /// The configuration of all connections.
@@ -166,6 +189,7 @@ impl Credentials {
         config.resumption = Resumption::disabled();
         Ok(ClientSettings {
             config: Arc::new(config),
+            records: RecordPath::default(),
         })
     }
 
@@ -189,6 +213,7 @@ impl Credentials {
         Ok(ServerSettings {
             config: Arc::new(config),
             trust_domain: Arc::from(own.trust_domain()),
+            records: RecordPath::default(),
         })
     }
 

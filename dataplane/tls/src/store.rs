@@ -17,6 +17,7 @@ use mesh::Identity;
 
 use crate::authority::Authority;
 use crate::certificate::{CertificateInfo, WorkloadCertificate};
+use crate::record::RecordPath;
 use crate::settings::{self, ClientSettings, ServerSettings, SettingsError};
 
 /// Delay after the first failed attempt; it doubles with each further one.
@@ -89,8 +90,11 @@ impl WorkloadTls {
         identity: &Identity,
         generation: u64,
         certificate: WorkloadCertificate,
+        records: RecordPath,
     ) -> Result<Self, SettingsError> {
-        let (client, server) = settings::both(&certificate)?;
+        let (mut client, mut server) = settings::both(&certificate)?;
+        client.set_records(records);
+        server.set_records(records);
         Ok(Self {
             client: Arc::new(client),
             server: Arc::new(server),
@@ -136,6 +140,7 @@ pub struct CertificateStatus {
 #[derive(Debug)]
 pub struct CertificateStore {
     issuer: Arc<dyn Issuer>,
+    records: RecordPath,
     slots: RwLock<HashMap<Identity, Arc<Mutex<Slot>>>>,
 }
 
@@ -156,8 +161,16 @@ impl CertificateStore {
     pub fn new(issuer: Arc<dyn Issuer>) -> Self {
         Self {
             issuer,
+            records: RecordPath::default(),
             slots: RwLock::default(),
         }
+    }
+
+    /// Has connections leave their records to `records`.
+    #[must_use]
+    pub const fn with_records(mut self, records: RecordPath) -> Self {
+        self.records = records;
+        self
     }
 
     /// The certificate of `identity`, issued now if there is none yet or it is due.
@@ -241,7 +254,8 @@ impl CertificateStore {
             .issuer
             .issue(identity)
             .map_err(|error| error.to_string())?;
-        WorkloadTls::new(identity, generation, certificate).map_err(|error| error.to_string())
+        WorkloadTls::new(identity, generation, certificate, self.records)
+            .map_err(|error| error.to_string())
     }
 }
 

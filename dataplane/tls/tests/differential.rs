@@ -18,8 +18,8 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use tls::{
-    Authority, ClientSettings, Handshake, HandshakeError, OpenError, Opened, ServerSettings,
-    Session,
+    Authority, ClientSettings, Handshake, HandshakeError, OpenError, Opened, RecordPath,
+    ServerSettings, Session,
 };
 
 /// How the rustls side is set up.
@@ -32,6 +32,8 @@ struct Reference {
     is_server: bool,
     /// What it offers as the client.
     protocols: Vec<Vec<u8>>,
+    /// Who does the records on our side.
+    records: RecordPath,
 }
 
 impl Default for Reference {
@@ -42,6 +44,7 @@ impl Default for Reference {
             tickets: 2,
             is_server: true,
             protocols: vec![b"h2".to_vec()],
+            records: RecordPath::Own,
         }
     }
 }
@@ -181,10 +184,13 @@ fn reference(
 fn start(setup: &Reference, authority: &Authority) -> Handshake {
     let certificate = workload(authority, &identity("td", "ours"));
     if setup.is_server {
-        let settings = ClientSettings::new(&certificate).unwrap();
+        let mut settings = ClientSettings::new(&certificate).unwrap();
+        settings.set_records(setup.records);
         Handshake::client(&settings, &identity("td", "theirs")).unwrap()
     } else {
-        Handshake::server(&ServerSettings::new(&certificate).unwrap()).unwrap()
+        let mut settings = ServerSettings::new(&certificate).unwrap();
+        settings.set_records(setup.records);
+        Handshake::server(&settings).unwrap()
     }
 }
 
@@ -288,6 +294,7 @@ impl Pair {
     }
 
     fn send(&mut self, plaintext: &[u8]) {
+        self.ours.take_control_output(&mut self.to_them);
         self.sent_here.extend_from_slice(plaintext);
         let start = self.to_them.len();
         self.to_them.resize(start + Session::RECORD_HEADER, 0xee);
@@ -332,12 +339,14 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 fn setups() -> impl Strategy<Value = Reference> {
     let fragment = prop::option::of(prop_oneof![32..300_usize, 300..16_389_usize]);
-    (any::<bool>(), fragment, 0..4_usize, any::<bool>()).prop_map(
-        |(suite128, fragment, tickets, is_server)| Reference {
+    let records = prop_oneof![2 => Just(RecordPath::Own), 1 => Just(RecordPath::Rustls)];
+    (any::<bool>(), fragment, 0..4_usize, any::<bool>(), records).prop_map(
+        |(suite128, fragment, tickets, is_server, records)| Reference {
             suite128,
             fragment,
             tickets,
             is_server,
+            records,
             ..Reference::default()
         },
     )
@@ -370,6 +379,8 @@ proptest! {
             match step {
                 Step::Send(lengths) => {
                     for length in lengths {
+                        // rustls makes no empty records.
+                        let length = length.max(usize::from(setup.records == RecordPath::Rustls));
                         let plaintext = pattern(pair.sent_here.len(), length);
                         pair.send(&plaintext);
                     }
@@ -518,9 +529,12 @@ fn tls_1_2_is_refused() {
 
 #[test]
 fn rustls_understands_our_alerts() {
-    for is_server in [false, true] {
+    let own = [false, true].map(|is_server| (is_server, RecordPath::Own));
+    let rustls = [false, true].map(|is_server| (is_server, RecordPath::Rustls));
+    for (is_server, records) in own.into_iter().chain(rustls) {
         let setup = Reference {
             is_server,
+            records,
             ..Reference::default()
         };
         let mut pair = Pair::new(&setup, usize::MAX);

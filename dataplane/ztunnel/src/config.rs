@@ -9,6 +9,7 @@ use mesh::{NodeContext, WorkloadName};
 use proxy::{ProxyConfig, RedirectMode};
 use rt::net::Keepalive;
 use rt::{Backend, RuntimeConfig};
+use tls::RecordPath;
 
 use crate::environment::{BadSetting, Environment};
 
@@ -61,6 +62,7 @@ pub(crate) struct Settings {
     pub(crate) authority: AuthoritySource,
     pub(crate) transparent: Transparent,
     pub(crate) certificate_ttl: Duration,
+    pub(crate) tls_records: RecordPath,
     pub(crate) workers: usize,
     pub(crate) backend: Backend,
     /// Plain bulk may be spliced; not while sockmap redirects data to ztunnel's sockets.
@@ -121,6 +123,7 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
         certificate_ttl: environment
             .duration("SECRET_TTL")?
             .unwrap_or(Duration::from_secs(24 * 3600)),
+        tls_records: tls_records(environment)?,
         workers: workers(environment, cpus, rt::cpu_limit())?,
         backend: backend(environment)?,
         splice: environment
@@ -413,6 +416,14 @@ fn workers(
     })
 }
 
+/// Who seals and opens TLS records.
+fn tls_records(environment: &Environment<'_>) -> Result<RecordPath, ConfigError> {
+    let paths = [RecordPath::Own, RecordPath::Rustls].map(|path| (path.to_string(), path));
+    let allowed = paths.each_ref().map(|(name, path)| (name.as_str(), *path));
+    let chosen = environment.one_of("ZTUNNEL_TLS_RECORDS", &allowed)?;
+    Ok(chosen.unwrap_or_default())
+}
+
 /// How long connections may finish after SIGTERM, by upstream's rule.
 fn drain(environment: &Environment<'_>) -> Result<Duration, ConfigError> {
     if let Some(deadline) = environment.duration("CONNECTION_TERMINATION_DEADLINE")? {
@@ -451,6 +462,18 @@ mod tests {
         assert_eq!(settings.proxy.client.max_concurrent_streams, 100);
         assert_eq!(settings.drain, Duration::from_secs(5));
         assert_eq!(settings.certificate_ttl, Duration::from_secs(86_400));
+        assert_eq!(settings.tls_records, RecordPath::Own);
+    }
+
+    #[test]
+    fn tls_records_are_ours_or_rustls() {
+        let name = "ZTUNNEL_TLS_RECORDS";
+        let chosen = |value| with(&[(name, value)]).map(|settings| settings.tls_records);
+        assert_eq!(chosen("own").unwrap(), RecordPath::Own);
+        assert_eq!(chosen("rustls").unwrap(), RecordPath::Rustls);
+        let error = chosen("ktls").unwrap_err().to_string();
+        let expected = "ZTUNNEL_TLS_RECORDS=`ktls` is not valid: expected own or rustls";
+        assert_eq!(error, expected);
     }
 
     #[test]

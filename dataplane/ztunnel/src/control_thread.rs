@@ -47,7 +47,8 @@ pub(crate) fn run() -> Result<(), RunError> {
     let settings = config::read(&environment)?;
     let (source, watcher) = control::watch::open(&settings.source)?;
     let issuer = LocalIssuer::new(authority(&settings.authority)?, settings.certificate_ttl);
-    let certificates = Arc::new(CertificateStore::new(Arc::new(issuer)));
+    let certificates = CertificateStore::new(Arc::new(issuer)).with_records(settings.tls_records);
+    let certificates = Arc::new(certificates);
     if settings.backend == rt::Backend::IoUring {
         rt::probe::check()?;
     }

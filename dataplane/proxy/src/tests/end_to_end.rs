@@ -268,9 +268,13 @@ fn a_drain_lets_connections_finish() {
 #[test]
 fn an_idle_worker_drains_at_once() {
     let (port, _) = echo();
-    let worker = worker(port, "");
-    assert_eq!(exchange(&worker.connect(CLIENT), b"x"), b"x");
-    let took = worker.drain();
+    let drained = |_| {
+        let worker = worker(port, "");
+        assert_eq!(exchange(&worker.connect(CLIENT), b"x"), b"x");
+        worker.drain()
+    };
+    // Waiting for something would take a second each time; a busy machine is slow now and then.
+    let took = (0..5).map(drained).min().unwrap();
     assert!(took < Duration::from_millis(900), "{took:?}");
 }
 
@@ -307,7 +311,8 @@ fn waiters_share_a_failure() {
             let error = results.recv().await.unwrap_err();
             assert!(error.contains("handshake did not finish"), "{error}");
         }
-        assert!(started.elapsed() < timeout * 4, "{:?}", started.elapsed());
+        // One after the other, they would take twenty times as long as one.
+        assert!(started.elapsed() < timeout * 10, "{:?}", started.elapsed());
         // The failure is not remembered: the next one tries again.
         let again = context.pool.open(&context, &key(addr), &request()).await;
         assert!(matches!(again, Err(ProxyError::Shared(_))));

@@ -9,6 +9,7 @@ mod envoy;
 mod handshakes;
 mod hostile;
 mod pooling;
+mod records;
 mod relays;
 mod streams;
 mod violations;

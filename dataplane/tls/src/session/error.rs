@@ -19,6 +19,9 @@ pub enum SealError {
         max = RECORD_HEADER + MAX_PLAINTEXT + RECORD_TRAILER
     )]
     BadLength(usize),
+    /// A key update was not taken for sending; only with rustls' records, which leave no choice.
+    #[error("cannot seal: a key update has to be sent first")]
+    KeyUpdateDue,
     /// The key's limit is reached because a due key update was never taken for sending.
     #[error("cannot seal: the traffic key is used up and its update was never sent")]
     KeyExhausted,
@@ -79,6 +82,9 @@ pub enum OpenError {
     /// 2^64 - 1 records were received with one key.
     #[error("the peer sent 2^64 records with one key")]
     Exhausted,
+    /// rustls refused the record for a reason that has no name here.
+    #[error("{0}")]
+    Library(String),
     /// An earlier record had failed.
     #[error("the TLS connection failed before")]
     Failed,
@@ -88,7 +94,8 @@ impl OpenError {
     /// The alert that tells the peer, if one is due.
     pub const fn alert(&self) -> Option<AlertDescription> {
         match self {
-            Self::Incomplete { .. } | Self::Alert(_) | Self::Failed => None,
+            // rustls has queued its own.
+            Self::Library(_) | Self::Incomplete { .. } | Self::Alert(_) | Self::Failed => None,
             Self::TooLong(_) | Self::PlaintextTooLong(_) => Some(AlertDescription::RecordOverflow),
             Self::UnexpectedRecord(_)
             | Self::NoContentType

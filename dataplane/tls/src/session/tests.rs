@@ -1,10 +1,11 @@
 //! What a session does with records no honest peer of ours would send, built with its own keys.
 
 use proptest::prelude::*;
+use rustls::AlertDescription;
 
 use super::*;
 use crate::common::{control, open, seal, sessions};
-use crate::record::MAX_CIPHERTEXT;
+use crate::record::{ALERT, APPLICATION_DATA, HANDSHAKE, MAX_CIPHERTEXT};
 
 /// Allowed during the handshake only.
 const CHANGE_CIPHER_SPEC: u8 = 20;
@@ -16,11 +17,15 @@ fn forge(session: &mut Session, content_type: u8, content: &[u8], padding: usize
     record.extend_from_slice(content);
     if padding == 0 {
         record.resize(record.len() + RECORD_TRAILER, 0);
-        session.transmit.seal(content_type, &mut record).unwrap();
+        session
+            .in_place()
+            .transmit
+            .seal(content_type, &mut record)
+            .unwrap();
     } else {
         record.push(content_type);
         record.resize(record.len() + padding - 1 + RECORD_TRAILER, 0);
-        session.transmit.seal(0, &mut record).unwrap();
+        session.in_place().transmit.seal(0, &mut record).unwrap();
     }
     record
 }
@@ -90,6 +95,7 @@ fn oversize_record_is_record_overflow() {
 fn forge_long(session: &mut Session, length: usize) -> Vec<u8> {
     let mut record = vec![7; RECORD_HEADER + length + RECORD_TRAILER];
     session
+        .in_place()
         .transmit
         .seal_any_length(APPLICATION_DATA, &mut record)
         .unwrap();
@@ -176,11 +182,11 @@ fn key_updates_on_both_sides() {
             round % 2 == 0,
             "answer when asked"
         );
-        assert_eq!(server.receive.sequence(), 0);
+        assert_eq!(server.in_place().receive.sequence(), 0);
         let mut answer = control(&mut server);
         if !answer.is_empty() {
             assert_eq!(open(&mut client, &mut answer), None);
-            assert_eq!(client.receive.sequence(), 0);
+            assert_eq!(client.in_place().receive.sequence(), 0);
             assert!(!client.has_control_output(), "an answer is not answered");
         }
         let mut record = seal(&mut client, b"to the server");
@@ -217,7 +223,7 @@ fn keys_are_updated_when_the_limit_nears() {
         if client.has_control_output() {
             updates += 1;
             assert_eq!(open(&mut server, &mut control(&mut client)), None);
-            assert_eq!(client.transmit.sequence(), 0);
+            assert_eq!(client.in_place().transmit.sequence(), 0);
         }
     }
     assert_eq!(updates, 5);
@@ -227,7 +233,7 @@ fn keys_are_updated_when_the_limit_nears() {
 #[test]
 fn a_used_up_key_seals_nothing() {
     let (mut client, _) = sessions();
-    client.transmit.set_sequence(KEY_LIMIT - 1);
+    client.in_place().transmit.set_sequence(KEY_LIMIT - 1);
     seal(&mut client, b"the last");
     let mut record = [0; 100];
     assert_eq!(client.seal(&mut record), Err(SealError::KeyExhausted));

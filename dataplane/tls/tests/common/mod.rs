@@ -7,8 +7,8 @@ use std::time::Duration;
 use mesh::Identity;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
 use tls::{
-    Authority, ClientSettings, ExpectedPeers, Handshake, HandshakeError, Opened, ServerSettings,
-    Session, WorkloadCertificate,
+    Authority, ClientSettings, ExpectedPeers, Handshake, HandshakeError, Opened, RecordPath,
+    ServerSettings, Session, WorkloadCertificate,
 };
 
 /// A self-signed CA as PEM: certificate and key.
@@ -128,10 +128,17 @@ impl Side {
 
 /// Two established sessions of one mesh: client and server.
 pub(crate) fn sessions() -> (Session, Session) {
+    sessions_by(RecordPath::Own, RecordPath::Own)
+}
+
+/// As [`sessions`], with the client's and the server's records done by these.
+pub(crate) fn sessions_by(near: RecordPath, far: RecordPath) -> (Session, Session) {
     let authority = authority("mesh");
     let (a, b) = (identity("td", "client"), identity("td", "server"));
-    let client = ClientSettings::new(&workload(&authority, &a)).unwrap();
-    let server = ServerSettings::new(&workload(&authority, &b)).unwrap();
+    let mut client = ClientSettings::new(&workload(&authority, &a)).unwrap();
+    let mut server = ServerSettings::new(&workload(&authority, &b)).unwrap();
+    client.set_records(near);
+    server.set_records(far);
     let outcome = handshake(&client, &server, &b, usize::MAX);
     (outcome.client.unwrap(), outcome.server.unwrap())
 }
