@@ -1,4 +1,5 @@
-//! TLS records of 16 KiB: ours, rustls' buffered interface, the bare AEAD.
+//! TLS: records of 16 KiB by us, rustls' buffered interface and the bare AEAD; handshakes by us and
+//! rustls' buffered interface.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -8,7 +9,7 @@ use anyhow::Result;
 use benches::callgrind::{self, Subject, Work};
 use benches::criteria::{criterion, median_ns};
 use benches::document;
-use benches::records::{Aead, PLAINTEXT, Rustls, open, record, sessions};
+use benches::records::{Aead, PLAINTEXT, Rustls, RustlsConfigs, Workloads, open, record, sessions};
 use benches::rows::{Part, Row, quick};
 use criterion::{Criterion, Throughput};
 
@@ -16,11 +17,13 @@ use criterion::{Criterion, Throughput};
 const BATCH: u64 = 8;
 const SEAL: &str = "tls/seal/16384";
 const OPEN: &str = "tls/open/16384";
+const HANDSHAKE: &str = "tls/handshake";
 
 fn main() -> Result<()> {
     let mut criterion = criterion()?;
     seal(&mut criterion)?;
     opening(&mut criterion)?;
+    handshake(&mut criterion)?;
     criterion.final_summary();
     let mut part = Part::default();
     for bench in [SEAL, OPEN] {
@@ -32,6 +35,15 @@ fn main() -> Result<()> {
                 part.rows.push(row.with_note("wall time of one thread"));
             }
         }
+    }
+    let medians = (
+        median_ns(HANDSHAKE, "tls")?,
+        median_ns(HANDSHAKE, "rustls")?,
+    );
+    if let (Some(ours), Some(theirs)) = medians {
+        let metric = "ns_per_handshake";
+        let row = Row::new(HANDSHAKE, metric, ("tls", ours), ("rustls", theirs));
+        part.rows.push(row.with_note("wall time, both ends"));
     }
     instructions(&mut part)?;
     part.store("tls")?;
@@ -72,6 +84,27 @@ fn instructions(part: &mut Part) -> Result<()> {
         let works = (("tls", ours), (name, theirs));
         callgrind::compare(part, (bench, "per record"), program, works, counts)?;
     }
+    let counts = if quick() { (5, 25) } else { (20, 120) };
+    let works = (
+        ("tls", Work::of(Subject::TlsHandshake)),
+        ("rustls", Work::of(Subject::RustlsHandshake)),
+    );
+    let note = "per handshake, both ends";
+    callgrind::compare(part, (HANDSHAKE, note), program, works, counts)
+}
+
+/// Both build their configurations once; what a connection costs is here.
+fn handshake(criterion: &mut Criterion) -> Result<()> {
+    let mut group = criterion.benchmark_group(HANDSHAKE);
+    let workloads = Workloads::new()?;
+    group.bench_function("tls", |bencher| {
+        bencher.iter(|| workloads.shake_hands().expect("the handshake succeeds"));
+    });
+    let configs = RustlsConfigs::new()?;
+    group.bench_function("rustls", |bencher| {
+        bencher.iter(|| Rustls::with(&configs).expect("the handshake succeeds"));
+    });
+    group.finish();
     Ok(())
 }
 

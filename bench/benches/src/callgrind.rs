@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::accounting::{Ours, Reference, formatting};
 use crate::codec;
 use crate::model::{Source, World};
-use crate::records::{self, Aead, PLAINTEXT, Rustls};
+use crate::records::{self, Aead, PLAINTEXT, Rustls, RustlsConfigs, Workloads};
 use crate::rows::{Part, Row};
 
 /// The quantity of rows of instructions; their notes say of what.
@@ -47,6 +47,10 @@ pub enum Subject {
     RustlsSealOpen,
     /// The same by the bare AEAD.
     AeadSealOpen,
+    /// Handshakes of ours, both ends.
+    TlsHandshake,
+    /// The same by rustls.
+    RustlsHandshake,
     /// Authorizations in a mesh of some size.
     MeshPolicy,
     /// Routes in a mesh of some size.
@@ -81,6 +85,14 @@ impl Subject {
             Self::TlsSeal | Self::TlsSealOpen => tls(count, self == Self::TlsSealOpen),
             Self::RustlsSeal | Self::RustlsSealOpen => rustls(count, self == Self::RustlsSealOpen),
             Self::AeadSeal | Self::AeadSealOpen => aead(count, self == Self::AeadSealOpen),
+            Self::TlsHandshake => {
+                let workloads = Workloads::new()?;
+                (0..count).try_for_each(|_| workloads.shake_hands().map(drop))
+            }
+            Self::RustlsHandshake => {
+                let configs = RustlsConfigs::new()?;
+                (0..count).try_for_each(|_| Rustls::with(&configs).map(drop))
+            }
             Self::MeshPolicy | Self::MeshRoute | Self::MeshLb => self.ask(size, count),
             Self::MeshUpdate => {
                 let source = Source::new(size);

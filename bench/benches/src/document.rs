@@ -14,7 +14,7 @@ use crate::rows::{Part, Row};
 pub const SCHEMA: u32 = 1;
 
 /// Everything that is to be measured, by the beginnings of names.
-const NAMES: [&str; 16] = [
+const NAMES: [&str; 17] = [
     "relay/rr/",
     "relay/stream/",
     "relay/stream-splice/",
@@ -24,6 +24,7 @@ const NAMES: [&str; 16] = [
     "hbone/connect",
     "tls/seal/16384",
     "tls/open/16384",
+    "tls/handshake",
     "mesh/policy/",
     "mesh/route/",
     "mesh/lb/",

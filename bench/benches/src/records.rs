@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use mesh::Identity;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+use rustls::client::Resumption;
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use rustls_pki_types::{PrivatePkcs8KeyDer, ServerName};
@@ -21,41 +22,69 @@ use tls::{Authority, ClientSettings, Handshake, Opened, ServerSettings, Session}
 pub const PLAINTEXT: usize = Session::MAX_PLAINTEXT;
 const RECORD: usize = Session::RECORD_HEADER + PLAINTEXT + Session::RECORD_TRAILER;
 
+/// What two workloads of one mesh shake hands with, made once.
+#[derive(Debug)]
+pub struct Workloads {
+    client: ClientSettings,
+    server: ServerSettings,
+    expected: Identity,
+}
+
+impl Workloads {
+    /// Issues both certificates.
+    ///
+    /// # Errors
+    /// A certificate failed.
+    pub fn new() -> Result<Self> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate()?;
+        let certificate = params.self_signed(&key)?.pem();
+        let key_pem = key.serialize_pem();
+        let authority = Authority::from_pem(certificate.as_bytes(), key_pem.as_bytes())?;
+        let issue = |identity: &Identity| authority.issue(identity, Duration::from_secs(3600));
+        let (client, server) = (identity("client")?, identity("server")?);
+        Ok(Self {
+            client: ClientSettings::new(&issue(&client)?)?,
+            server: ServerSettings::new(&issue(&server)?)?,
+            expected: server,
+        })
+    }
+
+    /// Two sessions, the client's first.
+    ///
+    /// # Errors
+    /// The handshake failed.
+    pub fn shake_hands(&self) -> Result<(Session, Session)> {
+        let mut near = Handshake::client(&self.client, &self.expected)?;
+        let mut far = Handshake::server(&self.server)?;
+        let (mut up, mut down) = (Vec::new(), Vec::new());
+        let (mut first, mut second) = (None, None);
+        near.advance(&[], &mut up)?;
+        // Client hello; server flight; client flight.
+        for _ in 0..3 {
+            if second.is_none() {
+                second = far
+                    .advance(&std::mem::take(&mut up), &mut down)?
+                    .established;
+            }
+            if first.is_none() {
+                first = near
+                    .advance(&std::mem::take(&mut down), &mut up)?
+                    .established;
+            }
+        }
+        let missing = "the handshake does not end";
+        Ok((first.context(missing)?, second.context(missing)?))
+    }
+}
+
 /// Two established sessions of ours, the client's first.
 ///
 /// # Errors
 /// A certificate or the handshake failed.
 pub fn sessions() -> Result<(Session, Session)> {
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate()?;
-    let certificate = params.self_signed(&key)?.pem();
-    let key_pem = key.serialize_pem();
-    let authority = Authority::from_pem(certificate.as_bytes(), key_pem.as_bytes())?;
-    let issue = |identity: &Identity| authority.issue(identity, Duration::from_secs(3600));
-    let (client, server) = (identity("client")?, identity("server")?);
-    let client = ClientSettings::new(&issue(&client)?)?;
-    let server_settings = ServerSettings::new(&issue(&server)?)?;
-    let mut near = Handshake::client(&client, &server)?;
-    let mut far = Handshake::server(&server_settings)?;
-    let (mut up, mut down) = (Vec::new(), Vec::new());
-    let (mut first, mut second) = (None, None);
-    near.advance(&[], &mut up)?;
-    // Client hello; server flight; client flight.
-    for _ in 0..3 {
-        if second.is_none() {
-            second = far
-                .advance(&std::mem::take(&mut up), &mut down)?
-                .established;
-        }
-        if first.is_none() {
-            first = near
-                .advance(&std::mem::take(&mut down), &mut up)?
-                .established;
-        }
-    }
-    let missing = "the handshake does not end";
-    Ok((first.context(missing)?, second.context(missing)?))
+    Workloads::new()?.shake_hands()
 }
 
 fn identity(account: &str) -> Result<Identity> {
@@ -79,20 +108,18 @@ pub fn open(session: &mut Session, record: &mut [u8]) -> Result<()> {
     }
 }
 
-/// A pair of plain rustls connections that have shaken hands.
+/// What two plain rustls connections shake hands with, made once.
 #[derive(Debug)]
-pub struct Rustls {
-    /// The end that seals.
-    pub client: ClientConnection,
-    /// The end that opens.
-    pub server: ServerConnection,
+pub struct RustlsConfigs {
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
 }
 
-impl Rustls {
-    /// Shakes hands.
+impl RustlsConfigs {
+    /// Issues both certificates.
     ///
     /// # Errors
-    /// A certificate or the handshake failed.
+    /// A certificate failed.
     pub fn new() -> Result<Self> {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -111,21 +138,54 @@ impl Rustls {
         };
         let versions = &[&rustls::version::TLS13];
         let (chain, key) = credentials()?;
-        let client = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(versions)?
             .with_root_certificates(Arc::clone(&roots))
             .with_client_auth_cert(chain, key)?;
+        // As in the mesh: every handshake is a full one.
+        client.resumption = Resumption::disabled();
         let (chain, key) = credentials()?;
         let verifier =
             WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider)).build()?;
-        let server = ServerConfig::builder_with_provider(provider)
+        let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)?
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)?;
+        server.send_tls13_tickets = 0;
+        Ok(Self {
+            client: Arc::new(client),
+            server: Arc::new(server),
+        })
+    }
+}
+
+/// A pair of plain rustls connections that have shaken hands.
+#[derive(Debug)]
+pub struct Rustls {
+    /// The end that seals.
+    pub client: ClientConnection,
+    /// The end that opens.
+    pub server: ServerConnection,
+}
+
+impl Rustls {
+    /// Shakes hands with configurations of its own.
+    ///
+    /// # Errors
+    /// A certificate or the handshake failed.
+    pub fn new() -> Result<Self> {
+        Self::with(&RustlsConfigs::new()?)
+    }
+
+    /// Shakes hands.
+    ///
+    /// # Errors
+    /// The handshake failed.
+    pub fn with(configs: &RustlsConfigs) -> Result<Self> {
         let name = ServerName::try_from("server")?;
         let mut pair = Self {
-            client: ClientConnection::new(Arc::new(client), name)?,
-            server: ServerConnection::new(Arc::new(server))?,
+            client: ClientConnection::new(Arc::clone(&configs.client), name)?,
+            server: ServerConnection::new(Arc::clone(&configs.server))?,
         };
         pair.shake_hands()?;
         Ok(pair)
