@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::buf::{Pool, PoolConfig};
 use crate::counters::SharedCounters;
@@ -246,7 +246,7 @@ impl Runtime {
             }
             let next_turn = inner.next_turn.take();
             let idle = next_turn.is_empty() && inner.tasks.borrow().run.is_empty();
-            let timeout = inner.timers.borrow_mut().next_timeout(Instant::now());
+            let timeout = inner.timers.borrow().next_timeout();
             {
                 let mut driver = inner.driver.borrow_mut();
                 driver.turn(idle, timeout, self.config.completions_per_turn)?;
@@ -254,7 +254,7 @@ impl Runtime {
                 self.counters
                     .publish(driver.counters(), tasks, driver.in_flight());
             }
-            inner.timers.borrow_mut().fire(Instant::now());
+            inner.timers.borrow_mut().fire();
             inner.take_remote();
             // Behind everything the ring has brought.
             next_turn.into_iter().for_each(Waker::wake);

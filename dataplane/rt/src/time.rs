@@ -1,7 +1,8 @@
-//! Timers of a worker. Deadlines ride on the ring's own wait timeout; no timer operations.
+//! Timers of a worker, on a wheel. The earliest deadline is the timeout of the worker's own wait;
+//! there are no timer operations.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+mod wheel;
+
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -10,93 +11,58 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::exec::{Inner, current};
+use wheel::{Key, Wheel};
 
-#[derive(Debug)]
-struct Slot {
-    generation: u32,
-    waker: Option<Waker>,
+/// Length of a tick: 131 us. A timer fires with the first tick that is not before its deadline.
+const TICK_SHIFT: u32 = 17;
+
+/// Pending deadlines of a worker.
+pub(crate) struct Timers {
+    /// Tick 0.
+    origin: Instant,
+    wheel: Wheel<Waker>,
 }
 
-/// Pending deadlines, earliest first. Cancelled ones are skipped when they surface, and swept when
-/// they outnumber the live ones, so that the heap stays proportional to the live timers.
-#[derive(Default)]
-pub(crate) struct Timers {
-    heap: BinaryHeap<Reverse<(Instant, u32, u32)>>,
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    live: usize,
+impl Default for Timers {
+    fn default() -> Self {
+        Self {
+            origin: Instant::now(),
+            wheel: Wheel::default(),
+        }
+    }
 }
 
 impl Timers {
-    fn insert(&mut self, deadline: Instant, waker: Waker) -> (u32, u32) {
-        self.live += 1;
-        let index = if let Some(index) = self.free.pop() {
-            index
-        } else {
-            self.slots.push(Slot {
-                generation: 0,
-                waker: None,
-            });
-            (self.slots.len() - 1) as u32
-        };
-        let slot = &mut self.slots[index as usize];
-        slot.waker = Some(waker);
-        let generation = slot.generation;
-        self.heap.push(Reverse((deadline, index, generation)));
-        (index, generation)
+    fn insert(&mut self, deadline: Instant, waker: Waker) -> Key {
+        let ahead = deadline.saturating_duration_since(self.origin).as_nanos();
+        let tick = ahead.div_ceil(1 << TICK_SHIFT);
+        let tick = u64::try_from(tick).unwrap_or(u64::MAX);
+        self.wheel.insert(tick, waker)
     }
 
-    fn is_live(&self, index: u32, generation: u32) -> bool {
-        self.slots[index as usize].generation == generation
-    }
-
-    fn remove(&mut self, index: u32, generation: u32) -> Option<Waker> {
-        if !self.is_live(index, generation) {
-            return None;
-        }
-        let slot = &mut self.slots[index as usize];
-        slot.generation = slot.generation.wrapping_add(1);
-        self.free.push(index);
-        self.live -= 1;
-        let waker = slot.waker.take();
-        if self.heap.len() > 64 && self.heap.len() > self.live * 4 {
-            let slots = &self.slots;
-            self.heap.retain(|Reverse((_, index, generation))| {
-                slots[*index as usize].generation == *generation
-            });
-        }
-        waker
-    }
-
-    /// Time until the earliest live deadline.
-    pub(crate) fn next_timeout(&mut self, now: Instant) -> Option<Duration> {
-        while let Some(Reverse((deadline, index, generation))) = self.heap.peek().copied() {
-            if self.is_live(index, generation) {
-                return Some(deadline.saturating_duration_since(now));
-            }
-            self.heap.pop();
-        }
-        None
+    /// Time until a timer may be due; `None` without timers. Never too long; too short only where
+    /// many timers lie far ahead together.
+    pub(crate) fn next_timeout(&self) -> Option<Duration> {
+        let tick = self.wheel.next()?;
+        let ahead = Duration::from_nanos(tick.saturating_mul(1 << TICK_SHIFT));
+        Some(ahead.saturating_sub(self.origin.elapsed()))
     }
 
     /// Wakes every task whose deadline has passed.
-    pub(crate) fn fire(&mut self, now: Instant) {
-        while let Some(Reverse((deadline, index, generation))) = self.heap.peek().copied() {
-            if deadline > now && self.is_live(index, generation) {
-                return;
-            }
-            self.heap.pop();
-            if let Some(waker) = self.remove(index, generation) {
-                waker.wake();
-            }
+    pub(crate) fn fire(&mut self) {
+        if self.wheel.len() == 0 {
+            return; // without timers nobody looks at the clock
         }
+        let ticks = self.origin.elapsed().as_nanos() >> TICK_SHIFT;
+        let now = u64::try_from(ticks).unwrap_or(u64::MAX);
+        self.wheel.advance(now, Waker::wake);
     }
 }
 
 impl fmt::Debug for Timers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Timers")
-            .field("live", &self.live)
+            .field("live", &self.wheel.len())
             .finish_non_exhaustive()
     }
 }
@@ -105,7 +71,7 @@ impl fmt::Debug for Timers {
 pub struct Sleep {
     deadline: Instant,
     timers: Rc<Inner>,
-    entry: Option<(u32, u32)>,
+    entry: Option<Key>,
 }
 
 impl fmt::Debug for Sleep {
@@ -125,10 +91,8 @@ impl Future for Sleep {
         }
         let inner = Rc::clone(&self.timers);
         let mut timers = inner.timers.borrow_mut();
-        if let Some((index, generation)) = self.entry
-            && timers.is_live(index, generation)
-        {
-            timers.slots[index as usize].waker = Some(cx.waker().clone());
+        if let Some(waker) = self.entry.and_then(|key| timers.wheel.get_mut(key)) {
+            waker.clone_from(cx.waker());
             return Poll::Pending;
         }
         self.entry = Some(timers.insert(self.deadline, cx.waker().clone()));
@@ -138,8 +102,8 @@ impl Future for Sleep {
 
 impl Drop for Sleep {
     fn drop(&mut self) {
-        if let Some((index, generation)) = self.entry {
-            self.timers.timers.borrow_mut().remove(index, generation);
+        if let Some(key) = self.entry {
+            self.timers.timers.borrow_mut().wheel.remove(key);
         }
     }
 }
@@ -185,38 +149,21 @@ pub async fn timeout<F: Future>(duration: Duration, future: F) -> Result<F::Outp
 mod tests {
     use super::*;
 
-    fn churn(live: u64, rounds: u64) -> f64 {
-        let mut timers = Timers::default();
-        let start = Instant::now();
-        let ahead = |n: u64| start + Duration::from_micros(10_000_000 + n % 997);
-        let mut armed: std::collections::VecDeque<_> = (0..live)
-            .map(|n| timers.insert(ahead(n), Waker::noop().clone()))
-            .collect();
-        let started = Instant::now();
-        for n in 0..rounds {
-            armed.push_back(timers.insert(ahead(n), Waker::noop().clone()));
-            let (index, generation) = armed.pop_front().unwrap();
-            timers.remove(index, generation);
-            if n.is_multiple_of(8) {
-                timers.next_timeout(start);
-            }
-        }
-        let taken = started.elapsed();
-        assert!(
-            timers.heap.len() as u64 <= (live * 4).max(64) + 1,
-            "cancelled ones are swept"
-        );
-        taken.as_secs_f64() * 1e9 / rounds as f64
-    }
-
-    /// A deadline per connection, armed when it connects and cancelled when it is connected.
     #[test]
-    fn cancelled_timers_are_swept() {
-        for live in [0, 32, 1_000] {
-            println!(
-                "{live} live timers: {:.0} ns to arm and cancel",
-                churn(live, 100_000)
-            );
-        }
+    fn timeouts_end_with_the_tick_behind_the_deadline() {
+        let mut timers = Timers::default();
+        assert_eq!(timers.next_timeout(), None);
+        let day = Duration::from_secs(86_400);
+        let far = timers.insert(timers.origin + day, Waker::noop().clone());
+        let timeout = timers.next_timeout().unwrap();
+        let tick = Duration::from_nanos(1 << TICK_SHIFT);
+        assert!(timeout <= day + tick && timeout > day / 2, "{timeout:?}");
+        timers.insert(timers.origin, Waker::noop().clone());
+        assert!(timers.next_timeout().unwrap() <= tick);
+        std::thread::sleep(tick * 2);
+        timers.fire();
+        assert_eq!(timers.wheel.len(), 1, "the one that is due has fired");
+        assert!(timers.wheel.remove(far).is_some());
+        assert_eq!(timers.next_timeout(), None);
     }
 }
