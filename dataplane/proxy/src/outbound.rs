@@ -188,7 +188,7 @@ impl Connection<'_> {
             Authority::Address(addr) => HboneTarget::Address(*addr),
             other => HboneTarget::Host(other.to_string().into()),
         });
-        let record = self.context.telemetry.opened(info);
+        let record = self.context.telemetry.opening(info);
         let context = self.context;
         let key = Key {
             identity: self.source.identity(),
@@ -209,6 +209,8 @@ impl Connection<'_> {
         };
         match context.pool.connect(context, &key, &request).await {
             Ok(stream) => {
+                // Of all that are accepted there, the one that was reached.
+                let record = record.proved(stream.tunnel().peer().identity());
                 let Self { client, alive, .. } = self;
                 rt::spawn(async move {
                     let _alive = alive;

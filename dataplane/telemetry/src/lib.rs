@@ -38,4 +38,4 @@ pub use ready::{PendingTask, Ready};
 pub use registry::{LABEL_SETS_MAX_DEFAULT, MetricError, Registry};
 pub use sink::{LogQueue, LogSink, QUEUE_BYTES_DEFAULT};
 pub use text::LogFormat;
-pub use worker::{ConnectionRecord, WorkerTelemetry};
+pub use worker::{ConnectionRecord, Opening, WorkerTelemetry};

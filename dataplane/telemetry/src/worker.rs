@@ -107,9 +107,13 @@ impl WorkerTelemetry {
 
     /// Counts a connection as opened. What happens to it is told to the record.
     pub fn opened(&self, info: ConnectionInfo) -> ConnectionRecord {
+        self.opening(info).record()
+    }
+
+    /// As [`Self::opened`], for a connection whose server has yet to prove who it is. Labels name
+    /// the server that answers, so it is counted as opened when that is known, or at its end.
+    pub fn opening(&self, info: ConnectionInfo) -> Opening {
         let inner = &self.inner;
-        let series = inner.series(&info, ResponseFlags::None);
-        series.opened.add(1);
         inner.shared.open[reporter_index(info.reporter)].add(1);
         if inner.access.enables(Level::DEBUG) {
             let mut buffer = inner.line.borrow_mut();
@@ -119,14 +123,10 @@ impl WorkerTelemetry {
             access::ends(&mut line, &info);
             inner.access.write(line.finish());
         }
-        ConnectionRecord {
+        Opening {
             worker: Rc::clone(inner),
-            info,
-            series,
+            info: Some(info),
             started: Instant::now(),
-            sent: Cell::new(0),
-            received: Cell::new(0),
-            over: false,
         }
     }
 
@@ -243,6 +243,58 @@ impl Inner {
         }
         (info.reporter, info.security, flags).hash(&mut hasher);
         hasher.finish()
+    }
+}
+
+/// A connection being set up. Dropped, it counts as ended by a drain.
+#[derive(Debug)]
+pub struct Opening {
+    worker: Rc<Inner>,
+    /// Taken when it becomes a record.
+    info: Option<ConnectionInfo>,
+    started: Instant,
+}
+
+impl Opening {
+    /// The server has proved to be `server`; `None` if it was accepted by a name that is no
+    /// identity.
+    pub fn proved(mut self, server: Option<&Identity>) -> ConnectionRecord {
+        if let Some(info) = &mut self.info
+            && info.destination_identity.as_ref() != server
+        {
+            info.destination_identity = server.cloned();
+        }
+        self.record()
+    }
+
+    /// Counts and logs a connection that did not come to be.
+    pub fn close(self, error: Option<&dyn fmt::Display>, flags: ResponseFlags) {
+        self.record().close(error, flags);
+    }
+
+    fn record(mut self) -> ConnectionRecord {
+        self.take().expect("only taken here and by drop")
+    }
+
+    fn take(&mut self) -> Option<ConnectionRecord> {
+        let info = self.info.take()?;
+        let series = self.worker.series(&info, ResponseFlags::None);
+        series.opened.add(1);
+        Some(ConnectionRecord {
+            worker: Rc::clone(&self.worker),
+            info,
+            series,
+            started: self.started,
+            sent: Cell::new(0),
+            received: Cell::new(0),
+            over: false,
+        })
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        drop(self.take());
     }
 }
 

@@ -227,6 +227,45 @@ fn what_is_not_known_says_so() {
 }
 
 #[test]
+fn the_server_that_answered_is_named() {
+    let (bench, model) = (Bench::plain(), model());
+    let worker = bench.worker();
+    let expected = |account: &str| mesh::Identity::new("cluster.local", "shop", account).unwrap();
+    let info = ConnectionInfo {
+        destination_identity: Some(expected("pay-former")),
+        ..outbound(&model)
+    };
+    let record = worker.opening(info.clone());
+    assert_eq!(bench.samples("istio_tcp_connections_opened_total"), []);
+    assert_eq!(bench.total("istio_tcp_sockets_open"), 1);
+    let record = record.proved(Some(&expected("pay")));
+    let counted = [(LABELS.to_owned(), 1)];
+    assert_eq!(bench.samples("istio_tcp_connections_opened_total"), counted);
+    record.sent(3);
+    assert_eq!(
+        bench.samples("istio_tcp_sent_bytes_total"),
+        [(LABELS.to_owned(), 3)]
+    );
+    record.close(None, ResponseFlags::None);
+    assert_eq!(bench.samples("istio_tcp_connections_opened_total"), counted);
+    assert_eq!(bench.samples("istio_tcp_connections_closed_total"), counted);
+    let lines = bench.lines();
+    assert!(
+        lines[0].contains("dst.identity=\"spiffe://cluster.local/ns/shop/sa/pay\""),
+        "{lines:?}"
+    );
+    // One that nobody answered is counted at its end, and so is one that a drain ended.
+    let error = "nobody answers";
+    worker
+        .opening(info.clone())
+        .close(Some(&error), ResponseFlags::Connect);
+    drop(worker.opening(info));
+    assert_eq!(bench.total("istio_tcp_connections_opened_total"), 3);
+    assert_eq!(bench.total("istio_tcp_connections_closed_total"), 3);
+    assert_eq!(bench.total("istio_tcp_sockets_open"), 0);
+}
+
+#[test]
 fn bytes_advance_while_the_connection_lasts() {
     let (bench, model) = (Bench::plain(), model());
     let worker = bench.worker();

@@ -6,9 +6,9 @@
 //! * *own* (`protection`, `session::in_place`): AES-GCM in the caller's buffers, in user space;
 //! * *rustls* (`session::buffered`): rustls' buffered connections, the reference to compare with;
 //! * *kernel* (kTLS): nothing is there yet. It would be built from the same secrets as the first,
-//!   after they were given to the socket with `setsockopt(SOL_TLS)`; sealing would leave the payload
-//!   as it is, the room around it unsent, and control records would travel as ancillary data. Key
-//!   updates stay with the session, which has the key schedule.
+//!   after they were given to the socket with `setsockopt(SOL_TLS)`; sealing would leave the
+//!   payload as it is, the room around it unsent, and control records would travel as ancillary
+//!   data. Key updates stay with the session, which has the key schedule.
 
 use std::fmt;
 

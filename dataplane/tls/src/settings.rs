@@ -1,6 +1,7 @@
 //! What handshakes need, built once per workload certificate and shared by its connections.
 //!
-//! A connection adds whom it accepts, and nothing else: the verifier finds that in the connection's own case.
+//! A connection adds whom it accepts, and nothing else: the verifier finds that in the connection's
+//! own case.
 
 use std::sync::Arc;
 

@@ -91,3 +91,28 @@ fn waits_for_a_workload_are_forgotten() {
         assert_eq!(found.recv().await, "client");
     });
 }
+
+/// A service may list identities beside its workloads'; the one that the server has proved is told.
+#[test]
+fn metrics_name_the_server_that_answered() {
+    let (port, _) = echo();
+    let worker = worker(port, "");
+    let listed =
+        "hostname: s.local, subjectAltNames: [spiffe://cluster.local/ns/default/sa/former],";
+    let mesh = mesh(worker.outbound, port, "").replace("hostname: s.local,", listed);
+    let snapshot = snapshot(&mesh);
+    worker.commands.send(Command::Snapshot(snapshot)).unwrap();
+    let mut stream = worker.connect(CLIENT);
+    stream.write_all(b"a").unwrap();
+    stream.read_exact(&mut [0; 1]).unwrap();
+    let opened = worker.samples("istio_tcp_connections_opened_total");
+    let outbound: Vec<_> = opened
+        .iter()
+        .filter(|line| line.contains("reporter=\"source\""))
+        .collect();
+    assert_eq!(outbound.len(), 1, "{opened:?}");
+    let proved = "destination_principal=\"spiffe://cluster.local/ns/default/sa/server\"";
+    assert!(outbound[0].contains(proved), "{opened:?}");
+    drop(stream);
+    worker.drain();
+}

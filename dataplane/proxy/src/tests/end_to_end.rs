@@ -145,6 +145,13 @@ impl Worker {
         line.unwrap().trim().parse().unwrap()
     }
 
+    /// All lines of a metric.
+    pub(super) fn samples(&self, name: &str) -> Vec<String> {
+        let page = self.metrics.encode(Exposition::Text);
+        let lines = page.lines().filter(|line| line.starts_with(name));
+        lines.map(str::to_owned).collect()
+    }
+
     /// Waits until that metric has `value`.
     pub(super) fn until(&self, name: &str, value: u64) {
         let started = Instant::now();
