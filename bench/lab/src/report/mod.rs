@@ -3,6 +3,7 @@
 mod alone;
 mod curve;
 mod html;
+mod overview;
 pub mod plot;
 pub mod readme;
 pub mod schema;
@@ -18,20 +19,25 @@ use anyhow::{Context as _, Result, bail};
 
 use schema::{Document, SCHEMA};
 
-/// Writes `report.html`, `report.md`, `trials.csv` and `ratios.csv` beside the `report.json` in
+/// File name of the README's picture.
+const OVERVIEW: &str = "overview.svg";
+
+/// Writes `report.html`, `report.md`, `trials.csv`, `ratios.csv` and, where its case was measured,
+/// `overview.svg` beside the `report.json` in
 /// `directory`, from that file alone.
 ///
 /// # Errors
 /// A missing or malformed `report.json`, one of another schema, or a file that cannot be written.
 pub fn render(directory: &Path) -> Result<()> {
     let document = read(directory)?;
+    let picture = overview::picture(&document)?;
     let files = [
         ("report.html", html::page(&document)?),
         ("report.md", text::markdown(&document)),
         ("trials.csv", text::trials_csv(&document)),
         ("ratios.csv", text::ratios_csv(&document)),
     ];
-    for (name, content) in files {
+    for (name, content) in files.into_iter().chain(picture.map(|svg| (OVERVIEW, svg))) {
         let path = directory.join(name);
         fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
     }

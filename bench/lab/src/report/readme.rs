@@ -15,7 +15,7 @@ use super::schema::{
     Cell, Document, Peer, Row, cpu_metrics, is_redirection_only, throughput_metric,
 };
 use super::units::with_unit;
-use super::{read, tally};
+use super::{OVERVIEW, read, tally};
 
 const BEGIN: &str = "<!-- results:begin -->";
 const END: &str = "<!-- results:end -->";
@@ -106,7 +106,11 @@ fn replaced(text: &str, section: &str) -> Result<String> {
 /// What belongs between the markers; `link` is how it refers to `directory`.
 fn section(directory: &Path, link: &str) -> Result<String> {
     let document = read(directory)?;
-    let mut text = about(&document, link);
+    let mut text = String::new();
+    if directory.join(OVERVIEW).exists() {
+        let _ = writeln!(text, "![Requests per second and CPU]({link}/{OVERVIEW})\n");
+    }
+    text.push_str(&about(&document, link));
     ratios(&mut text, &document);
     redirection_alone(&mut text, &document);
     rivals(&mut text, &document);
