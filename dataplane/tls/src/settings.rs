@@ -104,6 +104,14 @@ impl ClientSettings {
         self.records
     }
 
+    /// Has the secrets of connections told to `log`.
+    #[cfg(test)]
+    pub(crate) fn log_keys(&mut self, log: Arc<dyn rustls::KeyLog>) {
+        let mut config = (*self.config).clone();
+        config.key_log = log;
+        self.config = Arc::new(config);
+    }
+
     /// The configuration of all connections. The identity is checked before our certificate is
     /// shown to the server.
     pub(crate) fn config(&self) -> Arc<ClientConfig> {

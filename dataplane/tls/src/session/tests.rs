@@ -375,3 +375,73 @@ proptest! {
         }
     }
 }
+
+/// Remembers the first application secrets.
+#[derive(Debug, Default)]
+struct Secrets(std::sync::Mutex<Vec<(String, Vec<u8>)>>);
+
+impl rustls::KeyLog for Secrets {
+    fn log(&self, label: &str, _: &[u8], secret: &[u8]) {
+        let mut all = self.0.lock().unwrap();
+        all.push((label.to_owned(), secret.to_vec()));
+    }
+}
+
+/// HKDF-Expand-Label of AES-256-GCM's suite without context (RFC 8446, 7.1).
+fn expand_label<const N: usize>(secret: &[u8], label: &[u8]) -> [u8; N] {
+    use aws_lc_rs::hkdf;
+    struct Length(usize);
+    impl hkdf::KeyType for Length {
+        fn len(&self) -> usize {
+            self.0
+        }
+    }
+    let (length, label_length) = ([0, N as u8], [6 + label.len() as u8]);
+    let info: [&[u8]; 5] = [&length, &label_length, b"tls13 ", label, &[0]];
+    let mut out = [0; N];
+    let prk = hkdf::Prk::new_less_safe(hkdf::HKDF_SHA384, secret);
+    prk.expand(&info, Length(N))
+        .unwrap()
+        .fill(&mut out)
+        .unwrap();
+    out
+}
+
+/// Opens the first record under the keys of `secret`, by the RFC's text and the bare AEAD.
+fn open_by_hand(secret: &[u8], record: &[u8]) -> Vec<u8> {
+    use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+    let key: [u8; 32] = expand_label(secret, b"key");
+    let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &key).unwrap());
+    let nonce = Nonce::assume_unique_for_key(expand_label(secret, b"iv"));
+    let (header, body) = record.split_at(RECORD_HEADER);
+    let mut body = body.to_vec();
+    let opened = key.open_in_place(nonce, Aad::from(header), &mut body);
+    opened.expect("the keys are those of the secret").to_vec()
+}
+
+/// A real session's keys are the ones of its traffic secret, before and after updates.
+#[test]
+fn keys_come_from_the_traffic_secret() {
+    let authority = crate::common::authority("mesh");
+    let account = |name| crate::common::identity("td", name);
+    let (a, b) = (account("client"), account("server"));
+    let settings = |identity| crate::common::workload(&authority, identity);
+    let mut client = crate::ClientSettings::new(&settings(&a)).unwrap();
+    let server = crate::ServerSettings::new(&settings(&b)).unwrap();
+    let log = std::sync::Arc::new(Secrets::default());
+    client.log_keys(log.clone());
+    let outcome = crate::common::handshake(&client, &server, &b, usize::MAX);
+    let mut client = outcome.client.unwrap();
+    let logged = log.0.lock().unwrap().clone();
+    let find = |(label, _): &&(String, Vec<u8>)| label == "CLIENT_TRAFFIC_SECRET_0";
+    let mut secret = logged.iter().find(find).unwrap().1.clone();
+    assert_eq!(secret.len(), 48, "SHA-384");
+    for round in 0..3 {
+        let record = seal(&mut client, b"by the book");
+        let inner = [&b"by the book"[..], &[APPLICATION_DATA]].concat();
+        assert_eq!(open_by_hand(&secret, &record), inner, "round {round}");
+        client.update_keys(false);
+        control(&mut client);
+        secret = expand_label::<48>(&secret, b"traffic upd").to_vec();
+    }
+}

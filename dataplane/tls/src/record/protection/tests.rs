@@ -1,10 +1,11 @@
-//! Known answers of RFC 8448, 3 ("Simple 1-RTT Handshake"), and an independent construction.
+//! Known answers: of RFC 8448, 3 ("Simple 1-RTT Handshake"), from traffic secrets to records, and
+//! of Python's `cryptography` for both suites over two key updates (`tests/vectors/make.py`).
 
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::hkdf;
 use rustls::crypto::cipher::{AeadKey, Iv};
 
 use super::*;
-use crate::record::{ALERT, APPLICATION_DATA, HANDSHAKE};
+use crate::record::{ALERT, APPLICATION_DATA};
 
 fn unhex(text: &str) -> Vec<u8> {
     let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
@@ -14,16 +15,51 @@ fn unhex(text: &str) -> Vec<u8> {
         .collect()
 }
 
-/// An AES-128-GCM key from hexadecimal key and nonce base.
-fn key128(key: &str, iv: &str, sequence: u64) -> TrafficKey {
-    let mut padded = [0; 32];
-    padded[..16].copy_from_slice(&unhex(key));
-    let unbound = UnboundKey::new(&AES_128_GCM, &padded[..16]).unwrap();
+/// HKDF-Expand-Label without context (RFC 8446, 7.1).
+fn expand_label(algorithm: hkdf::Algorithm, secret: &[u8], label: &str, length: usize) -> Vec<u8> {
+    struct Length(usize);
+    impl hkdf::KeyType for Length {
+        fn len(&self) -> usize {
+            self.0
+        }
+    }
+    let label = format!("tls13 {label}");
+    let length_bytes = u16::try_from(length).unwrap().to_be_bytes();
+    let label_length = [u8::try_from(label.len()).unwrap()];
+    let info: [&[u8]; 4] = [&length_bytes, &label_length, label.as_bytes(), &[0]];
+    let mut expanded = vec![0; length];
+    hkdf::Prk::new_less_safe(algorithm, secret)
+        .expand(&info, Length(length))
+        .unwrap()
+        .fill(&mut expanded)
+        .unwrap();
+    expanded
+}
+
+/// Secrets as the handshake hands them over. rustls' keys are 32 bytes inside, and only it can
+/// make shorter ones of them: an AES-128 key is set up by hand.
+fn traffic_key(key: &[u8], iv: &[u8], sequence: u64) -> TrafficKey {
+    let iv: [u8; NONCE_LEN] = iv.try_into().unwrap();
+    if let Ok(key) = <[u8; 32]>::try_from(key) {
+        let (key, iv) = (AeadKey::from(key), Iv::from(iv));
+        let secrets = ConnectionTrafficSecrets::Aes256Gcm { key, iv };
+        return TrafficKey::new(secrets, sequence).unwrap();
+    }
     TrafficKey {
-        key: LessSafeKey::new(unbound),
-        iv: Zeroizing::new(unhex(iv).try_into().unwrap()),
+        key: LessSafeKey::new(UnboundKey::new(&AES_128_GCM, key).unwrap()),
+        iv: Zeroizing::new(iv),
         sequence,
     }
+}
+
+/// The key that RFC 8448's traffic secret gives.
+fn of_secret(secret: &str, key: &str, iv: &str, sequence: u64) -> TrafficKey {
+    let secret = unhex(secret);
+    let derived = expand_label(hkdf::HKDF_SHA256, &secret, "key", 16);
+    assert_eq!(derived, unhex(key));
+    let derived_iv = expand_label(hkdf::HKDF_SHA256, &secret, "iv", NONCE_LEN);
+    assert_eq!(derived_iv, unhex(iv));
+    traffic_key(&derived, &derived_iv, sequence)
 }
 
 fn key256(sequence: u64) -> TrafficKey {
@@ -41,8 +77,10 @@ fn record(plaintext: &[u8]) -> Vec<u8> {
     record
 }
 
+const CLIENT_SECRET: &str = "9e40646ce79a7f9dc05af8889bce6552875afa0b06df0087f792ebb7c17504a5";
 const CLIENT_KEY: &str = "17422dda596ed5d9acd890e3c63f5051";
 const CLIENT_IV: &str = "5b78923dee08579033e523d9";
+const SERVER_SECRET: &str = "a11af9f05531f856ad47116b45a950328204b4f44bfb6b3a4b4f1f3fcb631643";
 const SERVER_KEY: &str = "9f02283b6c9c07efc26bb9f2ac92e356";
 const SERVER_IV: &str = "cf782b88dd83549aadf1e984";
 
@@ -54,7 +92,7 @@ fn rfc8448_client_application_data() {
     );
     let plaintext: Vec<u8> = (0..50).collect();
     let mut sealed = record(&plaintext);
-    let mut key = key128(CLIENT_KEY, CLIENT_IV, 0);
+    let mut key = of_secret(CLIENT_SECRET, CLIENT_KEY, CLIENT_IV, 0);
     key.seal(APPLICATION_DATA, &mut sealed).unwrap();
     assert_eq!(sealed, expected);
     assert_eq!(key.sequence(), 1);
@@ -74,7 +112,7 @@ fn rfc8448_server_records() {
          cb501a59a8fcc49c4bf2e5f0a21c0047c2abf332540dd032e167c2955d",
     );
     // The server's first record is a ticket; this is its second.
-    let mut key = key128(SERVER_KEY, SERVER_IV, 1);
+    let mut key = of_secret(SERVER_SECRET, SERVER_KEY, SERVER_IV, 1);
     assert_eq!(key.open(&mut sealed), Ok(51));
     let expected: Vec<u8> = (0..50).chain([APPLICATION_DATA]).collect();
     assert_eq!(sealed[RECORD_HEADER..RECORD_HEADER + 51], expected);
@@ -84,27 +122,70 @@ fn rfc8448_server_records() {
     assert_eq!(alert[RECORD_HEADER..RECORD_HEADER + 3], [1, 0, ALERT]);
 }
 
-/// The same record built step by step from the RFC's text, with another call of the library.
+/// Both suites, from the traffic secret over two key updates to records, and back.
 #[test]
-fn aes256_matches_an_independent_construction() {
-    let sequence = 0x0102_0304_0506_0708_u64;
-    let mut inner = b"attack at dawn".to_vec();
-    inner.push(HANDSHAKE);
-    let length = u16::try_from(inner.len() + 16).unwrap().to_be_bytes();
-    let header = [23, 3, 3, length[0], length[1]];
-    let mut nonce = [0x24; 12];
-    for (index, byte) in sequence.to_be_bytes().into_iter().enumerate() {
-        nonce[4 + index] ^= byte;
+fn records_of_another_implementation() {
+    let vectors = include_str!("../../../tests/vectors/records.txt");
+    let mut count = 0;
+    let mut previous: Option<(Vec<u8>, &str)> = None;
+    for line in vectors.lines().filter(|line| !line.starts_with('#')) {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [
+            suite,
+            secret,
+            generation,
+            key,
+            iv,
+            sequence,
+            kind,
+            content,
+            padding,
+            sealed,
+        ] = fields[..]
+        else {
+            panic!("{line}");
+        };
+        let (algorithm, key_len, secret_len) = match suite {
+            "AES_128_GCM_SHA256" => (hkdf::HKDF_SHA256, 16, 32),
+            "AES_256_GCM_SHA384" => (hkdf::HKDF_SHA384, 32, 48),
+            other => panic!("{other}"),
+        };
+        let secret = unhex(secret);
+        match &previous {
+            Some((before, number)) if *number != generation && generation != "0" => {
+                let updated = expand_label(algorithm, before, "traffic upd", secret_len);
+                assert_eq!(updated, secret, "{suite} {generation}");
+            }
+            _ => {}
+        }
+        assert_eq!(
+            expand_label(algorithm, &secret, "key", key_len),
+            unhex(key),
+            "{line}"
+        );
+        assert_eq!(
+            expand_label(algorithm, &secret, "iv", NONCE_LEN),
+            unhex(iv),
+            "{line}"
+        );
+        let (content, sealed) = (unhex(content), unhex(sealed));
+        let (kind, padding): (u8, usize) = (kind.parse().unwrap(), padding.parse().unwrap());
+        let new_key = || traffic_key(&unhex(key), &unhex(iv), sequence.parse().unwrap());
+        let mut inner = content.clone();
+        inner.push(kind);
+        inner.resize(inner.len() + padding, 0);
+        if padding == 0 {
+            let mut ours = record(&content);
+            new_key().seal(kind, &mut ours).unwrap();
+            assert_eq!(ours, sealed, "{line}");
+        }
+        let mut opened = sealed;
+        assert_eq!(new_key().open(&mut opened), Ok(inner.len()), "{line}");
+        assert_eq!(opened[RECORD_HEADER..RECORD_HEADER + inner.len()], inner);
+        previous = Some((secret, generation));
+        count += 1;
     }
-    let aead = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &[0x42; 32]).unwrap());
-    let nonce = Nonce::assume_unique_for_key(nonce);
-    aead.seal_in_place_append_tag(nonce, Aad::from(header), &mut inner)
-        .unwrap();
-    let expected = [&header[..], &inner].concat();
-
-    let mut sealed = record(b"attack at dawn");
-    key256(sequence).seal(HANDSHAKE, &mut sealed).unwrap();
-    assert_eq!(sealed, expected);
+    assert_eq!(count, 42);
 }
 
 #[test]
