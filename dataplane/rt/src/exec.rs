@@ -16,13 +16,13 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::buf::{Pool, PoolConfig};
 use crate::counters::SharedCounters;
 use crate::driver::{Backend, Driver};
 use crate::probe::{self, Refusal};
-use crate::time::Timers;
+use crate::time::{Key, Timers};
 
 /// Sizes of one worker's runtime.
 #[derive(Debug, Clone, Copy)]
@@ -93,6 +93,8 @@ pub(crate) struct Inner {
     pub(crate) pool: Pool,
     pub(crate) splice: bool,
     tasks: RefCell<Tasks>,
+    /// Ends the period after which the pool gives back what it did not need.
+    trim: Cell<Option<Key>>,
     /// Tasks that go on after the next look at the ring.
     next_turn: RefCell<Vec<Waker>>,
     worker: u16,
@@ -115,6 +117,9 @@ struct Remote {
     signalled: AtomicBool,
     closed: AtomicBool,
 }
+
+/// How long memory may lie unused.
+const TRIM_PERIOD: Duration = Duration::from_secs(1);
 
 const WORKERS_MAX: usize = 1 << 12;
 static REMOTES: Mutex<Vec<Option<Arc<Remote>>>> = Mutex::new(Vec::new());
@@ -178,6 +183,7 @@ impl Runtime {
             pool,
             splice: config.splice,
             tasks: RefCell::default(),
+            trim: Cell::new(None),
             next_turn: RefCell::default(),
             worker,
             remote,
@@ -246,6 +252,7 @@ impl Runtime {
             }
             let next_turn = inner.next_turn.take();
             let idle = next_turn.is_empty() && inner.tasks.borrow().run.is_empty();
+            inner.trim_memory();
             let timeout = inner.timers.borrow().next_timeout();
             {
                 let mut driver = inner.driver.borrow_mut();
@@ -383,6 +390,25 @@ impl Inner {
         }
         let mut tasks = self.tasks.borrow_mut();
         *tasks = Tasks::default();
+    }
+
+    /// Every [`TRIM_PERIOD`] in which there is something to spare, gives memory back.
+    fn trim_memory(&self) {
+        let running = self.trim.get();
+        if running.is_none() && !self.pool.has_spare() {
+            return;
+        }
+        let mut timers = self.timers.borrow_mut();
+        if let Some(period) = running {
+            if timers.is_armed(period) {
+                return;
+            }
+            self.pool.trim();
+            self.driver.borrow_mut().trim();
+        }
+        let spare = self.pool.has_spare();
+        self.trim
+            .set(spare.then(|| timers.time_out(Instant::now() + TRIM_PERIOD)));
     }
 
     fn take_remote(&self) {

@@ -11,7 +11,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::exec::{Inner, current};
-use wheel::{Key, Wheel};
+pub(crate) use wheel::Key;
+use wheel::Wheel;
 
 /// Length of a tick: 131 us. A timer fires with the first tick that is not before its deadline.
 const TICK_SHIFT: u32 = 17;
@@ -38,6 +39,16 @@ impl Timers {
         let tick = ahead.div_ceil(1 << TICK_SHIFT);
         let tick = u64::try_from(tick).unwrap_or(u64::MAX);
         self.wheel.insert(tick, waker)
+    }
+
+    /// Ends the worker's wait at `deadline`, for the worker itself.
+    pub(crate) fn time_out(&mut self, deadline: Instant) -> Key {
+        self.insert(deadline, Waker::noop().clone())
+    }
+
+    /// Whether a timer has neither fired nor been removed.
+    pub(crate) fn is_armed(&mut self, key: Key) -> bool {
+        self.wheel.get_mut(key).is_some()
     }
 
     /// Time until a timer may be due; `None` without timers. Never too long; too short only where

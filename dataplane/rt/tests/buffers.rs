@@ -11,22 +11,13 @@ use rt::net::{ConnectOptions, connect};
 use rt::{Backend, Runtime};
 
 mod both;
+mod random;
+use random::Random;
 
 /// A buffer and what it must hold.
 struct Pair {
     buf: Buf,
     model: Vec<u8>,
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % end
-    }
 }
 
 /// The pool of a runtime; there is no other way to have one.
@@ -111,7 +102,7 @@ fn step(pool: &Pool, pairs: &mut Vec<Pair>, random: &mut Random) {
 fn random_operations_agree_with_vectors() {
     with_pool(|pool| {
         for seed in 1..=40_u64 {
-            let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            let mut random = Random::new(seed);
             let mut pairs = Vec::new();
             for n in 0..1_500 {
                 step(&pool, &mut pairs, &mut random);

@@ -1,4 +1,5 @@
-//! What an idle connection and an idle worker cost. One test, because it measures the process.
+//! What an idle connection and an idle worker cost, also after a burst. One test, because it
+//! measures the process.
 
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -148,6 +149,42 @@ fn idle_workers(backend: Backend, count: usize) -> usize {
     used
 }
 
+/// Blocks of 256 KiB that a burst uses at a time.
+const BURST_BLOCKS: usize = 40;
+
+/// Resident bytes that a worker gives back once it has been idle after a burst, without anything
+/// waking it, and whether it then works as before.
+fn memory_comes_back(backend: Backend) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut runtime = Runtime::new(with(backend)).unwrap();
+    let main = async {
+        let stream = connect(addr, &ConnectOptions::default()).await.unwrap();
+        let (_read, mut write) = stream.split();
+        let pool = write.pool().clone();
+        let mut burst = Vec::new();
+        for _ in 0..BURST_BLOCKS {
+            let mut buf = pool.large();
+            buf.grow_tail(buf.tail_room()); // touches every page
+            burst.push(buf);
+        }
+        let with_burst = resident_bytes();
+        drop(burst);
+        assert_eq!(pool.spare_blocks(), BURST_BLOCKS, "kept for reuse at first");
+        let idle_since = std::time::Instant::now();
+        while pool.spare_blocks() > 0 {
+            assert!(idle_since.elapsed() < Duration::from_secs(30), "they stay");
+            rt::time::sleep(Duration::from_millis(100)).await;
+        }
+        let given_back = with_burst.saturating_sub(resident_bytes());
+        println!("{backend:?}: {given_back} bytes given back");
+        assert!(given_back >= BURST_BLOCKS / 2 * (256 << 10), "{given_back}");
+        write.push_copy(b"works");
+        write.flush().await.unwrap();
+    };
+    runtime.run(main).unwrap();
+}
+
 #[test]
 fn idle_connections_and_workers_cost_little() {
     for backend in [Backend::IoUring, Backend::Epoll] {
@@ -162,5 +199,6 @@ fn idle_connections_and_workers_cost_little() {
             "{backend:?}: {connection} bytes"
         );
         assert!(worker <= PER_WORKER, "{backend:?}: {worker} bytes");
+        memory_comes_back(backend);
     }
 }

@@ -18,29 +18,14 @@ use rt::{Backend, Runtime};
 
 mod both;
 use both::{is_available, with};
+mod random;
+use random::Random;
 
-#[derive(Clone)]
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 |= 1 << 40;
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % end
-    }
-
-    fn chance(&mut self, one_in: u64) -> bool {
-        self.below(one_in) == 0
-    }
-
-    async fn pause(&mut self) {
-        match self.below(8) {
-            0 => rt::time::sleep(Duration::from_micros(self.below(1500))).await,
-            1 | 2 => rt::yield_now().await,
-            _ => {}
-        }
+async fn pause(random: &mut Random) {
+    match random.below(8) {
+        0 => rt::time::sleep(Duration::from_micros(random.below(1500) as u64)).await,
+        1 | 2 => rt::yield_now().await,
+        _ => {}
     }
 }
 
@@ -68,18 +53,18 @@ async fn sender(
     mut random: Random,
 ) -> bool {
     let stop = match fate {
-        Fate::SenderDrops { .. } => random.below(len as u64 + 1) as usize,
+        Fate::SenderDrops { .. } => random.below(len + 1),
         _ => len,
     };
     let mut at = 0;
     while at < stop {
         let largest = 1 << random.below(19);
-        let n = (1 + random.below(largest) as usize).min(stop - at);
+        let n = (1 + random.below(largest)).min(stop - at);
         let piece: Vec<u8> = (at..at + n).map(|at| byte(seed, at)).collect();
         half.push_copy(&piece);
         at += n;
         if random.chance(4) {
-            let limit = Duration::from_micros(random.below(400));
+            let limit = Duration::from_micros(random.below(400) as u64);
             let _ = rt::time::timeout(limit, half.flush()).await; // the send goes on regardless
         } else if random.chance(2) {
             if half.hand_over().await.is_err() {
@@ -88,7 +73,7 @@ async fn sender(
         } else if half.flush().await.is_err() {
             return false;
         }
-        random.pause().await;
+        pause(&mut random).await;
     }
     if let Fate::SenderDrops { reset } = fate {
         if reset {
@@ -102,17 +87,17 @@ async fn sender(
 /// Receives and compares; receives are cancelled now and then. Returns whether the end came, and
 /// how much before it.
 async fn receiver(mut half: ReadHalf, seed: u64, fate: Fate, mut random: Random) -> (bool, usize) {
-    let stop = random.below(300_000) as usize;
+    let stop = random.below(300_000);
     let mut bufs = VecDeque::new();
     let mut held = VecDeque::new();
     let mut at = 0;
     loop {
         if random.chance(6) {
             let layout = [Placement::Flat, Placement::Segmented];
-            half.set_placement(layout[random.below(2) as usize]);
+            half.set_placement(layout[random.below(2)]);
         }
         let result = if random.chance(4) {
-            let limit = Duration::from_micros(random.below(400));
+            let limit = Duration::from_micros(random.below(400) as u64);
             rt::time::timeout(limit, half.recv(&mut bufs)).await
         } else {
             Ok(half.recv(&mut bufs).await)
@@ -146,13 +131,13 @@ async fn receiver(mut half: ReadHalf, seed: u64, fate: Fate, mut random: Random)
         if fate == Fate::ReceiverDrops && at >= stop {
             return (false, at);
         }
-        random.pause().await;
+        pause(&mut random).await;
     }
 }
 
 /// Both directions of one connection.
 async fn connection(ends: [(ReadHalf, WriteHalf); 2], seed: u64, running: Rc<Cell<usize>>) {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut fate = || match random.below(6) {
         0 => Fate::SenderDrops {
             reset: random.chance(2),
@@ -170,9 +155,9 @@ async fn connection(ends: [(ReadHalf, WriteHalf); 2], seed: u64, running: Rc<Cel
     let halves = [(write0, read1), (write1, read0)];
     for (way, (write, read)) in halves.into_iter().enumerate() {
         let seed = seed << 1 | way as u64;
-        let mut random = Random(seed.wrapping_mul(0x51_7c_c1_b7_27_22_0a_95));
+        let mut random = Random::new(seed);
         let largest = 1 << (4 + random.below(17));
-        let len = random.below(largest) as usize;
+        let len = random.below(largest);
         let fate = fates[way];
         let received = Rc::new(Cell::new(None));
         let (told, running_sender) = (Rc::clone(&received), Rc::clone(&running));
@@ -209,11 +194,11 @@ fn descriptors() -> usize {
 /// Runs `connections` at once; returns what is left afterwards.
 fn schedule(backend: Backend, seed: u64, connections: u64) {
     let mut config = with(backend);
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     config.pool.ring_entries = 1 << (1 + random.below(6));
     config.entries = 4 << random.below(5);
-    config.polls_per_turn = 1 + random.below(64) as usize;
-    config.completions_per_turn = 1 + random.below(64) as usize;
+    config.polls_per_turn = 1 + random.below(64);
+    config.completions_per_turn = 1 + random.below(64);
     let mut runtime = Runtime::new(config).unwrap();
     let counters = runtime.counters();
     let before = descriptors();

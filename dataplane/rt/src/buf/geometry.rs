@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use io_uring::types::BufRingEntry;
 
 const BLOCK_ALIGN: usize = 64;
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// Sizes of a worker's pool. All sizes are bytes.
 #[derive(Debug, Clone, Copy)]
@@ -23,7 +23,8 @@ pub struct PoolConfig {
     pub tail: u32,
     /// Segments of a large block.
     pub segments: u32,
-    /// Record and large blocks kept for reuse, each; more are returned to the allocator.
+    /// Record and large blocks kept for reuse, each; more are freed at once, and these when they
+    /// have not been needed for a second.
     pub keep_free: usize,
 }
 
@@ -114,6 +115,22 @@ pub(super) fn map(layout: Layout) -> NonNull<u8> {
         handle_alloc_error(layout);
     }
     NonNull::new(ptr.cast()).unwrap_or_else(|| handle_alloc_error(layout))
+}
+
+/// # Safety
+/// `ptr` is of [`map`] with this layout, and nobody uses it any more.
+pub(super) unsafe fn unmap(ptr: NonNull<u8>, layout: Layout) {
+    // SAFETY: the caller's promise. It cannot fail for a mapping of that size.
+    unsafe { libc::munmap(ptr.as_ptr().cast(), layout.size()) };
+}
+
+/// Gives pages back to the system; they read as zeroes when they are next used.
+///
+/// # Safety
+/// The `len` bytes at `ptr` are whole pages of [`map`] whose content nobody needs.
+pub(super) unsafe fn discard_pages(ptr: NonNull<u8>, len: usize) {
+    // SAFETY: the caller's promise. Where it fails the pages just stay.
+    unsafe { libc::madvise(ptr.as_ptr().cast(), len, libc::MADV_DONTNEED) };
 }
 
 pub(super) fn allocate_zeroed(layout: Layout) -> NonNull<u8> {

@@ -157,6 +157,11 @@ impl Driver {
         self.books.keep_list(list);
     }
 
+    /// Frees what is kept for reuse.
+    pub(crate) fn trim(&mut self) {
+        self.books.lists = Vec::new();
+    }
+
     /// Takes the next queued completion of a multishot operation. `Ready(None)`: it has ended and
     /// its slot is free again.
     pub(crate) fn poll_many(&mut self, id: OpId, cx: &Context<'_>) -> Poll<Option<Completion>> {
