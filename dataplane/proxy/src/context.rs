@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
+use hbone::Role;
 use mesh::{Snapshot, Workload};
 use rt::net::{ConnectOptions, TcpStream};
 use rt::sync::Broadcast;
@@ -16,7 +17,7 @@ use crate::config::{ProxyConfig, RedirectMode};
 use crate::error::ProxyError;
 use crate::gate::Handshakes;
 use crate::pool::Pool;
-use crate::tunnel::Tunnel;
+use crate::tunnel::{Setup, Tunnel};
 use crate::watch::Watches;
 
 /// One worker's state.
@@ -183,6 +184,20 @@ impl Context {
     /// Source address for connections on behalf of `client`.
     pub(crate) fn source_for(&self, client: IpAddr) -> Option<IpAddr> {
         self.config.original_source.then_some(client)
+    }
+
+    /// What a tunnel of this worker is run with.
+    pub(crate) fn tunnel_setup(&self, role: Role) -> Setup<'_> {
+        Setup {
+            role,
+            config: match role {
+                Role::Client => &self.config.client,
+                Role::Server => &self.config.server,
+            },
+            cpu: self.handshakes.cpu(),
+            telemetry: &self.telemetry,
+            ping: (self.config.ping_interval, self.config.ping_timeout),
+        }
     }
 
     /// Connections that wait for their workload to become known.

@@ -19,7 +19,7 @@ use crate::context::{Alive, Context};
 use crate::error::ProxyError;
 use crate::gate::Overload;
 use crate::relay;
-use crate::tunnel::{self, Setup, Tunnel, TunnelOwner, TunnelStream};
+use crate::tunnel::{self, Tunnel, TunnelOwner, TunnelStream};
 use crate::watch::Watch;
 
 /// Accepts one tunnel. The tunnel's own tasks go on after this returns.
@@ -79,13 +79,7 @@ async fn accept(
         dst,
         workload,
     });
-    let setup = Setup {
-        role: Role::Server,
-        config: &context.config.server,
-        cpu: context.handshakes.cpu(),
-        telemetry: &context.telemetry,
-        ping: (context.config.ping_interval, context.config.ping_timeout),
-    };
+    let setup = context.tunnel_setup(Role::Server);
     let tunnel = tunnel::run(client, src, handshake, &setup, owner);
     let left = deadline.saturating_duration_since(Instant::now());
     match rt::time::timeout(left, tunnel).await {

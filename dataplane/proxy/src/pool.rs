@@ -24,7 +24,7 @@ use tls::{ExpectedPeers, Handshake};
 use crate::context::Context;
 use crate::error::ProxyError;
 use crate::gate::Overload;
-use crate::tunnel::{self, ClientSide, Setup, Tunnel, TunnelStream};
+use crate::tunnel::{self, ClientSide, Tunnel, TunnelStream};
 
 /// What connections must have in common to share a tunnel.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -243,13 +243,7 @@ async fn establish(context: &Context, key: &Key) -> Result<Rc<Tunnel>, ProxyErro
         Err(ProxyError::ConnectTimeout { addr }) => return Err(ProxyError::HboneTimeout { addr }),
         other => other?,
     };
-    let setup = Setup {
-        role: Role::Client,
-        config: &context.config.client,
-        cpu: context.handshakes.cpu(),
-        telemetry: &context.telemetry,
-        ping: (context.config.ping_interval, context.config.ping_timeout),
-    };
+    let setup = context.tunnel_setup(Role::Client);
     let max = context.config.handshakes_max;
     let tunnel = async {
         let place = context.handshakes.outgoing().await;

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use tls::{ClientSettings, Handshake, Issuer as _};
 
 use super::end_to_end::{CLIENT, echo, exchange, worker, worker_with};
+use super::peer::{Peer, Received};
 use super::{identity, issuer, store};
 
 /// A client whose certificate is refused learns so by an alert, although it has sent more by then.
@@ -19,26 +20,14 @@ fn a_refusal_of_a_certificate_arrives_before_the_close() {
     let foreign = foreign.with_roots(roots).unwrap();
     let settings = ClientSettings::new(&foreign).unwrap();
     for _ in 0..20 {
-        let mut stream = TcpStream::connect((Ipv4Addr::new(127, 0, 0, 3), worker.hbone)).unwrap();
-        let mut handshake = Handshake::client(&settings, &identity("server")).unwrap();
-        let (mut output, mut input) = (Vec::new(), vec![0; 8192]);
-        let mut n = 0;
-        let mut session = loop {
-            let progress = handshake.advance(&input[..n], &mut output).unwrap();
-            stream.write_all(&output).unwrap();
-            output.clear();
-            if let Some(session) = progress.established {
-                break session;
-            }
-            n = stream.read(&mut input).unwrap();
-        };
+        let stream = TcpStream::connect((Ipv4Addr::new(127, 0, 0, 3), worker.hbone)).unwrap();
+        let handshake = Handshake::client(&settings, &identity("server")).unwrap();
+        let mut peer = Peer::over(stream, handshake);
         // As an eager client does: more behind its Finished.
-        let mut record = vec![0; 5 + 10_000 + 17];
-        session.seal(&mut record).unwrap();
-        stream.write_all(&record).unwrap();
-        let mut received = Vec::new();
-        stream.read_to_end(&mut received).expect("no reset");
-        let text = session.open(&mut received).unwrap_err().to_string();
+        peer.send(&[0; 10_000]).unwrap();
+        let Some(Received::Failed(text)) = peer.receive() else {
+            panic!("no alert");
+        };
         assert!(
             text.contains("UnknownCA") || text.contains("DecryptError"),
             "{text}"

@@ -1,54 +1,34 @@
 //! Peers that have a certificate and mean harm: they do not read, or ask for more than they take.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::cell::Cell;
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use hbone::{Config, Connection, Role};
 use rt::net::Listener;
-use tls::{Handshake, Session, WorkloadTls};
+use telemetry::Happening;
+use tls::WorkloadTls;
 
-use super::{bufs, certificate, identity, listen, request, run, serve, store};
-use crate::tunnel::TunnelError;
+use super::peer::{Peer, Received, frame};
+use super::{bufs, certificate, listen, pair, registry, request, run, serve, serve_with, store};
+use crate::tunnel::{Tunnel, TunnelError, TunnelStream};
 
-/// A peer that speaks TLS and sends whatever it is told to.
-struct Peer {
-    stream: TcpStream,
-    session: Session,
+/// A peer with a small receive buffer: what it does not read, we notice soon.
+fn connect(addr: SocketAddr, tls: &WorkloadTls) -> Peer {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+    let socket = socket.unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(&addr.into()).unwrap();
+    Peer::client(socket.into(), tls)
 }
 
-impl Peer {
-    fn connect(addr: SocketAddr, tls: &WorkloadTls) -> Self {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
-        let socket = socket.unwrap();
-        socket.set_recv_buffer_size(4096).unwrap(); // what it does not read, we notice soon
-        socket.connect(&addr.into()).unwrap();
-        let mut stream = TcpStream::from(socket);
-        let mut handshake = Handshake::client(&tls.client, &identity("app")).unwrap();
-        let (mut output, mut input) = (Vec::new(), [0; 4096]);
-        let mut n = 0;
-        loop {
-            let progress = handshake.advance(&input[..n], &mut output).unwrap();
-            stream.write_all(&output).unwrap();
-            output.clear();
-            if let Some(session) = progress.established {
-                return Self { stream, session };
-            }
-            n = stream.read(&mut input).unwrap();
-        }
-    }
-
-    fn send(&mut self, plaintext: &[u8]) -> std::io::Result<()> {
-        let mut record = vec![0; Session::RECORD_HEADER];
-        record.extend_from_slice(plaintext);
-        record.resize(record.len() + Session::RECORD_TRAILER, 0);
-        self.session.seal(&mut record).unwrap();
-        self.stream.write_all(&record)
-    }
-}
+/// Blocks that a tunnel itself may hold while its streams wait: those being filled and sent
+/// ([`SEND_HIGH`](crate::tunnel::SEND_HIGH)), and those being received.
+const MEMORY_OF_A_TUNNEL: usize = crate::tunnel::SEND_HIGH / 16_384 + 8;
 
 fn preface() -> Connection {
     let config = Config {
@@ -66,9 +46,9 @@ fn a_peer_that_does_not_read_keeps_nothing() {
     let tls = certificate(&store());
     let (done, wait) = mpsc::channel::<()>();
     let peer = thread::spawn({
-        let tls = std::sync::Arc::clone(&tls);
+        let tls = Arc::clone(&tls);
         move || {
-            let mut peer = Peer::connect(addr, &tls);
+            let mut peer = connect(addr, &tls);
             let mut codec = preface();
             codec.open(&request()).unwrap();
             peer.send(codec.output()).unwrap();
@@ -108,9 +88,9 @@ fn flood(frames: &'static [u8]) -> TunnelError {
     let (listener, addr) = listen();
     let tls = certificate(&store());
     let peer = thread::spawn({
-        let tls = std::sync::Arc::clone(&tls);
+        let tls = Arc::clone(&tls);
         move || {
-            let mut peer = Peer::connect(addr, &tls);
+            let mut peer = connect(addr, &tls);
             peer.send(preface().output()).unwrap();
             let limit = 200_000;
             (0..limit).any(|_| peer.send(frames).is_err())
@@ -152,4 +132,177 @@ fn answers_to_a_peer_that_does_not_read_are_bounded() {
 fn a_peer_that_breaks_http2_is_named() {
     let error = flood(&[0, 0, 1, 0, 0, 0, 0, 0, 9, b'x']);
     assert!(matches!(error, TunnelError::Http2(_)), "{error}");
+}
+
+/// SETTINGS_INITIAL_WINDOW_SIZE.
+fn initial_window(bytes: u32) -> Vec<u8> {
+    let mut setting = vec![0, 4];
+    setting.extend(bytes.to_be_bytes());
+    frame(4, 0, 0, &setting)
+}
+
+/// Payload bytes of DATA frames by stream.
+#[derive(Default)]
+struct Payload {
+    plaintext: Vec<u8>,
+    by_stream: BTreeMap<u32, usize>,
+}
+
+impl Payload {
+    fn take(&mut self, data: &[u8]) {
+        self.plaintext.extend_from_slice(data);
+        while let [a, b, c, kind, _, id @ ..] = &self.plaintext[..]
+            && let Some((id, rest)) = id.split_first_chunk()
+            && let length = u32::from_be_bytes([0, *a, *b, *c]) as usize
+            && length <= rest.len()
+        {
+            if *kind == 0 {
+                *self.by_stream.entry(u32::from_be_bytes(*id)).or_default() += length;
+            }
+            self.plaintext.drain(..9 + length);
+        }
+    }
+}
+
+/// Tries to send on `stream` for ever, a piece at a time as a relay does; counts what went.
+fn pour(tunnel: &Rc<Tunnel>, stream: TunnelStream) -> Rc<Cell<usize>> {
+    let poured = Rc::new(Cell::new(0));
+    let (count, pool) = (Rc::clone(&poured), tunnel.pool());
+    rt::spawn(async move {
+        let piece = vec![7; 16_000];
+        while stream.send(&mut bufs(&pool, &piece)).await.is_ok() {
+            count.set(count.get() + piece.len());
+        }
+    });
+    poured
+}
+
+/// A peer that opens no window for some streams stalls those and no other, and what they wanted to
+/// send takes a piece of memory each.
+#[test]
+fn streams_without_a_window_stall_alone_in_bounded_memory() {
+    const STALLED: usize = 20;
+    const SERVED: usize = 2 << 20;
+    let (listener, addr) = listen();
+    let tls = certificate(&store());
+    let peer = thread::spawn({
+        let tls = Arc::clone(&tls);
+        move || {
+            let mut peer = Peer::connect(addr, &tls);
+            let mut codec = preface();
+            peer.send(codec.output()).unwrap();
+            codec.consume_output(codec.output().len());
+            peer.send(&initial_window(0)).unwrap();
+            for _ in 0..=STALLED {
+                codec.open(&request()).unwrap();
+            }
+            peer.send(codec.output()).unwrap();
+            // The last one gets a window.
+            let served = 2 * STALLED as u32 + 1;
+            let window = (SERVED as u32).to_be_bytes();
+            peer.send(&frame(8, 0, served, &window)).unwrap();
+            let mut payload = Payload::default();
+            while payload.by_stream.get(&served) != Some(&SERVED) {
+                match peer.receive() {
+                    Some(Received::Data(data)) => payload.take(&data),
+                    Some(Received::Control) => {}
+                    _ => panic!("ended after {:?}", payload.by_stream),
+                }
+            }
+            payload.by_stream
+        }
+    });
+    run(async {
+        let accepted = Listener::from_std(listener).accept().await.unwrap();
+        let telemetry = registry();
+        let (tunnel, requests) = serve_with(accepted, &tls, &Config::server(), &telemetry).await;
+        let mut poured = Vec::new();
+        for _ in 0..=STALLED {
+            poured.push(pour(&tunnel, requests.accept().await));
+        }
+        while tunnel.error().is_none() {
+            let blocks = tunnel.pool().other_blocks_in_use();
+            let bound = STALLED + MEMORY_OF_A_TUNNEL;
+            assert!(blocks <= bound, "{blocks} blocks of at most {bound}");
+            rt::time::sleep(Duration::from_millis(1)).await;
+        }
+        let served = poured.pop().unwrap();
+        assert!(served.get() + 16_000 > SERVED, "{}", served.get());
+        assert!(poured.iter().all(|stalled| stalled.get() == 0));
+        let stalls = telemetry.happenings(Happening::WindowStall);
+        assert!(stalls > STALLED as u64, "{stalls} stalls counted");
+    });
+    let by_stream = peer.join().unwrap();
+    assert_eq!(by_stream.len(), 1, "{by_stream:?}");
+}
+
+/// A peer that never gives the connection's window back gets the first 64 KiB, and holds no more
+/// memory than that; the worker's other tunnels go on.
+#[test]
+fn a_connection_without_a_window_stalls_alone_in_bounded_memory() {
+    const STREAMS: usize = 20;
+    const FIRST_WINDOW: usize = 65_535;
+    let (listener, addr) = listen();
+    let tls = certificate(&store());
+    let (done, wait) = mpsc::channel::<()>();
+    let peer = thread::spawn({
+        let tls = Arc::clone(&tls);
+        move || {
+            let mut peer = Peer::connect(addr, &tls);
+            let config = Config {
+                connection_window: FIRST_WINDOW as u32,
+                ..Config::client()
+            };
+            let mut codec = Connection::new(Role::Client, &config);
+            for _ in 0..STREAMS {
+                codec.open(&request()).unwrap();
+            }
+            peer.send(codec.output()).unwrap();
+            let mut payload = Payload::default();
+            while payload.by_stream.values().sum::<usize>() < FIRST_WINDOW {
+                match peer.receive() {
+                    Some(Received::Data(data)) => payload.take(&data),
+                    Some(Received::Control) => {}
+                    _ => panic!("ended after {:?}", payload.by_stream),
+                }
+            }
+            let _ = wait.recv();
+            payload.by_stream.values().sum::<usize>()
+        }
+    });
+    run(async {
+        let accepted = Listener::from_std(listener).accept().await.unwrap();
+        let telemetry = registry();
+        let (tunnel, requests) = serve_with(accepted, &tls, &Config::server(), &telemetry).await;
+        let mut poured = Vec::new();
+        for _ in 0..STREAMS {
+            poured.push(pour(&tunnel, requests.accept().await));
+        }
+        while telemetry.happenings(Happening::WindowStall) < STREAMS as u64 {
+            rt::time::sleep(Duration::from_millis(1)).await;
+        }
+        // Another tunnel of the same worker carries more than the stalled one ever may.
+        let pair = pair(Config::client(), Config::server()).await;
+        let (near, far) = pair.open().await;
+        pour(&pair.server, far);
+        let (mut received, mut bufs) = (0, VecDeque::new());
+        while received < 4 << 20 {
+            let n = near.recv(&mut bufs).await.unwrap();
+            bufs.clear();
+            near.release(n);
+            received += n;
+        }
+        drop((near, pair));
+        rt::time::sleep(Duration::from_millis(50)).await;
+        let blocks = tunnel.pool().other_blocks_in_use();
+        let bound = STREAMS + MEMORY_OF_A_TUNNEL;
+        assert!(blocks <= bound, "{blocks} blocks of at most {bound}");
+        let sent: usize = poured.iter().map(|stalled| stalled.get()).sum();
+        assert!(sent <= FIRST_WINDOW, "{sent} bytes");
+        drop(done);
+        while tunnel.error().is_none() {
+            rt::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    assert_eq!(peer.join().unwrap(), FIRST_WINDOW);
 }

@@ -8,6 +8,7 @@ mod end_to_end;
 mod envoy;
 mod handshakes;
 mod hostile;
+mod peer;
 mod pooling;
 mod records;
 mod relays;
@@ -169,12 +170,21 @@ async fn serve(
     tls: &WorkloadTls,
     config: &Config,
 ) -> (Rc<Tunnel>, Rc<Requests>) {
+    serve_with(stream, tls, config, &registry()).await
+}
+
+/// As [`serve`], counted by `telemetry`.
+async fn serve_with(
+    stream: TcpStream,
+    tls: &WorkloadTls,
+    config: &Config,
+    telemetry: &WorkerTelemetry,
+) -> (Rc<Tunnel>, Rc<Requests>) {
     let requests = Rc::new(Requests::default());
     let owner = Box::new(Owner(Rc::clone(&requests)));
     let peer = stream.peer_addr().unwrap();
     let handshake = Handshake::server(&tls.server).unwrap();
-    let telemetry = registry();
-    let setup = setup(Role::Server, config, &telemetry);
+    let setup = setup(Role::Server, config, telemetry);
     let server = tunnel::run(stream, peer, handshake, &setup, owner);
     (server.await.unwrap(), requests)
 }

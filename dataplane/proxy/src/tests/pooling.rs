@@ -1,6 +1,5 @@
 //! The pool against a peer that refuses, goes away, falls silent or dies.
 
-use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,9 +8,10 @@ use std::time::Duration;
 
 use hbone::{Config, Connection, ErrorCode, Event, Role, StreamId};
 use telemetry::{Fault, Happening};
-use tls::{Handshake, Opened, Session, WorkloadTls};
+use tls::WorkloadTls;
 
 use super::end_to_end::key;
+use super::peer::{Peer, Received};
 use super::{context, identity, listen, request, run};
 use crate::config::ProxyConfig;
 use crate::context::Context;
@@ -21,50 +21,24 @@ use crate::tunnel::{Tunnel, TunnelStream};
 
 /// A server's end of a tunnel whose HTTP/2 the test plays.
 struct Far {
-    stream: TcpStream,
-    session: Session,
+    peer: Peer,
     codec: Connection,
-    received: Vec<u8>,
     events: std::collections::VecDeque<Event>,
 }
 
 impl Far {
-    fn accept(mut stream: TcpStream, tls: &WorkloadTls) -> Self {
-        let mut handshake = Handshake::server(&tls.server).unwrap();
-        let (mut output, mut input) = (Vec::new(), [0; 4096]);
-        loop {
-            let n = stream.read(&mut input).unwrap();
-            let progress = handshake.advance(&input[..n], &mut output).unwrap();
-            stream.write_all(&output).unwrap();
-            output.clear();
-            if let Some(session) = progress.established {
-                let received = input[progress.consumed..n].to_vec();
-                return Self {
-                    stream,
-                    session,
-                    codec: Connection::new(Role::Server, &Config::server()),
-                    received,
-                    events: Default::default(),
-                };
-            }
+    fn accept(stream: TcpStream, tls: &WorkloadTls) -> Self {
+        Self {
+            peer: Peer::accept(stream, tls),
+            codec: Connection::new(Role::Server, &Config::server()),
+            events: Default::default(),
         }
     }
 
     fn flush(&mut self) {
         let plaintext = self.codec.output().to_vec();
         self.codec.consume_output(plaintext.len());
-        self.send(&plaintext);
-    }
-
-    fn send(&mut self, plaintext: &[u8]) {
-        if plaintext.is_empty() {
-            return;
-        }
-        let mut record = vec![0; Session::RECORD_HEADER];
-        record.extend_from_slice(plaintext);
-        record.resize(record.len() + Session::RECORD_TRAILER, 0);
-        self.session.seal(&mut record).unwrap();
-        let _ = self.stream.write_all(&record); // the other end may have closed
+        let _ = self.peer.send(&plaintext); // the other end may have closed
     }
 
     /// The next event, answering PINGs and SETTINGS; none at the end.
@@ -74,25 +48,11 @@ impl Far {
             if let Some(event) = self.events.pop_front() {
                 return Some(event);
             }
-            if let Ok(Some(len)) = Session::record_len(&self.received)
-                && len <= self.received.len()
-            {
-                let mut record: Vec<u8> = self.received.drain(..len).collect();
-                match self.session.open(&mut record).unwrap() {
-                    Opened::Data(range) => {
-                        self.codec
-                            .receive(&record[range], &mut self.events)
-                            .unwrap();
-                    }
-                    Opened::Handled => {}
-                    Opened::Closed => return None,
-                }
-                continue;
-            }
-            let mut buf = [0; 16_384];
-            match self.stream.read(&mut buf) {
-                Ok(n @ 1..) => self.received.extend_from_slice(&buf[..n]),
-                _ => return None,
+            match self.peer.receive()? {
+                Received::Data(data) => self.codec.receive(&data, &mut self.events).unwrap(),
+                Received::Control => {}
+                Received::Closed => return None,
+                Received::Failed(error) => panic!("{error}"),
             }
         }
     }
@@ -181,7 +141,7 @@ fn a_request_behind_goaway_is_sent_once_more() {
             let mut go_away = vec![0, 0, 8, 7, 0, 0, 0, 0, 0];
             go_away.extend([0, 0, 0, 1, 0, 0, 0, 0]);
             far.flush();
-            far.send(&go_away);
+            far.peer.send(&go_away).unwrap();
         } else {
             far.accept_request();
         }

@@ -1,8 +1,8 @@
 //! What peers with a certificate must not do, over real sockets: each ends with the code the
 //! standards ask for, memory that stays bounded, and a count of its reason.
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::io::Write;
+use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -10,105 +10,37 @@ use std::time::Duration;
 use hbone::{Config, Connection, ErrorCode, Role};
 use rt::net::Listener;
 use telemetry::Fault;
-use tls::{Handshake, Opened, Session, WorkloadTls};
+use tls::WorkloadTls;
 
-use super::{Owner, Requests, certificate, identity, listen, registry, request, run, setup, store};
-use crate::tunnel::{self, TunnelError};
-
-/// A client that has shaken hands and sends whatever it is told to.
-pub(super) struct Peer {
-    pub(super) stream: TcpStream,
-    pub(super) session: Session,
-    received: Vec<u8>,
-}
+use super::peer::{Peer, Received, frame};
+use super::{certificate, listen, registry, request, run, serve_with, store};
+use crate::tunnel::TunnelError;
 
 /// How a connection ended for the peer.
 #[derive(Debug, Default)]
-pub(super) struct End {
+struct End {
     /// Code of the GOAWAY.
-    pub(super) go_away: Option<u32>,
+    go_away: Option<u32>,
     /// Codes of the RST_STREAMs.
-    pub(super) resets: Vec<u32>,
-    pub(super) close_notify: bool,
-    pub(super) alert: Option<String>,
+    resets: Vec<u32>,
+    close_notify: bool,
+    alert: Option<String>,
 }
 
-impl Peer {
-    pub(super) fn connect(addr: SocketAddr, tls: &WorkloadTls) -> Self {
-        let mut stream = TcpStream::connect(addr).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
-        let mut handshake = Handshake::client(&tls.client, &identity("app")).unwrap();
-        let (mut output, mut input) = (Vec::new(), [0; 4096]);
-        let mut n = 0;
-        loop {
-            let progress = handshake.advance(&input[..n], &mut output).unwrap();
-            stream.write_all(&output).unwrap();
-            output.clear();
-            if let Some(session) = progress.established {
-                let received = input[progress.consumed..n].to_vec();
-                return Self {
-                    stream,
-                    session,
-                    received,
-                };
-            }
-            n = stream.read(&mut input).unwrap();
-        }
-    }
-
-    fn record(&mut self, plaintext: &[u8]) -> Vec<u8> {
-        let mut record = vec![0; Session::RECORD_HEADER];
-        record.extend_from_slice(plaintext);
-        record.resize(record.len() + Session::RECORD_TRAILER, 0);
-        self.session.seal(&mut record).unwrap();
-        record
-    }
-
-    pub(super) fn send(&mut self, plaintext: &[u8]) -> std::io::Result<()> {
-        for piece in plaintext.chunks(Session::MAX_PLAINTEXT) {
-            let record = self.record(piece);
-            self.stream.write_all(&record)?;
-        }
-        Ok(())
-    }
-
-    /// The next record's plaintext; an empty one for what is not data; none at the end.
-    pub(super) fn receive(&mut self, end: &mut End) -> Option<Vec<u8>> {
-        loop {
-            if let Ok(Some(len)) = Session::record_len(&self.received)
-                && len <= self.received.len()
-            {
-                let mut record: Vec<u8> = self.received.drain(..len).collect();
-                return match self.session.open(&mut record) {
-                    Ok(Opened::Data(range)) => Some(record[range].to_vec()),
-                    Ok(Opened::Handled) => Some(Vec::new()),
-                    Ok(Opened::Closed) => {
-                        end.close_notify = true;
-                        Some(Vec::new())
-                    }
-                    Err(error) => {
-                        end.alert = Some(error.to_string());
-                        None
-                    }
-                };
-            }
-            let mut buf = [0; 16_384];
-            match self.stream.read(&mut buf) {
-                Ok(0) => return None,
-                Ok(n) => self.received.extend_from_slice(&buf[..n]),
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
-                Err(error) => panic!("the tunnel was not ended: {error}"),
-            }
-        }
-    }
-
+impl End {
     /// Reads to the end and takes note of what was said.
-    fn end(mut self) -> End {
-        let (mut end, mut all) = (End::default(), Vec::new());
-        while let Some(piece) = self.receive(&mut end) {
-            all.extend_from_slice(&piece);
+    fn of(mut peer: Peer) -> Self {
+        let (mut end, mut all) = (Self::default(), Vec::new());
+        while let Some(received) = peer.receive() {
+            match received {
+                Received::Data(piece) => all.extend_from_slice(&piece),
+                Received::Control => {}
+                Received::Closed => end.close_notify = true,
+                Received::Failed(told) => {
+                    end.alert = Some(told);
+                    break;
+                }
+            }
         }
         let mut rest = &all[..];
         while let [a, b, c, kind, _, _, _, _, _, payload @ ..] = rest {
@@ -132,16 +64,8 @@ fn honest() -> Vec<u8> {
     codec.output().to_vec()
 }
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
-    frame.extend([kind, flags]);
-    frame.extend(stream.to_be_bytes());
-    frame.extend(payload);
-    frame
-}
-
-/// Serves one tunnel for `peer`. Returns how it ended for the peer and for us; every fault the
-/// worker counted; and how much memory its buffers held at most.
+/// Serves one tunnel for `peer`. Returns how it ended for the peer and for us, and every fault the
+/// worker counted.
 fn served<T: Send + 'static>(
     peer: impl FnOnce(SocketAddr, Arc<WorkloadTls>) -> T + Send + 'static,
 ) -> (T, TunnelError, Vec<Fault>) {
@@ -154,14 +78,8 @@ fn served<T: Send + 'static>(
     let (error, faults) = run(async {
         let accepted = Listener::from_std(listener).accept().await.unwrap();
         let telemetry = registry();
-        let requests = std::rc::Rc::new(Requests::default());
         let config = Config::server();
-        let setup = setup(Role::Server, &config, &telemetry);
-        let handshake = Handshake::server(&tls.server).unwrap();
-        let owner = Box::new(Owner(std::rc::Rc::clone(&requests)));
-        let tunnel = tunnel::run(accepted, addr, handshake, &setup, owner)
-            .await
-            .unwrap();
+        let (tunnel, requests) = serve_with(accepted, &tls, &config, &telemetry).await;
         let error = loop {
             rt::time::sleep(Duration::from_millis(2)).await;
             // Streams the peer has given up are dropped, as their tasks would do.
@@ -187,7 +105,7 @@ fn sends(bytes: &[u8], times: u32) -> (End, TunnelError, Vec<Fault>) {
         peer.send(&honest()).unwrap();
         // What does not fit any more says that the tunnel has ended.
         let _ = (0..times).try_for_each(|_| peer.send(&bytes));
-        peer.end()
+        End::of(peer)
     })
 }
 
@@ -304,7 +222,7 @@ fn another_protocol_is_told_and_counted() {
     let (end, error, faults) = served(|addr, tls| {
         let mut peer = Peer::connect(addr, &tls);
         peer.send(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").unwrap();
-        peer.end()
+        End::of(peer)
     });
     assert!(matches!(error, TunnelError::Http2(_)), "{error}");
     assert_eq!(end.go_away, Some(ErrorCode::PROTOCOL_ERROR.0));
@@ -324,7 +242,7 @@ fn tampered(
         if !stay {
             peer.stream.shutdown(Shutdown::Write).unwrap();
         }
-        peer.end()
+        End::of(peer)
     })
 }
 
@@ -368,7 +286,7 @@ fn a_cut_off_connection_is_not_a_closed_one() {
         let mut bytes = peer.record(&honest());
         peer.session.close_notify(&mut bytes);
         peer.stream.write_all(&bytes).unwrap();
-        peer.end()
+        End::of(peer)
     });
     assert!(matches!(error, TunnelError::Closed), "{error}");
     assert_eq!(faults, []);
@@ -385,7 +303,7 @@ fn endless_key_updates_are_stopped() {
             peer.session.take_control_output(&mut bytes);
         }
         peer.stream.write_all(&bytes).unwrap();
-        peer.end()
+        End::of(peer)
     });
     assert!(matches!(error, TunnelError::Tls(_)), "{error}");
     assert_eq!(faults, [Fault::TlsRecord]);
