@@ -38,7 +38,8 @@ pub struct RuntimeConfig {
     /// Completions taken per turn.
     pub completions_per_turn: usize,
     /// Whether [`crate::net::Splice`] may be used: not where sockmap redirects data to sockets of
-    /// this process, which splice(2) would not see.
+    /// this process, which splice(2) would not see. There the kernel does not retry short sends
+    /// either, which corrupts what sockmap has a hand in.
     pub splice: bool,
 }
 
@@ -450,7 +451,11 @@ fn drivers_choice(
 }
 
 fn ring(config: &RuntimeConfig, pool: &Pool) -> io::Result<Driver> {
-    Driver::with_ring(config.entries, config.entries * 4, pool)
+    let mut driver = Driver::with_ring(config.entries, config.entries * 4, pool)?;
+    if !config.splice {
+        driver.tell_short_sends();
+    }
+    Ok(driver)
 }
 
 fn register_remote(remote: &Arc<Remote>) -> Result<u16, RuntimeError> {

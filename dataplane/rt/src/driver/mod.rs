@@ -77,6 +77,13 @@ impl Driver {
         Ok(Self { engine, books })
     }
 
+    /// For sockets that sockmap redirects from; see [`Ring::tell_short_sends`].
+    pub(crate) fn tell_short_sends(&mut self) {
+        if let Engine::Ring(ring) = &mut self.engine {
+            ring.tell_short_sends();
+        }
+    }
+
     /// Descriptor other threads write to wake this worker.
     pub(crate) fn wake_fd(&self) -> RawFd {
         match &self.engine {
