@@ -4,137 +4,23 @@
 //! changes that were never made (taking those back finds nothing, which is fine) but no change
 //! without an entry. Entries are taken back newest first.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::command;
-use crate::ebpf::attach;
 use crate::error::{Error, Result};
-use crate::iptables_tunnel::tables;
 use crate::netns::Netns;
 use crate::settings::{Iptables, Pod};
 use crate::sysctl;
+use crate::undo::{Entry, Undo, undo_entries};
 
 const FILE: &str = "redirection.json";
-
-/// How one change is taken back. All are harmless when there is nothing to take back.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case", tag = "undo")]
-pub(crate) enum Undo {
-    /// Give a `/proc/sys/` entry its value back.
-    Sysctl {
-        netns: Netns,
-        name: String,
-        value: String,
-    },
-    /// Run `ip`, `ipset` or `tc` with these words.
-    Command { netns: Netns, line: String },
-    /// Remove our iptables chains and the jumps to them.
-    Chains {
-        netns: Netns,
-        #[serde(default)]
-        iptables: Iptables,
-    },
-    /// Remove a pin.
-    Pin { path: PathBuf },
-    /// Remove our tc filter.
-    Filter {
-        netns: Netns,
-        interface: String,
-        egress: bool,
-    },
-    /// Remove a clsact qdisc of ours unless others use it by now.
-    Clsact { netns: Netns, interface: String },
-    /// Remove a directory.
-    Directory { path: PathBuf },
-}
-
-impl Undo {
-    pub(crate) fn command(netns: &Netns, line: impl Into<String>) -> Self {
-        Self::Command {
-            netns: netns.clone(),
-            line: line.into(),
-        }
-    }
-
-    fn netns(&self) -> Option<&Netns> {
-        match self {
-            Self::Sysctl { netns, .. }
-            | Self::Command { netns, .. }
-            | Self::Chains { netns, .. }
-            | Self::Filter { netns, .. }
-            | Self::Clsact { netns, .. } => Some(netns),
-            Self::Pin { .. } | Self::Directory { .. } => None,
-        }
-    }
-
-    /// Whether both are about the same thing; of two, the older knows the original state.
-    fn is_same_thing(&self, other: &Self) -> bool {
-        match (self, other) {
-            (
-                Self::Sysctl { netns, name, .. },
-                Self::Sysctl {
-                    netns: n, name: m, ..
-                },
-            ) => netns == n && name == m,
-            _ => self == other,
-        }
-    }
-
-    fn run(&self) -> Result<()> {
-        if self.netns().is_some_and(|netns| !netns.is_alive()) {
-            return Ok(());
-        }
-        match self {
-            Self::Sysctl { netns, name, value } => {
-                netns.run(|| ignore_missing(sysctl::write(name, value)))
-            }
-            Self::Command { netns, line } => netns.run(|| {
-                let words: Vec<_> = line.split_whitespace().collect();
-                match words.split_first() {
-                    Some((program, args)) => ignore_missing(command::run(program, args).map(drop)),
-                    None => Ok(()),
-                }
-            }),
-            Self::Chains { netns, iptables } => netns.run(|| tables::remove(*iptables)),
-            Self::Pin { path } => {
-                let removed = fs::remove_file(path);
-                ignore_missing(removed.map_err(|e| Error::file("remove pin", path, e)))
-            }
-            Self::Filter {
-                netns,
-                interface,
-                egress,
-            } => netns.run(|| attach::remove_filter(interface, *egress)),
-            Self::Clsact { netns, interface } => netns.run(|| attach::remove_clsact(interface)),
-            Self::Directory { path } => {
-                let removed = fs::remove_dir(path);
-                ignore_missing(removed.map_err(|e| Error::file("remove directory", path, e)))
-            }
-        }
-    }
-}
-
-fn ignore_missing(result: Result<()>) -> Result<()> {
-    match result {
-        Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if command::is_missing(&error) => Ok(()),
-        other => other,
-    }
-}
-
-#[derive(Clone, Debug, Deserialize, Serialize)]
-struct Entry {
-    /// UID of the pod it is for.
-    owner: Option<String>,
-    #[serde(flatten)]
-    undo: Undo,
-}
 
 /// The journal's file.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -155,6 +41,8 @@ pub(crate) struct Journal {
     content: Option<Content>,
     /// Inside [`Journal::batch`]: the file is written at its end.
     held: bool,
+    /// Subjects of all entries; None after entries were removed, until it is needed.
+    subjects: Option<HashSet<Undo>>,
 }
 
 impl Journal {
@@ -177,6 +65,7 @@ impl Journal {
             redirect,
             content,
             held: false,
+            subjects: None,
         })
     }
 
@@ -211,11 +100,11 @@ impl Journal {
             }
         }
         self.undo_where(|entry| {
-            entry
-                .undo
-                .netns()
-                .is_some_and(|netns| netns != node && netns != ztunnel)
+            let netns = entry.undo.netns();
+            netns.is_some_and(|netns| netns != node && netns != ztunnel)
         })?;
+        // Left by a process that was killed while it added pods.
+        self.end_expedited()?;
         if self.content.is_none() {
             self.content = Some(Content {
                 redirect: self.redirect.to_owned(),
@@ -243,17 +132,21 @@ impl Journal {
     }
 
     /// Whether the change was noted before.
-    pub(crate) fn has(&self, undo: &Undo) -> bool {
-        let entries = self.content.iter().flat_map(|content| &content.entries);
-        entries
-            .into_iter()
-            .any(|entry| entry.undo.is_same_thing(undo))
+    pub(crate) fn has(&mut self, undo: &Undo) -> bool {
+        let known = self.subjects.get_or_insert_with(|| {
+            let entries = self.content.iter().flat_map(|content| &content.entries);
+            entries.map(|entry| entry.undo.subject()).collect()
+        });
+        known.contains(&undo.subject())
     }
 
     /// Notes a change that is about to be made; false if it was noted before.
     pub(crate) fn record(&mut self, owner: Option<&str>, undo: Undo) -> Result<bool> {
         if self.has(&undo) {
             return Ok(false);
+        }
+        if let Some(known) = &mut self.subjects {
+            known.insert(undo.subject());
         }
         let entry = Entry {
             owner: owner.map(str::to_owned),
@@ -316,6 +209,7 @@ impl Journal {
             Err(error) if command::is_present(&error) => {
                 if is_new {
                     self.content_mut()?.entries.pop();
+                    self.subjects = None;
                     self.save()?;
                 }
                 Ok(())
@@ -324,34 +218,39 @@ impl Journal {
         }
     }
 
-    /// Refuses a pod that has an address of another one.
-    pub(crate) fn check_address_free(&self, pod: &Pod) -> Result<()> {
-        let others = self.pods().iter().filter(|known| known.uid != pod.uid);
-        for other in others {
-            if let Some(address) = pod.addresses.iter().find(|a| other.addresses.contains(a)) {
-                return Err(Error::Setting {
-                    field: "pods.addresses",
-                    value: address.to_string(),
-                    reason: format!("belongs to pod {}", other.uid),
-                });
-            }
-        }
-        Ok(())
+    /// Which pod has which address.
+    pub(crate) fn owners(&self) -> Owners {
+        let mut owners = Owners::default();
+        self.pods().iter().for_each(|pod| owners.add(pod));
+        owners
     }
 
     pub(crate) fn set_detail(&mut self, detail: &str) -> Result<()> {
+        if self.detail() == Some(detail) {
+            return Ok(());
+        }
         self.content_mut()?.detail = Some(detail.to_owned());
         self.save()
     }
 
-    /// Notes that the pod is about to be captured; false if it was noted before.
-    pub(crate) fn set_pod(&mut self, pod: &Pod) -> Result<bool> {
-        let pods = &mut self.content_mut()?.pods;
-        let before = pods.len();
-        pods.retain(|known| known.uid != pod.uid);
-        let is_new = pods.len() == before;
-        pods.push(pod.clone());
-        self.save().map(|()| is_new)
+    /// Notes that the pods are about to be captured. Returns the UIDs of those not noted before.
+    pub(crate) fn set_pods<'a>(&mut self, pods: &[&'a Pod]) -> Result<HashSet<&'a str>> {
+        let known = &mut self.content_mut()?.pods;
+        let mut new: HashSet<&str> = pods.iter().map(|pod| pod.uid.as_str()).collect();
+        known.retain(|pod| !new.remove(pod.uid.as_str()));
+        known.extend(pods.iter().copied().cloned());
+        self.save().map(|()| new)
+    }
+
+    /// Notes that the kernel's waits are about to be expedited.
+    pub(crate) fn begin_expedited(&mut self, before: &str) -> Result<()> {
+        let before = before.to_owned();
+        self.record(None, Undo::Expedited { before }).map(drop)
+    }
+
+    /// Takes [`Journal::begin_expedited`] back.
+    pub(crate) fn end_expedited(&mut self) -> Result<()> {
+        self.undo_where(|entry| matches!(entry.undo, Undo::Expedited { .. }))
     }
 
     /// Settings under `/proc/sys` that were changed: where, name, and what they were.
@@ -376,6 +275,7 @@ impl Journal {
         let Some(content) = &mut self.content else {
             return;
         };
+        self.subjects = None;
         let newer = content.entries.split_off(mark.min(content.entries.len()));
         let (kept, _) = undo_entries(newer);
         content.entries.extend(kept);
@@ -429,6 +329,7 @@ impl Journal {
         let Some(content) = &mut self.content else {
             return Ok(());
         };
+        self.subjects = None;
         let entries = std::mem::take(&mut content.entries);
         let (chosen, others): (Vec<_>, Vec<_>) = entries.into_iter().partition(matches);
         content.entries = others;
@@ -445,6 +346,7 @@ impl Journal {
 
     fn remove_file(&mut self) -> Result<()> {
         self.content = None;
+        self.subjects = None;
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(Error::file("remove", &self.path, error))
@@ -475,18 +377,31 @@ impl Journal {
     }
 }
 
-/// Runs newest first; returns those that failed, in their order, and the first error.
-fn undo_entries(entries: Vec<Entry>) -> (Vec<Entry>, Option<Error>) {
-    let (mut kept, mut first_error) = (Vec::new(), None);
-    for entry in entries.into_iter().rev() {
-        if let Err(error) = entry.undo.run() {
-            tracing::warn!(%error, "not removed");
-            first_error.get_or_insert(error);
-            kept.push(entry);
-        }
+/// Who has which address.
+#[derive(Debug, Default)]
+pub(crate) struct Owners(HashMap<IpAddr, String>);
+
+impl Owners {
+    /// Notes the pod's addresses.
+    pub(crate) fn add(&mut self, pod: &Pod) {
+        let addresses = pod.addresses.iter();
+        self.0
+            .extend(addresses.map(|address| (*address, pod.uid.clone())));
     }
-    kept.reverse();
-    (kept, first_error)
+
+    /// Refuses a pod that has an address of another one.
+    pub(crate) fn check_free(&self, pod: &Pod) -> Result<()> {
+        for address in &pod.addresses {
+            if let Some(other) = self.0.get(address).filter(|other| **other != pod.uid) {
+                return Err(Error::Setting {
+                    field: "pods.addresses",
+                    value: address.to_string(),
+                    reason: format!("belongs to pod {other}"),
+                });
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -568,7 +483,7 @@ mod tests {
             name: "net/x".into(),
             value: value.into(),
         };
-        assert!(undo("1").is_same_thing(&undo("0")));
+        assert_eq!(undo("1").subject(), undo("0").subject());
         let dir = tempfile::tempdir().unwrap();
         let mut j = journal(dir.path());
         j.record(None, undo("1")).unwrap();

@@ -22,15 +22,18 @@ use std::collections::BTreeSet;
 mod command;
 pub mod ebpf;
 mod error;
+mod expedite;
 pub mod iptables_tunnel;
 mod journal;
 mod listener_map;
 mod netns;
+mod pins;
 mod privileges;
 mod settings;
 pub mod sockmap;
 mod status;
 mod sysctl;
+mod undo;
 
 pub use ebpf::Dropped;
 pub use error::{Error, Result};

@@ -18,7 +18,7 @@ use crate::settings::{Pod, Settings};
 const OWN: &str = "/proc/thread-self/ns/net";
 
 /// A network namespace, by path and by identity.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 pub(crate) struct Netns {
     /// None: the node's, in which the caller runs.
     path: Option<PathBuf>,
@@ -113,6 +113,15 @@ pub(crate) struct Interface {
     pub(crate) mac: [u8; 6],
 }
 
+/// Number of an interface in the calling thread's namespace, which is called `place`.
+pub(crate) fn index(place: &str, name: &str) -> Result<u32> {
+    nix::net::if_::if_nametoindex(name).map_err(|errno| Error::Interface {
+        name: name.to_owned(),
+        place: place.to_owned(),
+        source: errno.into(),
+    })
+}
+
 /// Finds an interface of the namespace.
 pub(crate) fn interface(netns: &Netns, name: &str) -> Result<Interface> {
     netns.run(|| {
@@ -121,7 +130,7 @@ pub(crate) fn interface(netns: &Netns, name: &str) -> Result<Interface> {
             place: netns.describe(),
             source,
         };
-        let index = nix::net::if_::if_nametoindex(name).map_err(|e| not_found(e.into()))?;
+        let index = index(&netns.describe(), name)?;
         let addresses = nix::ifaddrs::getifaddrs().map_err(|e| not_found(e.into()))?;
         let mac = addresses
             .filter(|entry| entry.interface_name == name)

@@ -107,7 +107,7 @@ pub enum Variant {
 }
 
 /// Which of the two kinds of iptables is used. They do not see each other's rules.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Iptables {
     /// What `iptables-restore` is on this system.

@@ -208,7 +208,11 @@ impl Agent {
         if retry.left > 0 {
             return Ok(());
         }
-        self.apply()?;
+        // What is removed meanwhile is to be missed, too.
+        let whole = self.expected.clone();
+        let result = self.apply();
+        self.expected.extend(whole);
+        result?;
         tracing::info!("what had failed is applied now");
         Ok(())
     }

@@ -41,6 +41,9 @@ impl Owner {
             .is_some_and(|(known, shortcut)| *known == settings && shortcut.is_current());
         let state = (Some(settings.clone()), config.pods.clone());
         if !current {
+            if let Some((_, shortcut)) = &self.installed {
+                shortcut.pin_again()?;
+            }
             self.installed = None; // its thread ends before another begins
             if self.tried.as_ref() == Some(&state) && self.complaint.is_some() {
                 return Ok(());

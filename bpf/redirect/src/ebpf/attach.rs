@@ -13,19 +13,16 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
-use aya::programs::{Link as _, LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType};
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType};
 
-use super::layout;
-use crate::command;
+use super::{filters, layout};
 use crate::error::{Error, Result};
-use crate::journal::{Journal, Undo};
+use crate::journal::Journal;
 use crate::netns::Netns;
+use crate::pins;
 use crate::settings::Attach;
-
-/// Before other filters, with a handle nobody picks by chance.
-const PRIORITY: u16 = 1;
-const HANDLE: TcHandle = TcHandle::new(0, 0x5a54);
+use crate::undo::Undo;
 
 const EEXIST: i32 = 17;
 const EINVAL: i32 = 22;
@@ -176,7 +173,7 @@ impl Attacher<'_> {
     fn attach_filter(&mut self, hook: Hook<'_>) -> Result<()> {
         let clsact = match self.clsact.take() {
             Some(known) => known,
-            None => clsact_interfaces()?,
+            None => filters::clsact_interfaces()?,
         };
         let has_clsact = clsact.contains(hook.interface);
         self.clsact = Some(clsact);
@@ -189,15 +186,16 @@ impl Attacher<'_> {
         }
         let program = classifier(self.ebpf, hook.program)?;
         let options = NlOptions {
-            priority: PRIORITY,
-            handle: HANDLE,
+            priority: filters::PRIORITY,
+            handle: filters::HANDLE,
             classid: None,
         };
         let options = TcAttachOptions::Netlink(options);
         let attached = program.attach_with_options(hook.interface, hook.attach_type(), options);
         let id = match attached {
             Err(error) if os_error(&error) == Some(EEXIST) => {
-                let link = own_filter(hook.interface, hook.egress()).map_err(|e| hook.error(&e))?;
+                let link =
+                    filters::own(hook.interface, hook.egress()).map_err(|e| hook.error(&e))?;
                 program.attach_to_link(link)
             }
             other => other,
@@ -220,10 +218,9 @@ impl Attacher<'_> {
             )
         };
         let pin = self.pins.join(name);
-        let next = self.pins.join(format!("{name}_next"));
+        let next = self.pins.join(pins::next_name(name));
         self.journal.record(None, Undo::Pin { path: pin.clone() })?;
-        self.journal
-            .record(None, Undo::Pin { path: next.clone() })?;
+        self.journal.record(None, Undo::Pin { path: next })?;
         let file = File::open(netns).map_err(|source| Error::Netns {
             path: netns.to_owned(),
             source,
@@ -231,10 +228,7 @@ impl Attacher<'_> {
         let program = sk_lookup(self.ebpf)?;
         let id = program.attach(file).map_err(|e| failed(&e))?;
         let link = FdLink::from(program.take_link(id).map_err(|e| failed(&e))?);
-        // Left over if an earlier process was killed right here.
-        let _ = fs::remove_file(&next);
-        link.pin(&next).map_err(|e| failed(&e))?;
-        fs::rename(&next, &pin).map_err(|e| Error::file("replace pin", &pin, e))
+        pins::replace_link(link, &pin)
     }
 }
 
@@ -268,7 +262,7 @@ impl From<AttachError> for Error {
     }
 }
 
-fn os_error(error: &ProgramError) -> Option<i32> {
+pub(crate) fn os_error(error: &ProgramError) -> Option<i32> {
     match error {
         ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
         ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
@@ -277,15 +271,6 @@ fn os_error(error: &ProgramError) -> Option<i32> {
         ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
         _ => None,
     }
-}
-
-fn own_filter(interface: &str, egress: bool) -> io::Result<SchedClassifierLink> {
-    let direction = if egress {
-        TcAttachType::Egress
-    } else {
-        TcAttachType::Ingress
-    };
-    SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)
 }
 
 /// Notes in the journal what attaching by a link makes.
@@ -315,48 +300,6 @@ pub(crate) fn note_filter(
         egress: hook.egress(),
     };
     journal.record(hook.owner, undo).map(drop)
-}
-
-/// Interfaces that have a clsact qdisc.
-pub(crate) fn clsact_interfaces() -> Result<HashSet<String>> {
-    let shown = command::run("tc", &["qdisc", "show"])?;
-    let name = |line: &str| {
-        let rest = line.strip_prefix("qdisc clsact ")?;
-        let mut words = rest.split_whitespace().skip_while(|word| *word != "dev");
-        words.nth(1).map(str::to_owned)
-    };
-    Ok(shown.lines().filter_map(name).collect())
-}
-
-/// Removes our filter; that it, its qdisc or the interface is gone is fine.
-pub(crate) fn remove_filter(interface: &str, egress: bool) -> Result<()> {
-    /// Of the filter, the device, its qdisc.
-    const GONE: [i32; 3] = [2, 19, EINVAL];
-    let Ok(link) = own_filter(interface, egress) else {
-        return Ok(());
-    };
-    match link.detach() {
-        Err(error) if !os_error(&error).is_some_and(|code| GONE.contains(&code)) => {
-            Err(Error::bpf("remove filter of", interface, &error))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Removes the clsact qdisc we added, unless someone else has filters there.
-pub(crate) fn remove_clsact(interface: &str) -> Result<()> {
-    if nix::net::if_::if_nametoindex(interface).is_err()
-        || !clsact_interfaces()?.contains(interface)
-    {
-        return Ok(());
-    }
-    for direction in ["ingress", "egress"] {
-        let filters = command::run("tc", &["filter", "show", "dev", interface, direction])?;
-        if !filters.trim().is_empty() {
-            return Ok(());
-        }
-    }
-    command::run("tc", &["qdisc", "del", "dev", interface, "clsact"]).map(drop)
 }
 
 /// The pins in `dir` that are of this crate.

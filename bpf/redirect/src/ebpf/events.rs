@@ -4,10 +4,11 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-use aya::maps::{Map, MapData, RingBuf};
+use aya::maps::{MapData, RingBuf};
 
 use super::layout::{self, ADDRESS_BYTES, EVENT_BYTES};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::pins;
 
 /// A packet that a program dropped. The buffer is lossy: counters say how many there were.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -78,12 +79,8 @@ fn interface_name(index: u32) -> String {
 }
 
 /// Takes what the ring holds, at most `most`.
-pub(crate) fn take(pins: &Path, most: usize) -> Result<Vec<Dropped>> {
-    let pin = pins.join(layout::EVENTS);
-    let failed = |e| Error::bpf("open map", pin.display().to_string(), &e);
-    let data = MapData::from_pin(&pin).map_err(failed)?;
-    let map = Map::from_map_data(data).map_err(failed)?;
-    let mut ring = RingBuf::try_from(map).map_err(failed)?;
+pub(crate) fn take(directory: &Path, most: usize) -> Result<Vec<Dropped>> {
+    let mut ring: RingBuf<MapData> = pins::open(directory, layout::EVENTS)?;
     let mut all = Vec::new();
     while all.len() < most
         && let Some(item) = ring.next()

@@ -1,11 +1,9 @@
 //! What is there, in the kernel, of what the programs need; and getting back pins that were lost.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
-use aya::maps::{MapData, MapInfo};
-use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{SchedClassifier, TcAttachType, loaded_programs};
+use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
 
 use super::attach::{self, CLSACT};
 use super::{RULE_PREF, TABLE, layout, maps};
@@ -13,6 +11,7 @@ use crate::command;
 use crate::error::Result;
 use crate::journal::Journal;
 use crate::netns::Netns;
+use crate::pins::program_of;
 use crate::settings::Settings;
 use crate::sysctl;
 
@@ -28,12 +27,7 @@ pub(crate) fn take(
     for pin in attach::own_pins(&settings.bpffs) {
         all.insert(format!("pin {}", pin.display()));
     }
-    let interfaces: Vec<&str> = [&settings.ztunnel.host_interface]
-        .into_iter()
-        .chain(&settings.node.interfaces)
-        .chain(journal.pods().iter().map(|pod| &pod.host_interface))
-        .map(String::as_str)
-        .collect();
+    let interfaces = interfaces(settings, journal);
     if journal.detail() == Some(CLSACT) {
         all.extend(node.run(|| filters(&interfaces))?);
     } else {
@@ -47,22 +41,43 @@ pub(crate) fn take(
     Ok(all)
 }
 
+/// The node's interfaces that have programs of ours.
+pub(super) fn interfaces<'a>(settings: &'a Settings, journal: &'a Journal) -> Vec<&'a str> {
+    [&settings.ztunnel.host_interface]
+        .into_iter()
+        .chain(&settings.node.interfaces)
+        .chain(journal.pods().iter().map(|pod| &pod.host_interface))
+        .map(String::as_str)
+        .collect()
+}
+
 /// Our programs attached by tcx.
-fn links(interfaces: &[&str]) -> BTreeSet<String> {
-    let mut all = BTreeSet::new();
+pub(super) fn links(interfaces: &[&str]) -> BTreeSet<String> {
+    let programs = tcx_programs(interfaces);
+    programs
+        .into_iter()
+        .filter_map(|(interface, direction, program)| {
+            let name = own_name(program.name())?;
+            Some(format!("tcx {interface} {direction} {name}"))
+        })
+        .collect()
+}
+
+/// Programs attached by tcx that have names of ours: interface, direction, program.
+fn tcx_programs<'a>(interfaces: &[&'a str]) -> Vec<(&'a str, &'static str, ProgramInfo)> {
+    let mut all = Vec::new();
     let directions = [
         (TcAttachType::Ingress, "ingress"),
         (TcAttachType::Egress, "egress"),
     ];
-    for interface in interfaces {
+    for &interface in interfaces {
         for (attach_type, direction) in directions {
             let Ok((_, programs)) = SchedClassifier::query_tcx(interface, attach_type) else {
                 continue;
             };
-            for program in programs {
-                let name = own_name(program.name());
-                all.extend(name.map(|name| format!("tcx {interface} {direction} {name}")));
-            }
+            let own = programs.into_iter();
+            let own = own.filter(|program| own_name(program.name()).is_some());
+            all.extend(own.map(|program| (interface, direction, program)));
         }
     }
     all
@@ -74,26 +89,18 @@ fn own_name(name: &[u8]) -> Option<&'static str> {
     layout::PROGRAMS.into_iter().find(known)
 }
 
-/// Our filters under clsact qdiscs. One call of tc for all interfaces.
+/// Our filters under clsact qdiscs.
 fn filters(interfaces: &[&str]) -> Result<BTreeSet<String>> {
-    let present = attach::clsact_interfaces()?;
-    let mut all = BTreeSet::new();
-    let mut wanted = Vec::new();
-    for interface in interfaces.iter().filter(|name| present.contains(**name)) {
-        all.insert(format!("qdisc clsact {interface}"));
-        wanted.push((*interface, "ingress"));
-        wanted.push((*interface, "egress"));
-    }
-    for (interface, direction) in wanted {
-        let shown = command::run("tc", &["filter", "show", "dev", interface, direction])?;
-        let names = shown.lines().filter_map(|line| {
-            let words: HashSet<_> = line.split_whitespace().collect();
-            let is_ours = words.contains("0x5a54");
-            layout::PROGRAMS
-                .into_iter()
-                .find(|name| is_ours && words.contains(name))
-        });
-        all.extend(names.map(|name| format!("filter {interface} {direction} {name}")));
+    let present = super::filters::clsact_interfaces()?;
+    let with_clsact = interfaces.iter().filter(|name| present.contains(**name));
+    let with_clsact: Vec<&str> = with_clsact.copied().collect();
+    let qdiscs = with_clsact.iter();
+    let mut all: BTreeSet<_> = qdiscs.map(|name| format!("qdisc clsact {name}")).collect();
+    for shown in super::filters::list(&with_clsact)? {
+        let (interface, direction) = (shown.interface, shown.direction);
+        let own = shown.own.map(|own| own.program);
+        let own = own.filter(|program| layout::PROGRAMS.contains(&program.as_str()));
+        all.extend(own.map(|program| format!("filter {interface} {direction} {program}")));
     }
     Ok(all)
 }
@@ -127,42 +134,20 @@ fn ztunnel_routing() -> Result<BTreeSet<String>> {
     Ok(all)
 }
 
-/// Pins again those maps that lost their pin but are still used by programs that have theirs, so
-/// that listeners and pods in them are kept. What cannot be rescued is made anew.
-pub(crate) fn rescue_maps(pins: &Path) {
-    let missing: Vec<_> = layout::MAPS
-        .iter()
-        .filter(|map| !pins.join(map.name).exists())
-        .collect();
-    if missing.is_empty() || missing.len() == layout::MAPS.len() {
-        return;
+/// Programs of ours that are attached, by what is pinned and by what the interfaces say.
+pub(super) fn attached_programs(pins: &Path, interfaces: &[&str]) -> HashSet<u32> {
+    let links = attach::own_pins(pins);
+    let mut all: HashSet<u32> = links.iter().filter_map(|pin| program_of(pin)).collect();
+    for (_, _, program) in tcx_programs(interfaces) {
+        all.insert(program.id());
     }
-    let found = maps_in_use(pins);
-    for map in missing {
-        let Some(&id) = found.get(map.name) else {
-            continue;
-        };
-        let pinned = MapData::from_id(id)
-            .map_err(|error| error.to_string())
-            .and_then(|data| data.pin(pins.join(map.name)).map_err(|e| e.to_string()));
-        match pinned {
-            Ok(()) => tracing::warn!(map = map.name, "its pin was gone, pinned again"),
-            Err(error) => tracing::warn!(map = map.name, error, "its pin is gone"),
-        }
-    }
-}
-
-/// Identifiers of the maps that our pinned links' programs use, by name.
-fn maps_in_use(pins: &Path) -> HashMap<String, u32> {
-    let links = attach::own_pins(pins)
-        .into_iter()
-        .filter_map(|pin| FdLink::from(PinnedLink::from_pin(pin).ok()?).info().ok());
-    let programs: HashSet<u32> = links.map(|link| link.program_id()).collect();
-    loaded_programs()
-        .flatten()
-        .filter(|program| programs.contains(&program.id()))
-        .filter_map(|program| program.map_ids().ok()?)
-        .flatten()
-        .filter_map(|id| Some((MapInfo::from_id(id).ok()?.name_as_str()?.to_owned(), id)))
-        .collect()
+    let filters = super::filters::clsact_interfaces().and_then(|present| {
+        let with_clsact = interfaces.iter().filter(|name| present.contains(**name));
+        let with_clsact: Vec<&str> = with_clsact.copied().collect();
+        let shown = super::filters::list(&with_clsact)?;
+        Ok(shown.into_iter().filter_map(|shown| shown.own).collect())
+    });
+    let filters: Vec<super::filters::Own> = filters.unwrap_or_default();
+    all.extend(filters.into_iter().map(|own| own.id));
+    all
 }

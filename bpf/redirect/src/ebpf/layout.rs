@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use crate::listener_map::{MAX_CPUS, ROLES};
+use crate::pins::MapLayout;
 use crate::settings::UNDERLAYS_MAX;
 
 /// The compiled `bpf/src/redirect.bpf.c`.
@@ -25,14 +26,6 @@ const CONFIG_DNS: u32 = 1;
 /// Flags of `struct pod`.
 pub(crate) const POD_OLDER: u32 = 1;
 pub(crate) const POD_ENROLLING: u32 = 2;
-
-/// A map, by its name in the object and as a pin: key size, value size, entries.
-pub(crate) struct MapLayout {
-    pub(crate) name: &'static str,
-    pub(crate) key_bytes: u32,
-    pub(crate) value_bytes: u32,
-    pub(crate) entries_max: u32,
-}
 
 const fn map(name: &'static str, key_bytes: u32, value_bytes: u32, entries_max: u32) -> MapLayout {
     MapLayout {

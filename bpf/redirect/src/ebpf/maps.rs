@@ -5,53 +5,16 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuArray};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray};
 use ipnet::IpNet;
 
-use super::layout::{self, ADDRESS_BYTES, CONFIG_BYTES, Config, FLOW_BYTES, MapLayout};
+use super::layout::{self, ADDRESS_BYTES, CONFIG_BYTES, Config, FLOW_BYTES};
 use crate::error::{Error, Result};
+use crate::pins::{ignore_missing, open, write_failed};
 use crate::settings::Pod;
 
 type AddressKey = [u8; ADDRESS_BYTES];
 pub(crate) type FlowKey = [u8; FLOW_BYTES];
-
-fn open<T>(pins: &Path, name: &'static str) -> Result<T>
-where
-    T: TryFrom<Map, Error = MapError>,
-{
-    let pin = pins.join(name);
-    let failed = |e: MapError| Error::bpf("open map", pin.display().to_string(), &e);
-    // Map types are told apart by what the kernel says of the pinned one.
-    let map = MapData::from_pin(&pin)
-        .and_then(Map::from_map_data)
-        .map_err(failed)?;
-    T::try_from(map).map_err(failed)
-}
-
-fn write_failed(name: &'static str) -> impl Fn(MapError) -> Error {
-    move |e| Error::bpf("write map", name, &e)
-}
-
-/// Refuses a pinned map that is not like the programs'; none is fine.
-pub(crate) fn check_layout(pin: &Path, wanted: &MapLayout) -> Result<()> {
-    if !pin.exists() {
-        return Ok(());
-    }
-    let info = MapInfo::from_pin(pin)
-        .map_err(|e| Error::bpf("open map", pin.display().to_string(), &e))?;
-    let describe =
-        |key, value, entries| format!("{key}-byte keys, {value}-byte values, {entries} entries");
-    let found = describe(info.key_size(), info.value_size(), info.max_entries());
-    let expected = describe(wanted.key_bytes, wanted.value_bytes, wanted.entries_max);
-    if found == expected {
-        return Ok(());
-    }
-    Err(Error::Layout {
-        path: pin.to_owned(),
-        found,
-        expected,
-    })
-}
 
 pub(crate) fn set_config(pins: &Path, config: &Config) -> Result<()> {
     let mut map: Array<MapData, [u8; CONFIG_BYTES]> = open(pins, layout::CONFIG)?;
@@ -190,16 +153,6 @@ impl OlderFlows {
 
     pub(crate) fn remove(&mut self, key: &FlowKey) -> Result<()> {
         ignore_missing(self.0.remove(key)).map_err(write_failed(layout::OLDER_FLOWS))
-    }
-}
-
-fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
-    match result {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => {
-            Ok(())
-        }
-        other => other,
     }
 }
 

@@ -20,12 +20,14 @@
 
 pub(crate) mod attach;
 mod events;
+pub(crate) mod filters;
 mod inventory;
 pub(crate) mod layout;
 mod links;
 pub(crate) mod maps;
 mod older;
 mod pods;
+mod sock_diag;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -35,11 +37,12 @@ use aya::{Ebpf as Object, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::error::{Error, Result};
-use crate::journal::{Journal, Undo};
+use crate::journal::Journal;
 use crate::netns::{self, Netns};
 use crate::settings::{Pod, Settings};
 use crate::status::{PodStatus, Status};
-use crate::{Redirection, sysctl};
+use crate::undo::Undo;
+use crate::{Redirection, expedite, pins, sysctl};
 use attach::{Attacher, Hook};
 pub use events::Dropped;
 use layout::Config;
@@ -89,7 +92,7 @@ impl Ebpf {
         }
         make_dirs(&mut self.journal, &s.bpffs)?;
         let config = self.config(ztunnel, outside, &underlays)?;
-        inventory::rescue_maps(&s.bpffs);
+        self.rescue_maps();
         self.object = Some(load(&mut self.journal, &s.bpffs)?);
         prepare_ztunnel(&mut self.journal, ztunnel, &s.ztunnel)?;
         allow_foreign_sources(&mut self.journal, node, &s.ztunnel.host_interface)?;
@@ -97,6 +100,14 @@ impl Ebpf {
         maps::set_pod_cidrs(&s.bpffs, &s.node.pod_cidrs)?;
         pods::restore(&s.bpffs, self.journal.pods(), &links)?;
         self.attach_hooks(node, outside, &underlays)
+    }
+
+    /// Somebody may have removed pins of maps that are in use.
+    fn rescue_maps(&self) {
+        let s = &self.settings;
+        let interfaces = inventory::interfaces(s, &self.journal);
+        let programs = || inventory::attached_programs(&s.bpffs, &interfaces);
+        pins::rescue(&s.bpffs, &layout::MAPS, self.object.as_ref(), programs);
     }
 
     fn config(&self, ztunnel: &Netns, outside: u32, underlays: &[(String, u32)]) -> Result<Config> {
@@ -183,10 +194,9 @@ impl Redirection for Ebpf {
     }
 
     fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
-        // First the map: until its programs are gone, a pod's packets are dropped as spoofed
-        // rather than let past ztunnel half-way.
-        let mapped = pods::forget(&self.settings.bpffs, self.journal.pods(), uids);
-        self.journal.remove_pods(uids).and(mapped)
+        expedite::begin(&mut self.journal, uids.len())?;
+        let removed = pods::remove(self, uids);
+        self.journal.end_expedited().and(removed)
     }
 
     fn enrolled(&self) -> Vec<Pod> {
@@ -230,7 +240,10 @@ impl Redirection for Ebpf {
 
     fn cleanup(&mut self) -> Result<()> {
         self.object = None;
-        let result = self.journal.undo_all();
+        let pods = self.enrolled();
+        let uids: Vec<_> = pods.iter().map(|pod| pod.uid.as_str()).collect();
+        let result = self.remove_pods(&uids);
+        let result = self.journal.undo_all().and(result);
         // Pins survive a lost journal and are known by their names.
         for pin in attach::own_pins(&self.settings.bpffs) {
             std::fs::remove_file(&pin).map_err(|e| Error::file("remove pin", &pin, e))?;
@@ -300,12 +313,12 @@ fn make_dirs(journal: &mut Journal, dir: &Path) -> Result<()> {
 
 /// Loads maps (those pinned already are used as they are) and programs. A pinned map of another
 /// layout is left to the programs that use it until they are replaced, too.
-fn load(journal: &mut Journal, pins: &Path) -> Result<Object> {
+fn load(journal: &mut Journal, directory: &Path) -> Result<Object> {
     let mut loader = EbpfLoader::new();
     for map in &layout::MAPS {
-        let pin = pins.join(map.name);
+        let pin = directory.join(map.name);
         journal.record(None, Undo::Pin { path: pin.clone() })?;
-        if let Err(error) = maps::check_layout(&pin, map) {
+        if let Err(error) = pins::check_layout(&pin, map) {
             tracing::info!(%error, "replaced");
             std::fs::remove_file(&pin).map_err(|e| Error::file("remove pin", &pin, e))?;
         }

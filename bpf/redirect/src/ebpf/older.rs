@@ -13,12 +13,10 @@ use std::path::Path;
 
 use super::layout::{self, FLOW_BYTES};
 use super::maps::FlowKey;
+use super::sock_diag::{self, Ends};
 use crate::error::Result;
 use crate::netns::Netns;
 use crate::settings::Pod;
-
-/// Local and remote end.
-type Ends = (SocketAddr, SocketAddr);
 
 const FILES: [&str; 2] = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
 
@@ -27,10 +25,13 @@ const NOT_OPEN: [&str; 4] = ["02", "06", "07", "0A"];
 
 /// Open connections in a network namespace.
 pub(crate) fn connections(netns: &Path) -> Result<HashSet<Ends>> {
-    Netns::at(netns)?.run(|| {
-        // A kernel without IPv6 has no second file.
-        let texts = FILES.iter().flat_map(fs::read_to_string);
-        Ok(texts.flat_map(|text| parse(&text)).collect())
+    Netns::at(netns)?.run(|| match sock_diag::connections() {
+        Ok(all) => Ok(all.into_iter().collect()),
+        Err(_) => {
+            // A kernel without sock_diag; one without IPv6 has no second file.
+            let texts = FILES.iter().flat_map(fs::read_to_string);
+            Ok(texts.flat_map(|text| parse(&text)).collect())
+        }
     })
 }
 

@@ -3,16 +3,19 @@
 //! The journal is written once for all of them, before anything is changed; each pod then costs a
 //! few system calls. Others are not touched.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::attach::{self, Hook};
 use super::layout::{self, POD_ENROLLING, POD_OLDER};
 use super::links::Links;
 use super::maps::{FlowKey, OlderFlows, Pods};
-use super::{Ebpf, not_installed, older};
+use super::{Ebpf, filters, inventory, not_installed, older};
 use crate::error::Result;
+use crate::expedite;
 use crate::netns::Netns;
 use crate::settings::Pod;
 
@@ -78,14 +81,10 @@ pub(crate) fn add(redirection: &mut Ebpf, node: &Netns, pods: &[Pod]) -> Result<
     if additions.is_empty() {
         return errors.into_result();
     }
-    let mut capture = Capture::begin(redirection, node)?;
-    let mut failed = Vec::new();
-    for addition in &additions {
-        let done = capture.add(addition);
-        if errors.take(done).is_none() && addition.is_new {
-            failed.push(addition.pod.uid.as_str());
-        }
-    }
+    expedite::begin(&mut redirection.journal, additions.len())?;
+    let captured = capture(redirection, node, &additions, &mut errors);
+    redirection.journal.end_expedited()?;
+    let failed = captured?;
     if !failed.is_empty()
         && let Err(error) = crate::Redirection::remove_pods(redirection, &failed)
     {
@@ -94,12 +93,31 @@ pub(crate) fn add(redirection: &mut Ebpf, node: &Netns, pods: &[Pod]) -> Result<
     errors.into_result()
 }
 
+/// Captures all of them; returns the UIDs of new ones that could not be.
+fn capture<'a>(
+    redirection: &mut Ebpf,
+    node: &Netns,
+    additions: &[Addition<'a>],
+    errors: &mut FirstError,
+) -> Result<Vec<&'a str>> {
+    let mut capture = Capture::begin(redirection, node)?;
+    let mut failed = Vec::new();
+    for addition in additions {
+        let done = capture.add(addition);
+        if errors.take(done).is_none() && addition.is_new {
+            failed.push(addition.pod.uid.as_str());
+        }
+    }
+    Ok(failed)
+}
+
 /// UIDs of those of which anything differs from what is known.
 fn outdated<'a>(redirection: &Ebpf, pods: &[(&'a Pod, u32)]) -> Result<Vec<&'a str>> {
     let map = Pods::open(&redirection.settings.bpffs)?;
-    let known = redirection.journal.pods();
+    let known = redirection.journal.pods().iter();
+    let known: HashMap<_, _> = known.map(|pod| (&pod.uid, pod)).collect();
     let differs = |pod: &Pod, index: u32| {
-        let known = known.iter().find(|known| known.uid == pod.uid);
+        let known = known.get(&pod.uid).copied();
         known
             .is_some_and(|known| known != pod || map.get(known).is_none_or(|[now, _]| now != index))
     };
@@ -117,17 +135,25 @@ fn note<'a>(
     let pins = redirection.settings.bpffs.clone();
     let by_filter = redirection.journal.detail() == Some(attach::CLSACT);
     let clsact = if by_filter {
-        attach::clsact_interfaces()?
+        filters::clsact_interfaces()?
     } else {
         HashSet::new()
     };
     let mut additions = Vec::new();
     redirection.journal.batch(|journal| {
-        for &(pod, index) in pods {
-            if errors.take(journal.check_address_free(pod)).is_none() {
-                continue;
+        let mut owners = journal.owners();
+        let free = pods.iter().filter(|(pod, _)| {
+            let is_free = errors.take(owners.check_free(pod)).is_some();
+            if is_free {
+                owners.add(pod);
             }
-            let is_new = journal.set_pod(pod)?;
+            is_free
+        });
+        let free: Vec<_> = free.copied().collect();
+        let noted: Vec<_> = free.iter().map(|&(pod, _)| pod).collect();
+        let new = journal.set_pods(&noted)?;
+        for (pod, index) in free {
+            let is_new = new.contains(pod.uid.as_str());
             let addition = Addition { pod, index, is_new };
             for hook in addition.hooks() {
                 if by_filter {
@@ -247,8 +273,47 @@ pub(crate) fn restore(pins: &Path, pods: &[Pod], links: &Links) -> Result<()> {
     Ok(())
 }
 
+/// How long the kernel may take to detach programs whose links are gone.
+const DETACH_PATIENCE: Duration = Duration::from_secs(5);
+
+/// First the map: until its programs are gone, a pod's packets are dropped as spoofed rather than
+/// let past ztunnel half-way.
+pub(crate) fn remove(redirection: &mut Ebpf, uids: &[&str]) -> Result<()> {
+    let journal = &redirection.journal;
+    let mapped = forget(&redirection.settings.bpffs, journal.pods(), uids);
+    let wanted: HashSet<_> = uids.iter().copied().collect();
+    let gone = journal
+        .pods()
+        .iter()
+        .filter(|pod| wanted.contains(pod.uid.as_str()));
+    let interfaces: Vec<_> = gone.map(|pod| pod.host_interface.clone()).collect();
+    let by_link = journal.detail() != Some(attach::CLSACT);
+    let removed = redirection.journal.remove_pods(uids);
+    if by_link {
+        wait_until_detached(&interfaces);
+    }
+    removed.and(mapped)
+}
+
+/// The kernel detaches programs a little after their links are gone.
+fn wait_until_detached(interfaces: &[String]) {
+    let deadline = Instant::now() + DETACH_PATIENCE;
+    let mut left: Vec<&str> = interfaces.iter().map(String::as_str).collect();
+    loop {
+        left.retain(|interface| !inventory::links(&[interface]).is_empty());
+        if left.is_empty() {
+            return;
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!(interfaces = left.len(), "programs are still attached");
+            return;
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
 /// Takes pods out of the maps.
-pub(crate) fn forget(pins: &Path, pods: &[Pod], uids: &[&str]) -> Result<()> {
+fn forget(pins: &Path, pods: &[Pod], uids: &[&str]) -> Result<()> {
     if !pins.join(layout::PODS).exists() {
         return Ok(());
     }
@@ -270,6 +335,9 @@ pub(crate) fn forget(pins: &Path, pods: &[Pod], uids: &[&str]) -> Result<()> {
 
 /// Forgets older connections that have ended. A pod without any costs its packets nothing more.
 pub(crate) fn forget_ended(pins: &Path, pods: &[Pod]) -> Result<()> {
+    if !pins.join(layout::PODS).exists() {
+        return Ok(()); // somebody removed it; the next look at what is missing brings it back
+    }
     let (mut map, mut older) = (Pods::open(pins)?, OlderFlows::open(pins)?);
     let all = older.all()?;
     for pod in pods {

@@ -10,8 +10,9 @@ use std::str::FromStr;
 use super::rules::{IN, OUT, PEER_IN, PEER_OUT};
 use crate::command::{self, ip};
 use crate::error::{Error, Result};
-use crate::journal::{Journal, Undo};
+use crate::journal::Journal;
 use crate::netns::Netns;
+use crate::undo::Undo;
 
 const PORT_FIRST: u16 = 6081;
 const PORT_LAST: u16 = 6096;

@@ -21,13 +21,14 @@ pub(crate) mod links;
 pub(crate) mod rules;
 pub(crate) mod tables;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::error::{Error, Result};
-use crate::journal::{Journal, Undo};
+use crate::journal::{Journal, Owners};
 use crate::netns::{self, Netns};
 use crate::settings::{Iptables, Pod, Settings, Variant};
 use crate::status::{PodStatus, Status};
+use crate::undo::Undo;
 use crate::{Redirection, command, sysctl};
 use links::Transport;
 use rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
@@ -230,10 +231,14 @@ impl IptablesTunnel {
             .collect();
         let rp_filter = |pod: &Pod| format!("net/ipv4/conf/{}/rp_filter", pod.host_interface);
         self.journal.batch(|journal| {
+            let mut owners = journal.owners();
+            for pod in pods {
+                owners.check_free(pod)?;
+                owners.add(pod);
+            }
+            journal.set_pods(pods)?;
             for (pod, changes) in pods.iter().zip(&changes) {
                 let uid = Some(pod.uid.as_str());
-                journal.check_address_free(pod)?;
-                journal.set_pod(pod)?;
                 journal.note_sysctl(uid, node, &rp_filter(pod), "0")?;
                 for (netns, change) in changes {
                     journal.record(uid, Undo::command(netns, change.undo.as_str()))?;
@@ -271,9 +276,9 @@ impl IptablesTunnel {
     }
 
     /// A pod that cannot be captured, or one of several that can.
-    fn check_pod(&self, node: &Netns, pod: &Pod) -> Result<()> {
+    fn check_pod(&self, owners: &Owners, pod: &Pod) -> Result<()> {
         self.settings.validate_pod(pod)?;
-        self.journal.check_address_free(pod)?;
+        owners.check_free(pod)?;
         if pod.ipv4().next().is_none() {
             return Err(Error::Setting {
                 field: "pods.addresses",
@@ -281,7 +286,7 @@ impl IptablesTunnel {
                 reason: "the pod needs an IPv4 address for redirection tunnel".to_owned(),
             });
         }
-        netns::interface(node, &pod.host_interface).map(drop)
+        netns::index("the node", &pod.host_interface).map(drop)
     }
 }
 
@@ -355,15 +360,17 @@ impl Redirection for IptablesTunnel {
         let ztunnel = Netns::at(&self.settings.ztunnel.netns)?;
         let mut first_error = None;
         let mut sound = Vec::new();
+        let owners = self.journal.owners();
         for pod in pods {
-            match self.check_pod(&node, pod) {
+            match self.check_pod(&owners, pod) {
                 Ok(()) => sound.push(pod),
                 Err(error) => drop(first_error.get_or_insert(error)),
             }
         }
-        let known = self.journal.pods();
-        let is_known = |uid: &str| known.iter().any(|pod| pod.uid == uid);
-        let outdated = |pod: &&&Pod| is_known(&pod.uid) && !known.contains(**pod);
+        let known = self.journal.pods().iter();
+        let known: HashMap<_, _> = known.map(|pod| (pod.uid.as_str(), pod)).collect();
+        let is_known = |uid: &str| known.contains_key(uid);
+        let outdated = |pod: &&&Pod| known.get(pod.uid.as_str()).is_some_and(|old| *old != **pod);
         let outdated: Vec<&str> = sound
             .iter()
             .filter(outdated)

@@ -14,7 +14,7 @@ mod probe;
 mod reaper;
 mod sys;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsFd as _;
@@ -22,15 +22,17 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash};
 use aya::programs::links::FdLink;
-use aya::programs::{CgroupAttachMode, SkMsg, SockOps};
+use aya::programs::{CgroupAttachMode, Program, ProgramError, SkMsg, SockOps};
 use aya::{Ebpf as Object, EbpfLoader};
 use serde::Serialize;
 
-use crate::ebpf::maps::check_layout;
 use crate::error::{Error, Result};
 use crate::netns::Netns;
+use crate::pins::{
+    check_layout, ignore_missing, open, program_of, replace_link, rescue, write_failed,
+};
 use crate::settings::Pod;
 use layout::{CONFIG_BYTES, Config, END_BYTES, Key, POD_BYTES};
 use reaper::Reaper;
@@ -73,6 +75,8 @@ pub struct Shortcut {
     ztunnel: Netns,
     /// Of the pods' namespaces, by path and inode.
     cookies: std::collections::HashMap<(PathBuf, u64), u64>,
+    /// Keeps maps alive while their pins are gone.
+    object: Object,
     _reaper: Reaper,
 }
 
@@ -99,6 +103,12 @@ impl Shortcut {
                  that nginx and others like it would stall; sockmap: force uses it nevertheless",
             ));
         }
+        let programs = || {
+            program_of(&pins.join(layout::SOCKETS))
+                .into_iter()
+                .collect()
+        };
+        rescue(&pins, &layout::MAPS, None, programs);
         let mut object = load(&pins)?;
         attach(&mut object, &pins, &settings.cgroup)?;
         let reaper = Reaper::start(&pins)?;
@@ -113,14 +123,29 @@ impl Shortcut {
             pins,
             ztunnel,
             cookies: std::collections::HashMap::new(),
+            object,
             _reaper: reaper,
         })
     }
 
-    /// Whether ztunnel's network namespace still is the one it was installed for.
+    /// Whether all of it is there and for ztunnel's network namespace as it is now. If not, it is
+    /// to be installed again.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        self.ztunnel.is_alive()
+        let maps = layout::MAPS.iter().map(|map| map.name);
+        let mut pins = maps.chain([layout::SOCKETS]);
+        self.ztunnel.is_alive() && pins.all(|name| self.pins.join(name).exists())
+    }
+
+    /// Pins those maps again that somebody has unpinned, so that what is in them is not lost with
+    /// this value: installing again then adopts them.
+    ///
+    /// # Errors
+    /// If the directory for the pins cannot be made.
+    pub fn pin_again(&self) -> Result<()> {
+        fs::create_dir_all(&self.pins).map_err(|e| Error::file("make directory", &self.pins, e))?;
+        rescue(&self.pins, &layout::MAPS, Some(&self.object), HashSet::new);
+        Ok(())
     }
 
     /// New connections of exactly these pods get the short-cut. Every pod is tried.
@@ -141,22 +166,19 @@ impl Shortcut {
                 Err(error) => results.push(Err(error)),
             }
         }
-        self.cookies
-            .retain(|(path, _), _| pods.iter().any(|pod| pod.netns == *path));
-        let failed = |e: MapError| Error::bpf("write map", layout::PODS, &e);
+        let paths: HashSet<_> = pods.iter().map(|pod| &pod.netns).collect();
+        self.cookies.retain(|(path, _), _| paths.contains(path));
+        let failed = write_failed(layout::PODS);
         let known: Vec<_> = map.iter().flatten().collect();
         for (address, cookie) in &known {
             if wanted.get(address) == Some(cookie) {
                 wanted.remove(address);
-            } else if !wanted.contains_key(address)
-                && let Err(error) = map.remove(address)
-                && !is_not_found(&error)
-            {
-                results.push(Err(failed(error)));
+            } else if !wanted.contains_key(address) {
+                results.push(ignore_missing(map.remove(address)).map_err(&failed));
             }
         }
         for (address, cookie) in wanted {
-            results.push(map.insert(address, cookie, 0).map_err(failed));
+            results.push(map.insert(address, cookie, 0).map_err(&failed));
         }
         results.into_iter().collect()
     }
@@ -328,11 +350,11 @@ fn load(pins: &Path) -> Result<Object> {
         .load(layout::OBJECT)
         .map_err(|e| Error::bpf("load object", "sockmap.bpf.o", &e))?;
     let name = layout::SEND;
-    sk_msg(&mut object)?
+    program::<SkMsg>(&mut object, name)?
         .load()
         .map_err(|e| Error::bpf("load program", name, &e))?;
     let name = layout::SOCKETS;
-    sock_ops(&mut object)?
+    program::<SockOps>(&mut object, name)?
         .load()
         .map_err(|e| Error::bpf("load program", name, &e))?;
     Ok(object)
@@ -343,9 +365,9 @@ fn attach(object: &mut Object, pins: &Path, cgroup: &Path) -> Result<()> {
     let name = layout::SEND;
     let failed = |e: &(dyn std::error::Error + 'static)| Error::bpf("attach program", name, e);
     let senders: SockHash<MapData, Key> = open(pins, layout::SENDERS)?;
-    let program = sk_msg(object)?;
-    let id = program.attach(senders.fd()).map_err(|e| failed(&e))?;
-    let link = program.take_link(id).map_err(|e| failed(&e))?;
+    let messages: &mut SkMsg = program(object, name)?;
+    let id = messages.attach(senders.fd()).map_err(|e| failed(&e))?;
+    let link = messages.take_link(id).map_err(|e| failed(&e))?;
     // Dropping it would detach the program, which is to outlive this process.
     std::mem::forget(link);
     let name = layout::SOCKETS;
@@ -357,51 +379,24 @@ fn attach(object: &mut Object, pins: &Path, cgroup: &Path) -> Result<()> {
         )
     };
     let file = File::open(cgroup).map_err(|e| Error::file("open cgroup", cgroup, e))?;
-    let program = sock_ops(object)?;
-    let id = program
+    let sockets: &mut SockOps = program(object, name)?;
+    let id = sockets
         .attach(file, CgroupAttachMode::Single)
         .map_err(|e| failed(&e))?;
-    let link = program.take_link(id).map_err(|e| failed(&e))?;
+    let link = sockets.take_link(id).map_err(|e| failed(&e))?;
     let link = FdLink::try_from(link).map_err(|e| failed(&e))?;
-    replace_pin(link, &pins.join(name))
+    replace_link(link, &pins.join(name))
 }
 
-/// Pins the link, without a gap if an earlier one is pinned there.
-fn replace_pin(link: FdLink, pin: &Path) -> Result<()> {
-    let name = pin.file_name().and_then(|name| name.to_str());
-    let next = pin.with_file_name(format!("{}_next", name.unwrap_or_default()));
-    let _ = fs::remove_file(&next); // left over if an earlier process was killed right here
-    link.pin(&next)
-        .map_err(|e| Error::bpf("pin link", next.display().to_string(), &e))?;
-    fs::rename(&next, pin).map_err(|e| Error::file("replace pin", pin, e))
-}
-
-fn sk_msg(object: &mut Object) -> Result<&mut SkMsg> {
-    let program = object.program_mut(layout::SEND);
-    let program = program.ok_or_else(|| absent(layout::SEND))?;
-    program
-        .try_into()
-        .map_err(|e| Error::bpf("use program", layout::SEND, &e))
-}
-
-fn sock_ops(object: &mut Object) -> Result<&mut SockOps> {
-    let program = object.program_mut(layout::SOCKETS);
-    let program = program.ok_or_else(|| absent(layout::SOCKETS))?;
-    program
-        .try_into()
-        .map_err(|e| Error::bpf("use program", layout::SOCKETS, &e))
-}
-
-fn open<T>(pins: &Path, name: &'static str) -> Result<T>
+/// A program of the object, as its kind.
+fn program<'a, P>(object: &'a mut Object, name: &str) -> Result<&'a mut P>
 where
-    T: TryFrom<Map, Error = MapError>,
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
 {
-    let pin = pins.join(name);
-    let failed = |e: MapError| Error::bpf("open map", pin.display().to_string(), &e);
-    let map = MapData::from_pin(&pin)
-        .and_then(Map::from_map_data)
-        .map_err(failed)?;
-    T::try_from(map).map_err(failed)
+    let program = object.program_mut(name).ok_or_else(|| absent(name))?;
+    program
+        .try_into()
+        .map_err(|e| Error::bpf("use program", name, &e))
 }
 
 fn netns_cookie(netns: &Netns, path: &Path) -> Result<u64> {
@@ -422,13 +417,5 @@ fn unsupported(reason: &str) -> Error {
         action: "use",
         name: "the sockmap short-cut".to_owned(),
         reason: reason.to_owned(),
-    }
-}
-
-fn is_not_found(error: &MapError) -> bool {
-    match error {
-        MapError::KeyNotFound => true,
-        MapError::SyscallError(e) => e.io_error.kind() == std::io::ErrorKind::NotFound,
-        _ => false,
     }
 }

@@ -195,6 +195,40 @@ fn maps_of_another_version_are_replaced() {
     crate::shared::assert_same(&before, &topology.traces());
 }
 
+/// Somebody removes the pins of all maps, and maybe of all links, and the agent has been started
+/// anew: what runs has the maps, listeners and all. Open connections do not notice.
+#[test]
+fn pins_of_maps_that_are_gone_come_back() {
+    if !can_run("pins_of_maps_that_are_gone_come_back") {
+        return;
+    }
+    for kind in [EBPF, CLSACT] {
+        let topology = Topology::new();
+        kind.install(&topology);
+        let bpffs = topology.settings().bpffs;
+        let _ztunnel = Echo::ztunnel(&topology.netns("ztunnel"), Some(&bpffs.join("listeners")));
+        let to = SocketAddr::from((REMOTE, 80));
+        let mut talk = topology.talk("app1", to);
+        talk.ping().unwrap();
+        let whole = kind.on_node(&topology, |redirection| redirection.inventory().unwrap());
+        let maps = ["config", "pods", "pod_cidrs", "node_flows", "older_flows"];
+        for name in maps.iter().chain(&["events", "counters", "listeners"]) {
+            std::fs::remove_file(bpffs.join(name)).unwrap();
+        }
+        talk.ping().unwrap();
+        kind.install(&topology);
+        let now = kind.on_node(&topology, |redirection| redirection.inventory().unwrap());
+        crate::shared::assert_same(&whole, &now);
+        talk.ping().unwrap();
+        // The listener is still there, and it counts on where it was.
+        topology.talk("app1", to).ping().unwrap();
+        let counters = kind.on_node(&topology, |redirection| {
+            redirection.status().unwrap().counters
+        });
+        assert_eq!(counters["ztunnel_ingress"]["redirected"], 2, "{counters:?}");
+    }
+}
+
 /// Two ztunnels overlap; the elder accepts what is its own before it goes. No connection fails.
 #[test]
 fn a_hand_over_drops_no_syn() {

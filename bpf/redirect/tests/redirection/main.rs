@@ -8,6 +8,7 @@
 mod defects;
 mod dns;
 mod ebpf;
+mod enrolment;
 mod ipv6;
 mod live;
 mod shared;

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use redirect::sockmap;
 
@@ -116,12 +116,10 @@ fn removing_the_short_cut_loses_nothing() {
     exchange(&mut idle, &mut idle_zt, b"by TCP");
     drop((app, zt, idle, idle_zt));
     // Another test that starts a program holds copies of these sockets for a moment.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while net.bpffs().join("sockmap").exists() {
-        assert!(Instant::now() < deadline, "the pin stays after its sockets");
+    eventually("the pin goes with its sockets", || {
         sockmap::remove(&net.bpffs()).unwrap();
-        thread::sleep(Duration::from_millis(20));
-    }
+        !net.bpffs().join("sockmap").exists()
+    });
     // And it can be installed again.
     let net = net.install();
     let (mut app, mut zt) = net.pair();
@@ -146,4 +144,34 @@ fn installing_again_adopts_what_is_there() {
     exchange(&mut app, &mut zt, b"question");
     let counters = net.status().counters;
     assert_eq!(counters["bypassed_bytes"], 0, "{counters:?}");
+}
+
+/// Somebody removes all pins while data is on its way: it arrives, and new connections get the
+/// short-cut again.
+#[test]
+fn removed_pins_come_back_and_nothing_is_lost() {
+    if !can_run("removed_pins_come_back_and_nothing_is_lost") {
+        return;
+    }
+    let mut net = Net::up();
+    let (mut app, mut zt) = net.pair();
+    exchange(&mut app, &mut zt, b"question");
+    app.write_all(b"unread ").unwrap();
+    let shortcut = net.shortcut.take().unwrap();
+    assert!(shortcut.is_current());
+    for entry in std::fs::read_dir(net.bpffs().join("sockmap")).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    assert!(!shortcut.is_current());
+    shortcut.pin_again().unwrap();
+    drop(shortcut);
+    let net = net.install();
+    assert!(net.shortcut.as_ref().unwrap().is_current());
+    app.write_all(b"and this").unwrap();
+    zt.expect(b"unread and this");
+    let before = net.counter("to_ztunnel_bytes");
+    assert!(before > 0);
+    let (mut app, mut zt) = net.pair();
+    exchange(&mut app, &mut zt, b"question");
+    assert!(net.counter("to_ztunnel_bytes") > before);
 }

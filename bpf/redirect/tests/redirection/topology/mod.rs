@@ -8,22 +8,26 @@
 //! ```
 //! Addresses are /32 with a route per pod on the node, as cloud network plugins give them.
 
-use std::collections::BTreeSet;
+mod many;
+mod servers;
+mod traces;
+
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd as _;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::thread::{self, JoinHandle};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
-use redirect::{Attach, Iptables, ListenerMap, Node, Pod, Role, Settings, Variant, Ztunnel};
-use socket2::{Domain, Protocol, Socket, Type};
+use redirect::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
+
+pub(crate) use many::ManyPods;
+pub(crate) use servers::{Answer, Echo, Server, Talk};
+use servers::{CONNECT_PATIENCE, connect};
 
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 1);
 /// The node's address on the underlay.
@@ -33,8 +37,6 @@ pub(crate) const APP1: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 11);
 pub(crate) const APP2: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 12);
 pub(crate) const PLAIN: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 13);
 pub(crate) const REMOTE: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 11);
-
-const CONNECT_PATIENCE: Duration = Duration::from_millis(1500);
 
 /// Whether this process may run such tests; says which test was skipped and why if not.
 pub(crate) fn can_run(test: &str) -> bool {
@@ -345,100 +347,6 @@ impl Topology {
             "route replace fd00:1::/64 via fd00:9::1 src fd00:2::11",
         );
     }
-
-    /// What the kernel counts in `host`: a number of `/proc/net/snmp` or `netstat`, such as Tcp
-    /// RetransSegs.
-    pub(crate) fn snmp(&self, host: &str, protocol: &str, name: &str) -> u64 {
-        let text = inside(&self.netns(host), || {
-            ["snmp", "netstat"]
-                .map(|file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")))
-                .map(Result::unwrap)
-                .concat()
-        });
-        let mut lines = text.lines().filter(|line| line.starts_with(protocol));
-        let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-        let at = names.split(' ').position(|word| word == name).unwrap();
-        values.split(' ').nth(at).unwrap().parse().unwrap()
-    }
-
-    /// Names in the BPF file system's root, without the kernel's own.
-    pub(crate) fn pins(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.bpffs_root()).unwrap();
-        let name = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-        entries
-            .flatten()
-            .map(name)
-            .filter(|name| !name.ends_with(".debug"))
-            .collect()
-    }
-
-    /// Everything redirection could leave behind, by line, for comparing before and after.
-    pub(crate) fn traces(&self) -> BTreeSet<String> {
-        let mut all = String::new();
-        for host in ["node", "ztunnel", "app1", "app2"] {
-            for what in [
-                "rule",
-                "-6 rule",
-                "-br link",
-                "-4 -br addr",
-                "-4 route",
-                "-6 route",
-            ] {
-                let table = if what.ends_with("route") {
-                    "table all"
-                } else {
-                    ""
-                };
-                let shown = self.ip(host, &format!("{what} show {table}"));
-                // The kernel's own come and go with neighbour discovery.
-                let kept = |line: &&str| !(what == "-6 route" && line.contains("proto kernel"));
-                all += &shown
-                    .lines()
-                    .filter(kept)
-                    .map(|line| format!("{host} {what} {line}\n"))
-                    .collect::<String>();
-            }
-            let tool = |program: &str, args: &[&str]| {
-                let output = inside(&self.netns(host), || {
-                    Command::new(program).args(args).output().unwrap()
-                });
-                let text = String::from_utf8_lossy(&output.stdout).into_owned();
-                text.lines()
-                    .filter(|line| !line.starts_with('#'))
-                    .collect::<Vec<_>>()
-                    .join("\n")
-            };
-            for table in ["mangle", "nat", "filter"] {
-                let rules = tool("iptables-save", &["-t", table]);
-                // An empty table and one that was never used are the same.
-                all += &rules
-                    .lines()
-                    .filter(|l| l.starts_with("-A"))
-                    .collect::<Vec<_>>()
-                    .join("\n");
-                all += &rules
-                    .lines()
-                    .filter(|l| l.contains("ztunnel"))
-                    .collect::<Vec<_>>()
-                    .join("\n");
-            }
-            all += &tool("ipset", &["list", "-n"]);
-            all += &tool("tc", &["qdisc", "show"]);
-            all += &tool("bpftool", &["net", "show"]);
-        }
-        for name in ["all", "default", "vz", "va1", "va2"] {
-            for key in ["rp_filter", "accept_local"] {
-                let value = self.read_sysctl("node", &format!("net/ipv4/conf/{name}/{key}"));
-                all += &format!("{name} {key} {value}\n");
-            }
-        }
-        for name in ["all", "default", "eth0"] {
-            let key = format!("net/ipv4/conf/{name}/rp_filter");
-            all += &format!("ztunnel {name} {}\n", self.read_sysctl("ztunnel", &key));
-        }
-        all += &format!("pins {:?}\n", self.pins());
-        all.lines().map(str::to_owned).collect()
-    }
 }
 
 const HOSTS: [&str; 6] = ["node", "ztunnel", "app1", "app2", "plain", "remote"];
@@ -457,243 +365,4 @@ impl Drop for Topology {
         self.remove_namespaces();
         let _ = umount2(&self.bpffs_root(), MntFlags::MNT_DETACH);
     }
-}
-
-fn connect(from: Option<IpAddr>, to: SocketAddr) -> Result<TcpStream, std::io::Error> {
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
-    if let Some(source) = from {
-        socket.set_ip_transparent_v4(true)?;
-        socket.bind(&SocketAddr::from((source, 0)).into())?;
-    }
-    socket.connect_timeout(&to.into(), CONNECT_PATIENCE)?;
-    Ok(TcpStream::from(socket))
-}
-
-/// A server that sends back what it gets, on all connections at once.
-#[derive(Debug)]
-pub(crate) struct Echo {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Echo {
-    pub(crate) fn app(netns: &Path, port: u16) -> Self {
-        let address = (Ipv6Addr::UNSPECIFIED, port).into();
-        Self::serve(inside(netns, || listen(address, false)))
-    }
-
-    /// ztunnel's outbound listener as an echo.
-    pub(crate) fn ztunnel(netns: &Path, map: Option<&Path>) -> Self {
-        let address = (Ipv6Addr::UNSPECIFIED, 15001).into();
-        let socket = inside(netns, || listen(address, true));
-        if let Some(path) = map {
-            let mut map = ListenerMap::open(path).unwrap();
-            map.set(Role::Outbound, 0, socket.as_fd()).unwrap();
-        }
-        Self::serve(socket)
-    }
-
-    fn serve(socket: TcpListener) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        socket.set_nonblocking(true).unwrap();
-        let thread = thread::spawn(move || {
-            let mut open: Vec<TcpStream> = Vec::new();
-            let mut buffer = vec![0; 65536];
-            while !stopped.load(Ordering::Relaxed) {
-                let mut idle = true;
-                if let Ok((stream, _)) = socket.accept() {
-                    stream.set_nonblocking(true).unwrap();
-                    open.push(stream);
-                    idle = false;
-                }
-                open.retain_mut(|stream| match stream.read(&mut buffer) {
-                    Ok(0) => false,
-                    Ok(count) => {
-                        idle = false;
-                        stream.set_nonblocking(false).unwrap();
-                        let sent = stream.write_all(&buffer[..count]).is_ok();
-                        stream.set_nonblocking(true).unwrap();
-                        sent
-                    }
-                    Err(error) => error.kind() == std::io::ErrorKind::WouldBlock,
-                });
-                if idle {
-                    thread::sleep(Duration::from_millis(1));
-                }
-            }
-        });
-        Self {
-            stop,
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Drop for Echo {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// A connection to an [`Echo`].
-#[derive(Debug)]
-pub(crate) struct Talk(TcpStream);
-
-impl Talk {
-    fn new(stream: TcpStream) -> Self {
-        stream.set_nodelay(true).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(3)))
-            .unwrap();
-        Self(stream)
-    }
-
-    /// Sends something and gets it back.
-    pub(crate) fn ping(&mut self) -> Result<(), std::io::Error> {
-        self.exchange(b"are you there?")
-    }
-
-    pub(crate) fn exchange(&mut self, message: &[u8]) -> Result<(), std::io::Error> {
-        let mut sender = self.0.try_clone()?;
-        let mut answer = vec![0; message.len()];
-        thread::scope(|scope| {
-            scope.spawn(move || sender.write_all(message));
-            self.0.read_exact(&mut answer)
-        })?;
-        assert!(answer == message, "other bytes than were sent");
-        Ok(())
-    }
-}
-
-/// What a server said about a connection.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub(crate) struct Answer {
-    /// Label of the server that answered.
-    pub(crate) label: String,
-    /// The peer as the server sees it.
-    pub(crate) peer: SocketAddr,
-    /// The local address as the server sees it.
-    pub(crate) local: SocketAddr,
-    /// The client's own local address.
-    pub(crate) client: SocketAddr,
-}
-
-impl Answer {
-    fn parse(text: &str, client: SocketAddr) -> Result<Self, std::io::Error> {
-        let words: Vec<_> = text.split_whitespace().collect();
-        let [label, peer, local] = words[..] else {
-            return Err(std::io::Error::other(format!("no answer but {text:?}")));
-        };
-        Ok(Self {
-            label: label.to_owned(),
-            peer: peer.parse().unwrap(),
-            local: local.parse().unwrap(),
-            client,
-        })
-    }
-}
-
-/// A server that says who it is, who connected and to what, and closes.
-#[derive(Debug)]
-pub(crate) struct Server {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Server {
-    /// An ordinary server of an application.
-    pub(crate) fn app(netns: &Path, port: u16) -> Self {
-        let socket = inside(netns, || {
-            listen((Ipv4Addr::UNSPECIFIED, port).into(), false)
-        });
-        Self::serve("app", socket)
-    }
-
-    /// As [`Server::app`], for both families.
-    pub(crate) fn app6(netns: &Path, port: u16) -> Self {
-        let address = (Ipv6Addr::UNSPECIFIED, port).into();
-        Self::serve("app", inside(netns, || listen(address, false)))
-    }
-
-    /// One of ztunnel's listeners, offered in `map` if there is one.
-    pub(crate) fn ztunnel(
-        netns: &Path,
-        role: Role,
-        label: &str,
-        map: Option<(&Path, u32)>,
-    ) -> Self {
-        let port = match role {
-            Role::Outbound => 15001,
-            Role::InboundPlain => 15006,
-            Role::InboundHbone => 15008,
-            Role::DnsUdp | Role::DnsTcp => 15053,
-        };
-        let socket = inside(netns, || listen((Ipv6Addr::UNSPECIFIED, port).into(), true));
-        if let Some((path, cpu)) = map {
-            ListenerMap::open(path)
-                .unwrap()
-                .set(role, cpu, socket.as_fd())
-                .unwrap();
-        }
-        Self::serve(label, socket)
-    }
-
-    fn serve(label: &str, socket: TcpListener) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, label) = (Arc::clone(&stop), label.to_owned());
-        socket.set_nonblocking(true).unwrap();
-        let thread = thread::spawn(move || {
-            while !stopped.load(Ordering::Relaxed) {
-                match socket.accept() {
-                    Ok((mut stream, peer)) => {
-                        let local = stream.local_addr().unwrap();
-                        let (peer, local) = (unmapped(peer), unmapped(local));
-                        let _ = stream.write_all(format!("{label} {peer} {local}").as_bytes());
-                    }
-                    Err(_) => thread::sleep(Duration::from_millis(2)),
-                }
-            }
-        });
-        Self {
-            stop,
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn unmapped(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(IpAddr::to_canonical(&address.ip()), address.port())
-}
-
-fn listen(address: SocketAddr, transparent: bool) -> TcpListener {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )
-    .unwrap();
-    socket.set_reuse_address(true).unwrap();
-    if transparent {
-        socket.set_reuse_port(true).unwrap();
-        if address.is_ipv6() {
-            socket.set_only_v6(false).unwrap();
-        }
-        socket.set_ip_transparent_v4(true).unwrap();
-    }
-    socket.bind(&address.into()).unwrap();
-    socket.listen(128).unwrap();
-    socket.into()
 }
