@@ -38,8 +38,9 @@ test: ## run every test, network ones included
 	@scripts/setup.sh --best-effort
 	@scripts/test.sh
 
-soak: ## a million short connections through one worker, on each back end
+soak: ## a million short connections through one worker, on each back end; 1,000 pods enrolled
 	RT_SOAK_CONNECTIONS=1000000 cargo test -p rt --release --test soak
+	cargo test -p redirect --release --test redirection -- a_thousand_pods --ignored --nocapture
 
 bench: setup ## run every micro-benchmark; BENCH_QUICK=1 in under 3 minutes after the build
 	rm -rf $(TARGET)/bench-parts
