@@ -10,10 +10,10 @@ CARGO_DENY := $(TARGET)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
 # Time for the advisory database to arrive before it is taken to be out of reach.
 ADVISORIES_TIMEOUT_S := 60
 
-.PHONY: help setup build compare aa readme test soak bench lint fmt clippy deny clean
+.PHONY: help setup build compare aa readme test test-kernels soak bench lint fmt clippy deny clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what is missing (Debian 12, root); PEERS=1: Envoy and HAProxy too
 	@scripts/setup.sh $(if $(filter-out 0,$(PEERS)),--peers)
@@ -37,6 +37,11 @@ readme: ## put the newest results into the README
 test: ## run every test, network ones included
 	@scripts/setup.sh --best-effort
 	@scripts/test.sh
+
+# Debian's kernels in virtual machines: docs/kernels.md. KERNELS="5.10 6.1 6.12".
+test-kernels: ## test redirection on Linux 6.1 under QEMU; KERNELS="5.10 6.1 6.12"
+	@scripts/setup.sh --kernels
+	@KERNELS="$(or $(KERNELS),6.1)" scripts/kernels/run.sh
 
 soak: ## a million short connections through one worker, on each back end; 1,000 pods enrolled
 	RT_SOAK_CONNECTIONS=1000000 cargo test -p rt --release --test soak

@@ -5,6 +5,7 @@
 #   scripts/setup.sh --best-effort  fails only without what the build needs; says what else is missing
 #   scripts/setup.sh --peers        also the proxies that `lab compare --peer` measures: HAProxy, and
 #                                   Envoy into peers/ of the target directory
+#   scripts/setup.sh --kernels      also what runs other kernels: QEMU and what unpacks their packages
 #
 # Rust is not touched: rustup or the distribution's is the user's own affair. Packages that bring a
 # service (nginx, redis, haproxy) are installed without starting or enabling it.
@@ -14,17 +15,18 @@ set -euo pipefail
 envoy_version=1.40.0
 envoy_sha256=a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884
 
-best_effort=no peers=no
+best_effort=no peers=no kernels=no
 for argument in "$@"; do
     case "$argument" in
         --best-effort) best_effort=yes ;;
         --peers) peers=yes ;;
+        --kernels) kernels=yes ;;
         -h | --help)
-            sed -n '2,10s/^# \{0,1\}//p' "$0"
+            sed -n '2,11s/^# \{0,1\}//p' "$0"
             exit 0
             ;;
         *)
-            echo "setup: unknown argument $argument: use --best-effort, --peers or nothing" >&2
+            echo "setup: unknown argument $argument: use --best-effort, --peers, --kernels or nothing" >&2
             exit 2
             ;;
     esac
@@ -63,6 +65,15 @@ peers haproxy haproxy"
 peers python3 python3
 peers pip3 python3-pip"
     fi
+fi
+if [ "$kernels" = yes ]; then
+    needs="$needs
+kernels qemu-system-x86_64 qemu-system-x86
+kernels busybox busybox-static
+kernels modprobe kmod
+kernels cpio cpio
+kernels xz xz-utils
+kernels zstd zstd"
 fi
 
 # Where administration tools are, which an ordinary user's PATH may lack.

@@ -1,0 +1,50 @@
+#!/bin/bash
+# The first process of the virtual machine once its root is in place: mounts what a Linux system has,
+# runs each program that /exchange/programs lists, writes its output and exit code beside it, and
+# turns the machine off. There is no network but what the tests make.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs -o mode=755 tmpfs /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t bpf bpf /sys/fs/bpf
+mount -t debugfs debugfs /sys/kernel/debug
+ln -s /proc/self/fd /dev/fd
+ln -s /proc/self/fd/0 /dev/stdin
+ln -s /proc/self/fd/1 /dev/stdout
+ln -s /proc/self/fd/2 /dev/stderr
+ln -s /run /var/run
+mkdir -p /run/lock /var/lib/nginx /var/log/nginx /var/cache /var/lib/redis
+hostname kernel-test
+ip link set lo up
+
+# The kernel's own way to load what is asked for (an interface type, an iptables match), from where
+# this kernel's modules are.
+cat >/run/modprobe <<'MODPROBE'
+#!/bin/sh
+exec /usr/sbin/modprobe -d /modules "$@"
+MODPROBE
+chmod 755 /run/modprobe
+echo /run/modprobe >/proc/sys/kernel/modprobe
+
+uname -r >/exchange/release
+while IFS=$'\t' read -r name program directory limit_s arguments; do
+    file=/exchange/${name//[ \/]/-}
+    dmesg --clear
+    date +%s >"$file.start"
+    # shellcheck disable=SC2086 # a list of words
+    (cd "$directory" && CARGO_MANIFEST_DIR=$directory LAB_BIN_DIR=$(cat /exchange/bin-dir) \
+        exec timeout -k 10 "$limit_s" "$program" $arguments) </dev/null >"$file.log" 2>&1
+    code=$?
+    dmesg >"$file.dmesg"
+    echo "$code $(($(date +%s) - $(cat "$file.start")))" >"$file.code.new"
+    mv "$file.code.new" "$file.code"
+done </exchange/programs
+touch /exchange/finished
+sync
+exec /busybox poweroff -f
