@@ -5,10 +5,11 @@
 //! its pool when the last of them is dropped. So decrypted payload slices of one received block can
 //! wait in different queues without a copy, and headers are written into the head room.
 //!
-//! Three classes of block, all per worker (no locks, no atomics):
+//! Four classes of block, all per worker (no locks, no atomics):
 //! * *ring*: small blocks handed to the kernel in a provided-buffer ring (multishot receive);
 //! * *record*: one TLS record with its headers, for coalesced sends and starved receives;
-//! * *large*: [`PoolConfig::segments`] records back to back, for bulk flows.
+//! * *large*: [`PoolConfig::segments`] records back to back, for bulk flows;
+//! * *huge*: for a few bulk flows that fill large ones.
 //!
 //! Blocks are allocated on first use and kept for reuse up to a bound; ring memory is reserved at
 //! start, and more of it comes into use the more blocks are in use at a time. What a worker has not

@@ -358,7 +358,48 @@ fn a_handed_over_message_survives_the_drop(backend: Backend) {
     assert_eq!(client.join().unwrap(), (true, b"last words".to_vec()));
 }
 
+/// A flow that fills large blocks gets huge ones, as many as there are, and its bytes stay in order.
+fn a_flow_that_fills_large_blocks_gets_huge_ones(backend: Backend) {
+    let mut config = with(backend);
+    config.pool.segments = 1; // a large block is soon filled
+    config.pool.huge_segments = 4;
+    config.pool.huge_blocks = 2;
+    let (large, huge) = (16_406, 4 * 16_406);
+    let sent = pattern(7, 8 << 20);
+    let listener = TcpListener::bind(LOCAL).unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let data = sent.clone();
+    let sender = thread::spawn(move || client.write_all(&data));
+    let mut runtime = Runtime::new(config).unwrap();
+    let main = async {
+        let stream = Listener::from_std(listener).accept().await.unwrap();
+        let (mut read, write) = stream.split();
+        let (mut bufs, mut held) = (VecDeque::new(), Vec::new());
+        let mut received: Vec<u8> = Vec::new();
+        while read.recv(&mut bufs).await.unwrap() > 0 {
+            for buf in bufs.drain(..) {
+                assert!(buf.len() <= huge);
+                received.extend_from_slice(&buf);
+                if buf.len() > large {
+                    held.push(buf);
+                }
+            }
+            if held.len() < 2 {
+                rt::time::sleep(Duration::from_millis(5)).await; // the socket's buffer fills
+            }
+        }
+        assert_eq!(held.len(), 2, "huge blocks in use are bounded");
+        assert!(received == sent);
+        let pool = write.pool().clone();
+        drop(held);
+        assert_eq!(pool.other_blocks_in_use(), 0);
+    };
+    runtime.run(main).unwrap();
+    sender.join().unwrap().unwrap();
+}
+
 both_back_ends! {
+    a_flow_that_fills_large_blocks_gets_huge_ones,
     a_handed_over_message_survives_the_drop,
     bytes_are_exact_in_every_mode,
     many_connections_with_few_buffers_all_finish,

@@ -196,6 +196,9 @@ fn schedule(backend: Backend, seed: u64, connections: u64) {
     let mut config = with(backend);
     let mut random = Random::new(seed);
     config.pool.ring_entries = 1 << (1 + random.below(6));
+    config.pool.segments = 1 << random.below(5);
+    config.pool.huge_segments = config.pool.segments * 4;
+    config.pool.huge_blocks = random.below(4);
     config.entries = 4 << random.below(5);
     config.polls_per_turn = 1 + random.below(64);
     config.completions_per_turn = 1 + random.below(64);

@@ -27,6 +27,7 @@ fn serve(backend: Backend, splice: bool, listener: TcpListener, target: SocketAd
     };
     Runtime::new(config)?.run(async move {
         let mut listener = Listener::from_std(listener);
+        listener.set_nodelay()?;
         loop {
             let near = listener.accept().await?;
             rt::spawn(async move {
@@ -38,7 +39,6 @@ fn serve(backend: Backend, splice: bool, listener: TcpListener, target: SocketAd
 }
 
 async fn relay(near: TcpStream, target: SocketAddr, splice: bool) -> io::Result<()> {
-    near.set_nodelay()?;
     let far = connect(target, &ConnectOptions::default()).await?;
     let (mut near_read, mut near_write) = near.split();
     let (mut far_read, mut far_write) = far.split();

@@ -23,6 +23,10 @@ pub struct PoolConfig {
     pub tail: u32,
     /// Segments of a large block.
     pub segments: u32,
+    /// Segments of a huge block.
+    pub huge_segments: u32,
+    /// Huge blocks in use at a time, at most: each makes a turn of the worker longer.
+    pub huge_blocks: usize,
     /// Record and large blocks kept for reuse, each; more are freed at once, and these when they
     /// have not been needed for a second.
     pub keep_free: usize,
@@ -39,6 +43,8 @@ impl Default for PoolConfig {
             payload: 16_375,
             tail: 17,
             segments: 16,
+            huge_segments: 64,
+            huge_blocks: 8,
             keep_free: 64,
         }
     }
@@ -57,11 +63,17 @@ impl PoolConfig {
         self.ring_block - self.head - self.tail
     }
 
+    /// Bytes of a large block.
+    pub(crate) fn large_bytes(&self) -> usize {
+        self.block_size(Class::Large) as usize
+    }
+
     pub(super) fn block_size(&self, class: Class) -> u32 {
         match class {
             Class::Ring => self.ring_block,
             Class::Record => self.segment(),
             Class::Large => self.segment() * self.segments,
+            Class::Huge => self.segment() * self.huge_segments,
         }
     }
 }
@@ -72,6 +84,12 @@ pub(super) enum Class {
     Ring,
     Record,
     Large,
+    Huge,
+}
+
+impl Class {
+    /// Those that are allocated on demand.
+    pub(super) const ON_DEMAND: [Self; 3] = [Self::Record, Self::Large, Self::Huge];
 }
 
 pub(super) fn block_layout(size: u32) -> Layout {

@@ -1,4 +1,4 @@
-//! A worker's pool: the three classes of blocks, and buffers over them.
+//! A worker's pool: the classes of blocks, and buffers over them.
 
 use std::alloc::dealloc;
 use std::cell::{Cell, RefCell};
@@ -28,6 +28,7 @@ pub(super) struct PoolInner {
     ring: Provided,
     record: RefCell<Blocks>,
     large: RefCell<Blocks>,
+    huge: RefCell<Blocks>,
     /// Set when operations could not be awaited at shutdown: the kernel may still write, so the
     /// memory must never be freed.
     leak: Cell<bool>,
@@ -40,6 +41,7 @@ impl Pool {
             ring: Provided::new(config),
             record: RefCell::default(),
             large: RefCell::default(),
+            huge: RefCell::default(),
             leak: Cell::new(false),
         }))
     }
@@ -56,16 +58,21 @@ impl Pool {
         self.0.ring.lent()
     }
 
-    /// Record and large blocks that are in use by buffers.
+    /// Record, large and huge blocks that are in use by buffers.
     #[must_use]
     pub fn other_blocks_in_use(&self) -> usize {
-        self.0.record.borrow().in_use() + self.0.large.borrow().in_use()
+        self.count(Blocks::in_use)
     }
 
-    /// Record and large blocks that are kept for reuse.
+    /// Record, large and huge blocks that are kept for reuse.
     #[must_use]
     pub fn spare_blocks(&self) -> usize {
-        self.0.record.borrow().spare() + self.0.large.borrow().spare()
+        self.count(Blocks::spare)
+    }
+
+    fn count(&self, of: impl Fn(&Blocks) -> usize) -> usize {
+        let counted = |class| of(&self.0.blocks(class).borrow());
+        Class::ON_DEMAND.into_iter().map(counted).sum()
     }
 
     /// Address of the ring entries for `IORING_REGISTER_PBUF_RING`.
@@ -86,7 +93,7 @@ impl Pool {
     /// Gives memory back that was not needed since the last call.
     pub(crate) fn trim(&self) {
         self.0.ring.trim();
-        for class in [Class::Record, Class::Large] {
+        for class in Class::ON_DEMAND {
             // SAFETY: a block that is handed out has no owner and is in no list any more.
             let free = |ptr| unsafe { self.0.free(class, ptr) };
             self.0.blocks(class).borrow_mut().trim(free);
@@ -142,6 +149,13 @@ impl Pool {
         self.block(Class::Large, 0)
     }
 
+    /// An empty buffer over a whole huge block (no head room), unless too many are in use.
+    #[must_use]
+    pub fn huge(&self) -> Option<Buf> {
+        let in_use = self.0.huge.borrow().in_use();
+        (in_use < self.0.config.huge_blocks).then(|| self.block(Class::Huge, 0))
+    }
+
     fn block(&self, class: Class, head: u32) -> Buf {
         let size = self.0.config.block_size(class);
         let allocate = || self.0.allocate(class);
@@ -175,15 +189,16 @@ impl PoolInner {
     fn blocks(&self, class: Class) -> &RefCell<Blocks> {
         match class {
             Class::Large => &self.large,
+            Class::Huge => &self.huge,
             Class::Record | Class::Ring => &self.record,
         }
     }
 
-    /// Memory for a block. Large ones are mapped: the allocator would keep what is freed.
+    /// Memory for a block. Large and huge ones are mapped: the allocator would keep what is freed.
     fn allocate(&self, class: Class) -> NonNull<u8> {
         let layout = block_layout(self.config.block_size(class));
         match class {
-            Class::Large => map(layout),
+            Class::Large | Class::Huge => map(layout),
             Class::Record | Class::Ring => allocate(layout),
         }
     }
@@ -194,7 +209,7 @@ impl PoolInner {
         let layout = block_layout(self.config.block_size(class));
         match class {
             // SAFETY: mapped with this layout; the caller says that nobody uses it.
-            Class::Large => unsafe { unmap(ptr, layout) },
+            Class::Large | Class::Huge => unsafe { unmap(ptr, layout) },
             // SAFETY: allocated with this layout; the caller says that nobody uses it.
             Class::Record | Class::Ring => unsafe { dealloc(ptr.as_ptr(), layout) },
         }
@@ -225,7 +240,7 @@ impl Drop for PoolInner {
         if self.leak.get() {
             return;
         }
-        for class in [Class::Record, Class::Large] {
+        for class in Class::ON_DEMAND {
             for ptr in self.blocks(class).borrow_mut().drain() {
                 // SAFETY: no Buf is left, or it would hold the pool.
                 unsafe { self.free(class, ptr) };
@@ -272,6 +287,17 @@ mod tests {
         let mut again = pool.large();
         again.extend_from_slice(b"works");
         assert_eq!(&again[..], b"works");
+    }
+
+    #[test]
+    fn huge_blocks_are_few() {
+        let pool = Pool::new(PoolConfig::default());
+        let most = pool.config().huge_blocks;
+        let mut held: Vec<Buf> = std::iter::from_fn(|| pool.huge()).take(100).collect();
+        assert_eq!(held.len(), most);
+        assert!(held[0].tail_room() > pool.large().tail_room());
+        held.pop();
+        assert!(pool.huge().is_some(), "one has come back");
     }
 
     #[test]

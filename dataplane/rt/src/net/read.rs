@@ -3,9 +3,10 @@
 //! Small mode arms one multishot receive; the kernel takes a ring block per message and an idle
 //! connection holds none. When one wake-up finds several full blocks the flow is bulk: the
 //! multishot is cancelled and single receives fill large blocks, which lets the socket buffer
-//! gather data while the previous block is being sent. A few short receives lead back to small
-//! mode. When the ring of blocks is empty (`ENOBUFS`) a receive into an own record-sized block
-//! keeps the flow going, so that connections whose readers lag cannot starve the others.
+//! gather data while the previous block is being sent. A flow that fills them gets huge ones while
+//! there are any. A few short receives lead back to small mode. When the ring of blocks is empty
+//! (`ENOBUFS`) a receive into an own record-sized block keeps the flow going, so that connections
+//! whose readers lag cannot starve the others.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -51,6 +52,8 @@ pub struct ReadHalf {
     mode: Mode,
     placement: Placement,
     bulk: bool,
+    /// The last bulk receive found as much as a large block holds.
+    gushing: bool,
     starved: bool,
     short: u8,
     eof: bool,
@@ -67,6 +70,7 @@ impl ReadHalf {
             mode: Mode::Idle,
             placement: Placement::Flat,
             bulk: false,
+            gushing: false,
             starved: false,
             short: 0,
             eof: false,
@@ -190,19 +194,16 @@ impl ReadHalf {
             }
             other => {
                 *carry = other;
-                if self.bulk {
-                    self.inner.pool.large()
-                } else {
-                    self.starved_block()
+                let pool = &self.inner.pool;
+                match (self.bulk, self.gushing) {
+                    (true, true) => pool.huge().unwrap_or_else(|| pool.large()),
+                    (true, false) => pool.large(),
+                    (false, _) => pool.record(),
                 }
             }
         };
         let keep = Keep::Recv(Rc::clone(&self.socket), buf);
         self.inner.driver.borrow_mut().start(keep)
-    }
-
-    fn starved_block(&self) -> Buf {
-        self.inner.pool.record()
     }
 
     /// A receive scattered over the segments of a large block.
@@ -250,6 +251,7 @@ impl ReadHalf {
     }
 
     fn note_bulk(&mut self, received: usize) {
+        self.gushing = received >= self.inner.pool.config().large_bytes();
         if received >= SHORT_BYTES {
             self.short = 0;
             return;
