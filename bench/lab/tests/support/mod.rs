@@ -192,11 +192,22 @@ pub(crate) type Case = (&'static str, fn(&mut TestLab));
 /// Runs every case on one lab and fails with the names of those that failed. `LAB_CASE=word` runs
 /// only cases whose name holds the word.
 pub(crate) fn run_cases(test: &str, redirect: Redirect, cases: &[Case]) {
+    let options = LabOptions {
+        name: unique(redirect.name()),
+        redirect,
+        ..LabOptions::default()
+    };
+    run_cases_on(test, &options, cases);
+}
+
+/// As [`run_cases`], on a lab with options of its own.
+pub(crate) fn run_cases_on(test: &str, options: &LabOptions, cases: &[Case]) {
     if !can_run(test) {
         return;
     }
     let _turn = turn();
-    let mut lab = TestLab::up(redirect.name(), redirect);
+    let redirect = options.redirect;
+    let mut lab = TestLab::with(options);
     let wanted = std::env::var("LAB_CASE").unwrap_or_default();
     let mut failed = Vec::new();
     for (name, case) in cases.iter().filter(|(name, _)| name.contains(&wanted)) {

@@ -1,6 +1,9 @@
-//! Programs that know nothing of the mesh, through it: nginx and curl, redis and its benchmark.
+//! Programs that know nothing of the mesh, through it: nginx and curl, redis and its benchmark;
+//! over the sockmap short-cut postgres with pgbench and iperf3 as well.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod shortcut;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::fs;
@@ -26,6 +29,11 @@ fn tunnel() {
 #[test]
 fn ebpf() {
     run_cases("ebpf", Redirect::Ebpf, CASES);
+}
+
+#[test]
+fn ebpf_with_the_short_cut() {
+    shortcut::run("ebpf_with_the_short_cut");
 }
 
 /// The same programs without a mesh: shows that a failure above is the mesh's.
