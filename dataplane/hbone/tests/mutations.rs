@@ -5,19 +5,8 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use fuzz_driver::Random;
 use hbone::{Config, ConnectRequest, Connection, ErrorCode, Event, Role, StreamId};
-
-/// Deterministic pseudo-random numbers (xorshift).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit.max(1) as u64) as usize
-    }
-}
 
 fn raw(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = (payload.len() as u32).to_be_bytes();
