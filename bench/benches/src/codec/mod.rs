@@ -34,9 +34,16 @@ impl Wire {
 
     /// Copies up to `into.len()` bytes out and returns how many.
     fn read(&mut self, into: &mut [u8]) -> usize {
+        self.take(into.len(), |bytes| {
+            into[..bytes.len()].copy_from_slice(bytes);
+        })
+    }
+
+    /// Hands up to `max` bytes to `receive` and returns how many.
+    fn take(&mut self, max: usize, receive: impl FnOnce(&[u8])) -> usize {
         let waiting = &self.bytes[self.read..];
-        let n = waiting.len().min(into.len());
-        into[..n].copy_from_slice(&waiting[..n]);
+        let n = waiting.len().min(max);
+        receive(&waiting[..n]);
         self.read += n;
         if self.read == self.bytes.len() {
             self.bytes.clear();

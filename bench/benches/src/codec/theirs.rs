@@ -29,11 +29,13 @@ impl AsyncRead for Transport {
         _: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let n = self.incoming.borrow_mut().read(buf.initialize_unfilled());
+        // As a socket would: what is not read into is not touched.
+        let n = self.incoming.borrow_mut().take(buf.remaining(), |bytes| {
+            buf.put_slice(bytes);
+        });
         if n == 0 {
             return Poll::Pending;
         }
-        buf.advance(n);
         Poll::Ready(Ok(()))
     }
 }
