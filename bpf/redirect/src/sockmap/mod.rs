@@ -31,9 +31,10 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::netns::Netns;
 use crate::pins::{
-    check_layout, ignore_missing, open, program_of, replace_link, rescue, write_failed,
+    check_layout, ignore_missing, load_over, open, program_of, replace_link, rescue, write_failed,
 };
 use crate::settings::Pod;
+pub use layout::COUNTER_NAMES;
 use layout::{CONFIG_BYTES, Config, END_BYTES, Key, POD_BYTES};
 use reaper::Reaper;
 
@@ -89,12 +90,9 @@ impl Shortcut {
         let pins = settings.bpffs.join(DIRECTORY);
         fs::create_dir_all(&pins).map_err(|e| Error::file("make directory", &pins, e))?;
         let abilities = probe::run()?;
-        if !abilities.accounts {
+        if let Err(error) = bounded(abilities) {
             disable(&pins)?;
-            return Err(unsupported(
-                "this kernel does not charge redirected data to its receiver, so memory could \
-                 not be bounded: Linux 6.13 or later is needed",
-            ));
+            return Err(error);
         }
         if !abilities.tells_unread && !settings.force {
             disable(&pins)?;
@@ -108,8 +106,7 @@ impl Shortcut {
                 .into_iter()
                 .collect()
         };
-        rescue(&pins, &layout::MAPS, None, programs);
-        let mut object = load(&pins)?;
+        let mut object = load_over(&pins, &layout::MAPS, None, programs, || load(&pins))?;
         attach(&mut object, &pins, &settings.cgroup)?;
         let reaper = Reaper::start(&pins)?;
         let ztunnel = Netns::at(&settings.ztunnel_netns)?;
@@ -210,6 +207,24 @@ pub fn root_cgroup() -> Option<PathBuf> {
     })
 }
 
+/// Tries out whether this kernel can have the short-cut at all, with [`Settings::force`] if need be.
+///
+/// # Errors
+/// What it lacks.
+pub fn check_kernel() -> Result<()> {
+    bounded(probe::run()?)
+}
+
+fn bounded(abilities: probe::Abilities) -> Result<()> {
+    if abilities.accounts {
+        return Ok(());
+    }
+    Err(unsupported(
+        "this kernel does not charge redirected data to its receiver, so memory could not be \
+         bounded: Linux 6.13 or later is needed",
+    ))
+}
+
 /// What is installed below `bpffs`; None if nothing is.
 ///
 /// # Errors
@@ -224,7 +239,7 @@ pub fn status(bpffs: &Path) -> Result<Option<Status>> {
     let config = Config::decode(&config.get(&0, 0).map_err(read)?);
     let map: PerCpuArray<MapData, u64> = open(&pins, layout::COUNTERS)?;
     let mut counters = BTreeMap::new();
-    for (index, name) in (0_u32..).zip(layout::COUNTER_NAMES) {
+    for (index, name) in (0_u32..).zip(COUNTER_NAMES) {
         let values = map.get(&index, 0);
         let values = values.map_err(|e| Error::bpf("read map", layout::COUNTERS, &e))?;
         counters.insert(name.to_owned(), values.iter().sum());

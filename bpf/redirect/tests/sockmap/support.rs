@@ -29,9 +29,11 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 /// Whether this process may run such tests; says which test was skipped and why if not.
 pub(crate) fn can_run(test: &str) -> bool {
     let reason = if !nix::unistd::geteuid().is_root() || redirect::check_privileges(true).is_err() {
-        "needs root for network namespaces and BPF"
+        "needs root for network namespaces and BPF".to_owned()
     } else if sockmap::root_cgroup().is_none() {
-        "no cgroup2 file system is mounted"
+        "no cgroup2 file system is mounted".to_owned()
+    } else if let Err(error) = sockmap::check_kernel() {
+        error.to_string()
     } else {
         return true;
     };
