@@ -35,13 +35,13 @@ mod status;
 mod sysctl;
 mod undo;
 
-pub use ebpf::Dropped;
+pub use ebpf::{Dropped, Outcome};
 pub use error::{Error, Result};
 pub use listener_map::{ListenerMap, MAX_CPUS, Role};
 pub use netns::Observation;
 pub use privileges::check as check_privileges;
 pub use settings::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
-pub use status::{PodStatus, Status};
+pub use status::{Counters, PodStatus, Status};
 
 /// A way to bring mesh pods' TCP to ztunnel.
 ///
@@ -93,6 +93,13 @@ pub trait Redirection: std::fmt::Debug {
     /// # Errors
     /// If the kernel's or the journal's state cannot be read.
     fn status(&self) -> Result<Status>;
+
+    /// Packets by place and reason since installation: what [`Status::counters`] has, without the
+    /// rest. Empty if nothing is installed.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn counters(&self) -> Result<Counters>;
 
     /// What is there, in the kernel, of what was installed: one line for each program, rule, route,
     /// link, set entry, map entry, pin and setting. Two that differ mean that someone interfered;

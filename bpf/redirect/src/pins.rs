@@ -89,6 +89,57 @@ pub(crate) fn program_of(link: &Path) -> Option<u32> {
     link.info().ok().map(|info| info.program_id())
 }
 
+/// How often loading is tried while somebody keeps removing pins.
+const LOADS_MAX: usize = 5;
+
+/// Loads an object over pinned maps with `load`. Maps that are in use stay the ones that are used,
+/// also if somebody removes their pins, even meanwhile.
+pub(crate) fn load_over(
+    pins: &Path,
+    maps: &[MapLayout],
+    own: Option<&Object>,
+    programs: impl Fn() -> HashSet<u32>,
+    mut load: impl FnMut() -> Result<Object>,
+) -> Result<Object> {
+    let mut loads = 0;
+    loop {
+        rescue(pins, maps, own, &programs);
+        // As long as these are open, they do not go with their pins.
+        let held = open_fitting(pins, maps);
+        let object = load()?;
+        loads += 1;
+        let replaced: Vec<_> = held
+            .into_iter()
+            .filter(|(name, map)| !is_pinned_as(map, &pins.join(name)))
+            .collect();
+        if replaced.is_empty() || loads == LOADS_MAX {
+            return Ok(object);
+        }
+        for (name, map) in replaced {
+            let pin = pins.join(name);
+            let _ = fs::remove_file(&pin); // gone again, maybe
+            if let Err(error) = map.pin(&pin) {
+                tracing::warn!(map = name, %error, "its pin is gone");
+            }
+        }
+    }
+}
+
+/// The maps that are pinned and like the programs'.
+fn open_fitting(pins: &Path, maps: &[MapLayout]) -> Vec<(&'static str, MapData)> {
+    let open = |map: &MapLayout| {
+        let pin = pins.join(map.name);
+        check_layout(&pin, map).ok()?;
+        Some((map.name, MapData::from_pin(pin).ok()?))
+    };
+    maps.iter().filter_map(open).collect()
+}
+
+fn is_pinned_as(map: &MapData, pin: &Path) -> bool {
+    let id = |info: std::result::Result<MapInfo, MapError>| info.map(|info| info.id()).ok();
+    id(map.info()) == id(MapInfo::from_pin(pin))
+}
+
 /// Pins again those maps that lost their pin but are still in use, so that what is in them is kept:
 /// this process's own, else those of `programs`. What cannot be rescued is made anew by loading.
 pub(crate) fn rescue(

@@ -7,6 +7,10 @@ use serde::Serialize;
 
 use crate::settings::{Pod, Variant};
 
+/// `ebpf`: packets (connections for `ztunnel_ingress`) by program and reason, all CPUs.
+/// `tunnel`: packets by namespace and rule.
+pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
+
 /// State of a redirection. Its JSON form is what `node-agent status --json` prints.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
@@ -28,9 +32,8 @@ pub struct Status {
     pub owned: BTreeSet<String>,
     /// `ebpf` only: connections left alone because they are older than their pod's capture.
     pub older_connections: usize,
-    /// `ebpf`: packets (connections for `ztunnel_ingress`) by program and reason, all CPUs.
-    /// `tunnel`: packets by chain and rule.
-    pub counters: BTreeMap<String, BTreeMap<String, u64>>,
+    /// What [`crate::Redirection::counters`] says.
+    pub counters: Counters,
 }
 
 /// One captured pod.

@@ -15,7 +15,7 @@ use crate::config::{Config, Kind};
 use crate::dropped::DroppedLog;
 use crate::error::{Error, Result};
 use crate::lock::{self, Lock, NetnsLock};
-use crate::shortcut;
+use crate::{metrics, shortcut};
 
 /// How often the configuration file, the interfaces and ztunnel's namespace are looked at.
 const POLL_EVERY: Duration = Duration::from_secs(1);
@@ -73,6 +73,7 @@ struct Agent {
     config: Config,
     redirection: Box<dyn Redirection>,
     shortcut: shortcut::Owner,
+    metrics: Option<metrics::Server>,
     /// What the file held when last looked at, right or wrong.
     seen: String,
     observed: Observation,
@@ -99,6 +100,7 @@ struct Retry {
 impl Agent {
     /// Installs. If that fails and nothing was installed before, nothing is afterwards.
     fn start(path: &Path, config: Config) -> Result<Self> {
+        let metrics = metrics::Server::start(&config)?;
         let mut redirection = config.redirection()?;
         let fresh = !redirection.status()?.installed;
         if let Err(error) = apply(redirection.as_mut(), &config) {
@@ -120,6 +122,7 @@ impl Agent {
             config,
             redirection,
             shortcut,
+            metrics,
             complaint: None,
             retry: None,
         })
@@ -131,7 +134,8 @@ impl Agent {
             .follow_file()
             .and_then(|()| self.follow_system())
             .and_then(|()| self.try_again())
-            .and_then(|()| self.reconcile());
+            .and_then(|()| self.reconcile())
+            .and_then(|()| metrics::Server::follow(&mut self.metrics, &self.config));
         self.dropped.log(self.redirection.as_mut());
         self.shortcut.follow(&self.config);
         match result {

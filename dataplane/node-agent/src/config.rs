@@ -1,5 +1,6 @@
 //! The agent's configuration file.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,7 +34,7 @@ enum Switch {
 }
 
 /// The file. Unknown keys are errors.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Config {
     /// Back end: `tunnel` or `ebpf`.
@@ -60,6 +61,9 @@ pub(crate) struct Config {
     /// root of that hierarchy.
     #[serde(default)]
     cgroup: Option<PathBuf>,
+    /// Where counters for Prometheus are served, at `/metrics`; nowhere by default.
+    #[serde(default)]
+    pub(crate) stats_address: Option<SocketAddr>,
     node: Node,
     ztunnel: Ztunnel,
     /// Directory for the journal and the lock.

@@ -31,6 +31,12 @@ pub(crate) enum Error {
     /// Standard output is gone.
     #[error("cannot write to standard output: {0}")]
     Output(io::Error),
+    /// The endpoint for metrics cannot be had.
+    #[error("stats_address {address}: {source}: is the port taken?")]
+    Stats {
+        address: std::net::SocketAddr,
+        source: io::Error,
+    },
     /// Redirection failed.
     #[error(transparent)]
     Redirect(#[from] redirect::Error),

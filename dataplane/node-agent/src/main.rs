@@ -13,6 +13,7 @@ mod config;
 mod dropped;
 mod error;
 mod lock;
+mod metrics;
 mod shortcut;
 
 use std::path::PathBuf;
@@ -38,6 +39,7 @@ Configuration:
   bpffs: /sys/fs/bpf/ztunnel  # ebpf only; ztunnel finds its map at <bpffs>/listeners
   sockmap: off                # ebpf only; on or force: short-cut between pods and ztunnel
   cgroup: /sys/fs/cgroup/kubepods.slice  # sockmap only; default: root of the cgroup2 hierarchy
+  stats_address: 127.0.0.1:15014  # counters for Prometheus at /metrics; default: nowhere
   pods:
   - {uid: a, addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}
 With ebpf, IPv6 needs ztunnel.address_v6, and node.other_addresses for addresses of the node

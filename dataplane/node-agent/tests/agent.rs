@@ -15,7 +15,7 @@ mod topology;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -433,6 +433,69 @@ fn repairs(redirect: &'static str, damages: &[(&str, &str)]) {
     site.cleanup();
 }
 
+/// What a client at `address` gets for a request.
+fn ask_metrics(site: &Site, request: &str) -> String {
+    inside(&site.topology.netns("node"), || {
+        let mut stream = std::net::TcpStream::connect("127.0.0.1:15014").unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    })
+}
+
+/// Counters for Prometheus; the endpoint comes and goes with the configuration.
+fn metrics(redirect: &'static str) {
+    let site = Site::new(redirect);
+    site.topology.ip("node", "link set lo up");
+    let config = site.config(&["app1", "app2"]);
+    let with_stats = format!("stats_address: 127.0.0.1:15014\n{config}");
+    fs::write(site.config_path(), &with_stats).unwrap();
+    let agent = site.run();
+    let _ztunnel = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    site.wait_until_answered_by("captured");
+    let request = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+    let text = ask_metrics(&site, request);
+    assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+    assert!(text.contains("\nnode_agent_pods 2\n"), "{text}");
+    assert!(text.contains("\nnode_agent_sockmap_enabled 0\n"), "{text}");
+    let counted = if redirect == "ebpf" {
+        r#"node_agent_packets_total{program="app_outbound",outcome="redirected",reason="redirected"} "#
+    } else {
+        r#"node_agent_rule_packets_total{place="node",rule="mangle -A ztunnel-PREROUTING "#
+    };
+    assert!(text.contains(counted), "{text}");
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    let length = format!("Content-Length: {}", body.len());
+    assert!(head.contains(&length), "{head}");
+    let text = ask_metrics(&site, "GET / HTTP/1.1\r\n\r\n");
+    assert!(text.starts_with("HTTP/1.1 404 "), "{text}");
+    let text = ask_metrics(&site, "HELO there\r\n\r\n");
+    assert!(text.starts_with("HTTP/1.1 400 "), "{text}");
+    // Without the setting nobody listens any more.
+    fs::write(site.config_path(), config).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while inside(&site.topology.netns("node"), || {
+        std::net::TcpStream::connect("127.0.0.1:15014").is_ok()
+    }) {
+        assert!(Instant::now() < deadline, "it still listens");
+        thread::sleep(Duration::from_millis(100));
+    }
+    // An address that cannot be had is told in one line, and nothing is installed for it.
+    agent.end(Signal::SIGTERM);
+    site.cleanup();
+    let wrong = with_stats.replace("127.0.0.1:15014", "192.0.2.1:15014");
+    fs::write(site.config_path(), wrong).unwrap();
+    let output = site.once(&["run"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        message.contains("stats_address 192.0.2.1:15014"),
+        "{message}"
+    );
+    assert_eq!(message.lines().count(), 1, "{message}");
+}
+
 #[test]
 fn repairs_ebpf() {
     if can_run("repairs_ebpf") {
@@ -586,6 +649,7 @@ for_both!(
     lives_dies_and_leaves_no_trace,
     follows_its_configuration,
     follows_a_new_ztunnel,
+    metrics,
     waits_for_interfaces,
     bad_input_is_one_line_and_leaves_nothing,
     probes_pass

@@ -91,6 +91,39 @@ pub(crate) const REASONS: [&str; 15] = [
     "dns",
 ];
 
+/// What became of the packets that a reason is counted for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Outcome {
+    /// Left to the node's stack.
+    Passed,
+    /// To ztunnel, to a pod, out of the underlay, or to one of ztunnel's listeners.
+    Redirected,
+    /// Dropped, or refused.
+    Dropped,
+}
+
+impl Outcome {
+    /// Of a reason of [`crate::Status::counters`] of the `ebpf` back end.
+    #[must_use]
+    pub fn of(reason: &str) -> Self {
+        match reason {
+            "passed" | "host" | "older" => Self::Passed,
+            "redirected" | "icmp_error" | "dns" => Self::Redirected,
+            _ => Self::Dropped,
+        }
+    }
+
+    /// In one word.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Redirected => "redirected",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
 /// An address as `struct addr`.
 pub(crate) fn address(address: IpAddr) -> [u8; ADDRESS_BYTES] {
     match address {

@@ -12,6 +12,7 @@ use super::layout::{self, ADDRESS_BYTES, CONFIG_BYTES, Config, FLOW_BYTES};
 use crate::error::{Error, Result};
 use crate::pins::{ignore_missing, open, write_failed};
 use crate::settings::Pod;
+use crate::status::Counters;
 
 type AddressKey = [u8; ADDRESS_BYTES];
 pub(crate) type FlowKey = [u8; FLOW_BYTES];
@@ -157,9 +158,9 @@ impl OlderFlows {
 }
 
 /// All counters that are not zero, by program and reason, over all CPUs.
-pub(crate) fn counters(pins: &Path) -> Result<BTreeMap<String, BTreeMap<String, u64>>> {
+pub(crate) fn counters(pins: &Path) -> Result<Counters> {
     let map: PerCpuArray<MapData, u64> = open(pins, layout::COUNTERS)?;
-    let mut all = BTreeMap::new();
+    let mut all = Counters::new();
     for (program_index, program) in layout::PROGRAMS.iter().enumerate() {
         let mut of_program = BTreeMap::new();
         for (reason_index, reason) in layout::REASONS.iter().enumerate() {

@@ -40,12 +40,13 @@ use crate::error::{Error, Result};
 use crate::journal::Journal;
 use crate::netns::{self, Netns};
 use crate::settings::{Pod, Settings};
-use crate::status::{PodStatus, Status};
+use crate::status::{Counters, PodStatus, Status};
 use crate::undo::Undo;
 use crate::{Redirection, expedite, pins, sysctl};
 use attach::{Attacher, Hook};
 pub use events::Dropped;
 use layout::Config;
+pub use layout::Outcome;
 use links::Links;
 
 const NAME: &str = "ebpf";
@@ -92,8 +93,8 @@ impl Ebpf {
         }
         make_dirs(&mut self.journal, &s.bpffs)?;
         let config = self.config(ztunnel, outside, &underlays)?;
-        self.rescue_maps();
-        self.object = Some(load(&mut self.journal, &s.bpffs)?);
+        self.object = Some(self.load()?);
+        let s = &self.settings;
         prepare_ztunnel(&mut self.journal, ztunnel, &s.ztunnel)?;
         allow_foreign_sources(&mut self.journal, node, &s.ztunnel.host_interface)?;
         maps::set_config(&s.bpffs, &config)?;
@@ -102,12 +103,23 @@ impl Ebpf {
         self.attach_hooks(node, outside, &underlays)
     }
 
-    /// Somebody may have removed pins of maps that are in use.
-    fn rescue_maps(&self) {
-        let s = &self.settings;
-        let interfaces = inventory::interfaces(s, &self.journal);
-        let programs = || inventory::attached_programs(&s.bpffs, &interfaces);
-        pins::rescue(&s.bpffs, &layout::MAPS, self.object.as_ref(), programs);
+    /// Loads maps and programs; maps that are in use are used on.
+    fn load(&mut self) -> Result<Object> {
+        let Self {
+            settings,
+            journal,
+            object,
+        } = self;
+        let pins = &settings.bpffs;
+        let interfaces: Vec<String> = inventory::interfaces(settings, journal)
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        let interfaces: Vec<&str> = interfaces.iter().map(String::as_str).collect();
+        let programs = || inventory::attached_programs(pins, &interfaces);
+        pins::load_over(pins, &layout::MAPS, object.as_ref(), programs, || {
+            load(journal, pins)
+        })
     }
 
     fn config(&self, ztunnel: &Netns, outside: u32, underlays: &[(String, u32)]) -> Result<Config> {
@@ -180,9 +192,11 @@ impl Redirection for Ebpf {
         let ztunnel = Netns::at(&self.settings.ztunnel.netns)?;
         self.journal.begin(&node, &ztunnel)?;
         let mark = self.journal.mark();
+        let was_installed = self.object.is_some();
         let result = self.install_steps(&node, &ztunnel);
         if result.is_err() {
-            self.object = None;
+            // The maps of what is installed may have nobody else to keep them.
+            self.object = self.object.take().filter(|_| was_installed);
             self.journal.rollback(mark);
         }
         result
@@ -204,11 +218,11 @@ impl Redirection for Ebpf {
     }
 
     fn status(&self) -> Result<Status> {
-        let (mut counters, mut older) = (Default::default(), 0);
-        if self.is_installed() {
-            counters = maps::counters(&self.settings.bpffs).unwrap_or_default();
-            older = pods::older_count(&self.settings.bpffs);
-        }
+        let older = if self.is_installed() {
+            pods::older_count(&self.settings.bpffs)
+        } else {
+            0
+        };
         Ok(Status {
             redirect: NAME,
             installed: self.is_installed(),
@@ -219,8 +233,15 @@ impl Redirection for Ebpf {
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
             owned: self.inventory()?,
             older_connections: older,
-            counters,
+            counters: self.counters().unwrap_or_default(),
         })
+    }
+
+    fn counters(&self) -> Result<Counters> {
+        if !self.is_installed() {
+            return Ok(Counters::new());
+        }
+        maps::counters(&self.settings.bpffs)
     }
 
     fn inventory(&self) -> Result<BTreeSet<String>> {

@@ -21,13 +21,13 @@ pub(crate) mod links;
 pub(crate) mod rules;
 pub(crate) mod tables;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 
 use crate::error::{Error, Result};
 use crate::journal::{Journal, Owners};
 use crate::netns::{self, Netns};
 use crate::settings::{Iptables, Pod, Settings, Variant};
-use crate::status::{PodStatus, Status};
+use crate::status::{Counters, PodStatus, Status};
 use crate::undo::Undo;
 use crate::{Redirection, command, sysctl};
 use links::Transport;
@@ -404,15 +404,6 @@ impl Redirection for IptablesTunnel {
             .journal
             .detail()
             .and_then(|detail| detail.parse::<Transport>().ok());
-        let mut counters = BTreeMap::new();
-        if self.is_installed() {
-            let iptables = self.settings.iptables;
-            counters.insert("node".to_owned(), tables::counters(iptables)?);
-            if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
-                let of_ztunnel = ztunnel.run(|| tables::counters(iptables))?;
-                counters.insert("ztunnel".to_owned(), of_ztunnel);
-            }
-        }
         Ok(Status {
             redirect: NAME,
             installed: self.is_installed(),
@@ -423,8 +414,21 @@ impl Redirection for IptablesTunnel {
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
             owned: self.inventory()?,
             older_connections: 0,
-            counters,
+            counters: self.counters()?,
         })
+    }
+
+    fn counters(&self) -> Result<Counters> {
+        let mut counters = Counters::new();
+        if self.is_installed() {
+            let iptables = self.settings.iptables;
+            counters.insert("node".to_owned(), tables::counters(iptables)?);
+            if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
+                let of_ztunnel = ztunnel.run(|| tables::counters(iptables))?;
+                counters.insert("ztunnel".to_owned(), of_ztunnel);
+            }
+        }
+        Ok(counters)
     }
 
     fn inventory(&self) -> Result<BTreeSet<String>> {

@@ -62,8 +62,8 @@ pub(crate) const MAPS: [MapLayout; 9] = [
     map("shortcut_directions", 4, 136, 0),
 ];
 
-/// In the order of `enum shortcut_counter`.
-pub(crate) const COUNTER_NAMES: [&str; 12] = [
+/// Names of [`super::Status::counters`], in the order of `enum shortcut_counter`.
+pub const COUNTER_NAMES: [&str; 12] = [
     "to_ztunnel_messages",
     "to_ztunnel_bytes",
     "to_pod_messages",
