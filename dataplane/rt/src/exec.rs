@@ -37,6 +37,9 @@ pub struct RuntimeConfig {
     pub polls_per_turn: usize,
     /// Completions taken per turn.
     pub completions_per_turn: usize,
+    /// How long a worker that has nothing to do looks for news before it sleeps, as long as that
+    /// finds some. Lone messages are answered sooner, at the price of the CPU; zero: never.
+    pub busy_poll: Duration,
     /// Whether [`crate::net::Splice`] may be used: not where sockmap redirects data to sockets of
     /// this process, which splice(2) would not see. There the kernel does not retry short sends
     /// either, which corrupts what sockmap has a hand in.
@@ -51,6 +54,7 @@ impl Default for RuntimeConfig {
             pool: PoolConfig::default(),
             polls_per_turn: 1024,
             completions_per_turn: 2048,
+            busy_poll: Duration::ZERO,
             splice: true,
         }
     }
@@ -169,7 +173,8 @@ impl Runtime {
             return Err(RuntimeError::Misuse("this thread already has one"));
         }
         let pool = Pool::new(config.pool);
-        let (driver, refusal) = drivers_choice(&config, &pool)?;
+        let (mut driver, refusal) = drivers_choice(&config, &pool)?;
+        driver.set_busy_poll(config.busy_poll);
         let remote = Arc::new(Remote {
             inbox: Mutex::default(),
             wake_fd: driver.wake_fd(),

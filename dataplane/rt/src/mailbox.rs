@@ -118,3 +118,45 @@ impl<T> fmt::Debug for Receiver<T> {
         f.debug_struct("Receiver").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Wake};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_mailbox_is_bounded_wakes_its_reader_and_knows_when_it_is_gone() {
+        let (sender, mut receiver) = channel(2);
+        let wakes = Arc::new(Count::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        let mut cx = Context::from_waker(&waker);
+        {
+            let mut reading = pin!(receiver.recv());
+            assert!(reading.as_mut().poll(&mut cx).is_pending());
+            let others = sender.clone();
+            std::thread::spawn(move || others.send(1).unwrap())
+                .join()
+                .unwrap();
+            assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+            assert_eq!(reading.as_mut().poll(&mut cx), Poll::Ready(1));
+        }
+        sender.send(2).unwrap();
+        sender.send(3).unwrap();
+        assert_eq!(sender.send(4), Err(SendError::Full));
+        assert_eq!(pin!(receiver.recv()).poll(&mut cx), Poll::Ready(2));
+        drop(receiver);
+        assert_eq!(sender.send(5), Err(SendError::Closed));
+    }
+}

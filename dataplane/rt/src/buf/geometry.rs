@@ -147,6 +147,9 @@ pub(super) unsafe fn unmap(ptr: NonNull<u8>, layout: Layout) {
 /// # Safety
 /// The `len` bytes at `ptr` are whole pages of [`map`] whose content nobody needs.
 pub(super) unsafe fn discard_pages(ptr: NonNull<u8>, len: usize) {
+    if cfg!(miri) {
+        return; // it has no madvise(2)
+    }
     // SAFETY: the caller's promise. Where it fails the pages just stay.
     unsafe { libc::madvise(ptr.as_ptr().cast(), len, libc::MADV_DONTNEED) };
 }

@@ -6,6 +6,7 @@
 
 mod poll;
 mod ring;
+mod spin;
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -21,6 +22,7 @@ use poll::Epoll;
 pub(crate) use poll::Watch;
 pub(crate) use ring::NEEDED;
 use ring::Ring;
+use spin::Spin;
 
 /// What a worker does its operations with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,6 +62,7 @@ enum Engine {
 pub(crate) struct Driver {
     engine: Engine,
     books: Books,
+    spin: Spin,
 }
 
 impl Driver {
@@ -67,14 +70,24 @@ impl Driver {
     pub(crate) fn with_ring(entries: u32, completions: u32, pool: &Pool) -> io::Result<Self> {
         let mut books = Books::new(pool);
         let engine = Engine::Ring(Ring::new(entries, completions, &mut books)?);
-        Ok(Self { engine, books })
+        let spin = Spin::new(Duration::ZERO);
+        Ok(Self {
+            engine,
+            books,
+            spin,
+        })
     }
 
     /// Sets up an epoll instance.
     pub(crate) fn with_epoll(pool: &Pool) -> io::Result<Self> {
         let engine = Engine::Epoll(Epoll::new()?);
         let books = Books::new(pool);
-        Ok(Self { engine, books })
+        let spin = Spin::new(Duration::ZERO);
+        Ok(Self {
+            engine,
+            books,
+            spin,
+        })
     }
 
     /// For sockets that sockmap redirects from; see [`Ring::tell_short_sends`].
@@ -82,6 +95,11 @@ impl Driver {
         if let Engine::Ring(ring) = &mut self.engine {
             ring.tell_short_sends();
         }
+    }
+
+    /// Before it sleeps the worker looks for news for at most `patience`, while that finds some.
+    pub(crate) fn set_busy_poll(&mut self, patience: Duration) {
+        self.spin = Spin::new(patience);
     }
 
     /// Descriptor other threads write to wake this worker.
@@ -206,9 +224,33 @@ impl Driver {
         timeout: Option<Duration>,
         limit: usize,
     ) -> io::Result<()> {
+        let wait = wait && !(self.spin.is_due() && self.busy_poll(timeout)?);
         match &mut self.engine {
             Engine::Ring(ring) => ring.turn(&mut self.books, wait, timeout, limit),
             Engine::Epoll(epoll) => epoll.turn(&mut self.books, wait, timeout, limit),
+        }
+    }
+
+    /// Submits what is queued and looks for news without sleeping. Returns whether there is some.
+    fn busy_poll(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
+        let Self {
+            engine,
+            books,
+            spin,
+        } = self;
+        match engine {
+            Engine::Ring(ring) => {
+                ring.submit_queued(books)?;
+                Ok(spin.look(timeout, || ring.has_news()))
+            }
+            Engine::Epoll(epoll) => {
+                let mut result = Ok(());
+                let news = spin.look(timeout, || {
+                    result = epoll.poll_events(books);
+                    result.is_err() || epoll.has_news()
+                });
+                result.map(|()| news)
+            }
         }
     }
 

@@ -74,6 +74,8 @@ pub(super) struct Epoll {
     /// Operations to try in this turn.
     tries: VecDeque<OpId>,
     cancelled: Vec<OpId>,
+    /// Another thread has woken this one since the last turn.
+    woken: bool,
     events: Vec<libc::epoll_event>,
 }
 
@@ -96,6 +98,7 @@ impl Epoll {
             freed: Rc::default(),
             tries: VecDeque::new(),
             cancelled: Vec::new(),
+            woken: false,
             events: Vec::with_capacity(EVENTS),
         })
     }
@@ -124,10 +127,10 @@ impl Epoll {
         timeout: Option<Duration>,
         limit: usize,
     ) -> io::Result<()> {
-        let idle = self.tries.is_empty() && self.cancelled.is_empty();
-        let wait = wait && idle;
+        let wait = wait && !self.has_news();
         books.counters.enters += 1;
         self.take_events(books, if wait { timeout } else { Some(Duration::ZERO) })?;
+        self.woken = false;
         while let Some(id) = self.cancelled.pop() {
             if books.ops.keep_if_pending(id).is_some() {
                 finish(books, id, -libc::ECANCELED, None, false);
@@ -139,6 +142,17 @@ impl Epoll {
             }
         }
         Ok(())
+    }
+
+    /// Takes the events that are there.
+    pub(super) fn poll_events(&mut self, books: &mut Books) -> io::Result<()> {
+        books.counters.enters += 1;
+        self.take_events(books, Some(Duration::ZERO))
+    }
+
+    /// Whether a turn that does not wait has something to do.
+    pub(super) fn has_news(&self) -> bool {
+        self.woken || !self.tries.is_empty() || !self.cancelled.is_empty()
     }
 
     fn take_events(&mut self, books: &mut Books, timeout: Option<Duration>) -> io::Result<()> {
@@ -164,6 +178,7 @@ impl Epoll {
             let (bits, data) = (event.events, event.u64);
             if data == WAKE {
                 books.counters.wakes += 1;
+                self.woken = true;
                 let mut value = 0_u64;
                 // SAFETY: reads eight bytes from the eventfd into a live local.
                 unsafe { libc::read(self.wake_fd.as_raw_fd(), (&raw mut value).cast(), 8) };

@@ -176,6 +176,21 @@ impl Ring {
         Ok(())
     }
 
+    /// Hands what is queued to the kernel, without waiting.
+    pub(super) fn submit_queued(&mut self, books: &mut Books) -> io::Result<()> {
+        self.flush_backlog(books)?;
+        self.enter(books, false, None)
+    }
+
+    /// Whether a turn that does not wait has something to do: completions, or deferred work of the
+    /// kernel that makes some.
+    pub(super) fn has_news(&mut self) -> bool {
+        if self.hurry || self.unsettled || !self.backlog.is_empty() {
+            return true;
+        }
+        self.ring.submission().taskrun() || !self.ring.completion().is_empty()
+    }
+
     fn flush_backlog(&mut self, books: &mut Books) -> io::Result<()> {
         while let Some(entry) = self.backlog.front() {
             // SAFETY: as in `push`.
