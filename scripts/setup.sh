@@ -56,7 +56,9 @@ run curl curl
 run nginx nginx-light
 run redis-server redis-server
 run redis-benchmark redis-tools
-run valgrind valgrind"
+run valgrind valgrind
+run nghttp nghttp2-client
+run nghttpd nghttp2-server"
 if [ "$peers" = yes ]; then
     needs="$needs
 peers haproxy haproxy"
