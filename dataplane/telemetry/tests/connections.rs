@@ -633,3 +633,26 @@ fn extra_metrics_are_checked() {
     );
     assert!(!text.contains("good"), "{text}");
 }
+
+/// Every reason has its row, and every metric its line.
+#[test]
+fn the_documentation_lists_what_is_counted() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/metrics.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    for fault in telemetry::Fault::ALL {
+        let row = format!("| `{}` |", fault.label());
+        assert!(text.contains(&row), "no row {row}");
+    }
+    let bench = Bench::plain();
+    let _worker = bench.worker();
+    let page = bench.registry.encode(Exposition::Text);
+    let names = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ztunnel_"));
+    let names: Vec<_> = names.filter(|name| !name.starts_with("worker_")).collect();
+    assert!(names.len() >= 7, "{names:?}");
+    for name in names {
+        let name = format!("ztunnel_{}", name.split(' ').next().unwrap());
+        assert!(text.contains(&name), "{name} is not in docs/metrics.md");
+    }
+}
