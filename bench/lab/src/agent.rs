@@ -1,6 +1,7 @@
 //! The node agent's part: its configuration for a node of this lab, starting and removing it.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::network::namespace::HostCommand;
-use crate::network::netns_path;
+use crate::network::{has_ipv6, netns_path};
 use crate::state::{Redirect, State, directory};
 use crate::topology::{Host, Node, Role, UNDERLAY_INTERFACE};
 
@@ -57,13 +58,22 @@ pub(crate) fn write_config(state: &State, node: Node) -> Result<()> {
 fn config(state: &State, node: Node) -> Value {
     let lab = &state.name;
     let ztunnel = node.ztunnel();
+    let ipv6 = has_ipv6();
+    let addresses = |host: Host| {
+        let v6 = ipv6.then(|| IpAddr::from(host.address_v6()));
+        [host.address()].into_iter().chain(v6).collect::<Vec<_>>()
+    };
+    let mut cidrs = Node::ALL.map(Node::pod_cidr).to_vec();
+    if ipv6 {
+        cidrs.extend(Node::ALL.map(Node::pod_cidr_v6));
+    }
     let pods: Vec<Value> = node
         .pods()
         .filter(|pod| pod.role() == Role::MeshPod)
         .map(|pod| {
             json!({
                 "uid": pod.name(),
-                "addresses": [pod.address()],
+                "addresses": addresses(pod),
                 "netns": netns_path(lab, pod),
                 "host_interface": pod.host_interface(),
             })
@@ -75,13 +85,14 @@ fn config(state: &State, node: Node) -> Value {
         "node": {
             "interfaces": [UNDERLAY_INTERFACE],
             "address": node.gateway(),
-            "pod_cidrs": Node::ALL.map(Node::pod_cidr),
+            "pod_cidrs": cidrs,
         },
         "ztunnel": {
             "netns": netns_path(lab, ztunnel),
             "interface": "eth0",
             "host_interface": ztunnel.host_interface(),
             "address": ztunnel.address(),
+            "address_v6": ipv6.then(|| ztunnel.address_v6()),
         },
         "state_dir": directory(lab).join(node.name()),
         "bpffs": bpffs(lab).join(node.name()),

@@ -166,6 +166,14 @@ impl Lab {
         Ok(host.parse::<Host>()?.address())
     }
 
+    /// IPv6 address of the host named `host`, which it has if the machine has IPv6.
+    ///
+    /// # Errors
+    /// [`Error::UnknownHost`].
+    pub fn address_v6(host: &str) -> Result<IpAddr> {
+        Ok(host.parse::<Host>()?.address_v6().into())
+    }
+
     /// File of `host`'s network namespace.
     ///
     /// # Errors

@@ -42,6 +42,11 @@ fn ports() -> String {
     format!("{{{}}}", pairs.join(", "))
 }
 
+/// A workload's addresses. Both: with IPv6 off nobody uses the second.
+fn addresses(host: Host) -> String {
+    format!("\"{}\", \"{}\"", host.address(), host.address_v6())
+}
+
 fn workload(text: &mut String, host: Host) {
     let protocol = match host.role() {
         Role::MeshPod | Role::Waypoint => "HBONE",
@@ -53,7 +58,7 @@ fn workload(text: &mut String, host: Host) {
         Some(_) => format!("{{\"{NAMESPACE}/{}\": {}}}", hostname(host), ports()),
         None => "{}".to_owned(),
     };
-    let (address, node) = (host.address(), host.node().name());
+    let (addresses, node) = (addresses(host), host.node().name());
     // Writing to a String cannot fail.
     let _ = write!(
         text,
@@ -62,7 +67,7 @@ fn workload(text: &mut String, host: Host) {
            namespace: {NAMESPACE}\n  \
            serviceAccount: {host}\n  \
            trustDomain: {TRUST_DOMAIN}\n  \
-           workloadIps: [\"{address}\"]\n  \
+           workloadIps: [{addresses}]\n  \
            protocol: {protocol}\n  \
            network: \"\"\n  \
            node: {node}\n  \
@@ -133,7 +138,8 @@ mod tests {
         );
         for workload in &mesh.workloads {
             let host: Host = workload.name.parse().unwrap();
-            assert_eq!(workload.workload_ips, [host.address().to_string()]);
+            let both = [host.address().to_string(), host.address_v6().to_string()];
+            assert_eq!(workload.workload_ips, both);
             assert_eq!(workload.node, host.node().name());
             assert_eq!(workload.protocol == "TCP", host == Host::PlainB);
         }

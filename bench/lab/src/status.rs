@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-use crate::network::{namespace, netns_path};
+use crate::network::{has_ipv6, namespace, netns_path};
 use crate::process;
 use crate::state::{Redirect, State};
 use crate::topology::{Host, Node};
@@ -38,7 +38,7 @@ pub struct HostStatus {
     pub name: &'static str,
     /// The node it is, or runs on.
     pub node: &'static str,
-    /// Its addresses; a node's underlay address first, then what its pods see it as.
+    /// Its addresses; a node's underlay address first, then what its pods see it as; IPv6 last.
     pub addresses: Vec<IpAddr>,
     /// Name of its network namespace.
     pub netns: String,
@@ -76,9 +76,11 @@ pub(crate) fn observe(state: &State) -> Status {
 fn addresses(host: Host) -> Vec<IpAddr> {
     let gateway = IpAddr::from(host.node().gateway());
     let is_node = host == host.node().host();
+    let v6 = has_ipv6().then(|| IpAddr::from(host.address_v6()));
     [host.address()]
         .into_iter()
         .chain(is_node.then_some(gateway))
+        .chain(v6)
         .collect()
 }
 
@@ -125,7 +127,7 @@ impl fmt::Display for Status {
         }
         writeln!(
             f,
-            "{:<11} {:<7} {:<24} {:<15} pids",
+            "{:<11} {:<7} {:<36} {:<15} pids",
             "host", "node", "addresses", "namespace"
         )?;
         for host in &self.hosts {
@@ -135,7 +137,7 @@ impl fmt::Display for Status {
             let pids = if pids.is_empty() { "-" } else { &pids };
             writeln!(
                 f,
-                "{:<11} {:<7} {addresses:<24} {:<15} {pids}",
+                "{:<11} {:<7} {addresses:<36} {:<15} {pids}",
                 host.name, host.node, host.netns
             )?;
         }

@@ -1,7 +1,7 @@
 //! Who is in the lab: hosts, addresses, interface names. Pure data.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use crate::error::Error;
@@ -56,6 +56,18 @@ impl Node {
     #[must_use]
     pub fn pod_cidr(self) -> String {
         format!("10.244.{}.0/24", self.number())
+    }
+
+    /// The node's IPv6 address on the underlay.
+    #[must_use]
+    pub fn underlay_v6(self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 0x31, 9, 0, 0, 0, 0, self.number().into())
+    }
+
+    /// The node's range of pods' IPv6 addresses, as `ip route` takes it.
+    #[must_use]
+    pub fn pod_cidr_v6(self) -> String {
+        format!("fd00:244:{}::/64", self.number())
     }
 
     /// The node's ztunnel pod.
@@ -196,6 +208,22 @@ impl Host {
         Ipv4Addr::new(a, b, c, last).into()
     }
 
+    /// The host's IPv6 address: a pod's own, a node's on the underlay. A pod's ends as its IPv4
+    /// address does.
+    #[must_use]
+    pub fn address_v6(self) -> Ipv6Addr {
+        let node = self.node();
+        match self.address() {
+            IpAddr::V4(own) if self != node.host() => {
+                // As it reads: 10.244.1.11 is fd00:244:1::11.
+                let last = own.octets()[3];
+                let last = u16::from(last / 10) * 16 + u16::from(last % 10);
+                Ipv6Addr::new(0xfd00, 0x244, node.number().into(), 0, 0, 0, 0, last)
+            }
+            _ => node.underlay_v6(),
+        }
+    }
+
     /// Virtual address of the service in front of this host, for the hosts that have one.
     #[must_use]
     pub fn service_address(self) -> Option<IpAddr> {
@@ -269,6 +297,9 @@ mod tests {
             assert_eq!(unique.len(), names.len());
         }
         assert_eq!(Host::WaypointB.address().to_string(), "10.244.2.13");
+        assert_eq!(Host::WaypointB.address_v6().to_string(), "fd00:244:2::13");
+        let addresses: HashSet<_> = Host::ALL.iter().map(|host| host.address_v6()).collect();
+        assert_eq!(addresses.len(), Host::ALL.len());
         assert_eq!(Node::B.pods().count(), 4);
     }
 }

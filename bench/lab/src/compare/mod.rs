@@ -61,7 +61,7 @@ const PREFIX: &str = "cmp";
 /// What to compare and how.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct CompareOptions {
-    /// Under 3 minutes: short trials, fewer rounds
+    /// Under 3 minutes: short trials, fewer rounds, redirection alone only if --workloads names it
     #[arg(long)]
     pub quick: bool,
     /// Paths: none, tunnel, ebpf, ebpf+sockmap; one named twice is measured against itself

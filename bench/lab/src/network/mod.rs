@@ -2,14 +2,15 @@
 //!
 //! Pod wiring is point to point, as cloud CNIs do it: the pod has a /32 on `eth0` and a default
 //! route through its end of a veth pair; the node has a /32 route per pod and carries the gateway
-//! address on every pod link. Pairs are created inside the namespaces they end in.
+//! address on every pod link. Pairs are created inside the namespaces they end in. IPv6 is wired
+//! alike, with fe80::1 as every pod's gateway, unless the machine has none.
 
 pub mod namespace;
 pub mod sysctl;
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::error::{Error, Result};
@@ -18,6 +19,15 @@ use crate::topology::{Host, Node, Role, UNDERLAY_INTERFACE};
 
 /// MTU of every link, in bytes.
 pub const MTU: u32 = 1500;
+
+/// The pods' IPv6 gateway, on every pod link.
+const GATEWAY_V6: &str = "fe80::1";
+
+/// Whether this kernel has IPv6.
+#[must_use]
+pub fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
+}
 
 /// Name of `host`'s namespace in the lab `lab`.
 #[must_use]
@@ -53,7 +63,7 @@ pub(crate) fn build(lab: &str, lock: &Lock) -> Result<()> {
             lock,
             &format!("wiring {netns}"),
             Some(&netns),
-            &node_batch(lab, node),
+            &[node_batch(lab, node), if_ipv6(|| node_batch_v6(node))].concat(),
         )?;
     }
     for host in Host::ALL
@@ -65,7 +75,7 @@ pub(crate) fn build(lab: &str, lock: &Lock) -> Result<()> {
             lock,
             &format!("wiring {netns}"),
             Some(&netns),
-            &pod_batch(host),
+            &[pod_batch(host), if_ipv6(|| pod_batch_v6(host))].concat(),
         )?;
     }
     for node in Node::ALL {
@@ -74,10 +84,14 @@ pub(crate) fn build(lab: &str, lock: &Lock) -> Result<()> {
             lock,
             &format!("routing on {netns}"),
             Some(&netns),
-            &route_batch(node),
+            &[route_batch(node), if_ipv6(|| route_batch_v6(node))].concat(),
         )?;
     }
     Ok(())
+}
+
+fn if_ipv6(batch: impl FnOnce() -> String) -> String {
+    if has_ipv6() { batch() } else { String::new() }
 }
 
 /// Removes the namespaces of the lab `lab` that exist, and every link with them. Returns whether
@@ -154,6 +168,47 @@ fn node_batch(lab: &str, node: Node) -> String {
         );
     }
     batch
+}
+
+/// The same for IPv6. Without looking for duplicates, which would take seconds.
+fn node_batch_v6(node: Node) -> String {
+    let mut batch = String::new();
+    let underlay = node.underlay_v6();
+    line(
+        &mut batch,
+        format_args!("addr add {underlay}/64 dev {UNDERLAY_INTERFACE} nodad"),
+    );
+    for pod in node.pods() {
+        let (interface, address) = (pod.host_interface(), pod.address_v6());
+        line(
+            &mut batch,
+            format_args!("addr add {GATEWAY_V6}/64 dev {interface} nodad"),
+        );
+        line(
+            &mut batch,
+            format_args!("route add {address}/128 dev {interface}"),
+        );
+    }
+    batch
+}
+
+/// The same for IPv6.
+fn pod_batch_v6(pod: Host) -> String {
+    let address = pod.address_v6();
+    format!(
+        "addr add {address}/128 dev eth0 nodad\n\
+         route add default via {GATEWAY_V6} dev eth0\n"
+    )
+}
+
+/// The same for IPv6.
+fn route_batch_v6(node: Node) -> String {
+    let other = node.other();
+    format!(
+        "route add {} via {}\n",
+        other.pod_cidr_v6(),
+        other.underlay_v6()
+    )
 }
 
 /// Commands in a pod's namespace.
@@ -273,6 +328,8 @@ mod tests {
             );
             assert!(batch.contains(&route), "{route} missing in\n{batch}");
             assert!(batch.contains(&format!("netns x-{pod}")));
+            let route = format!("route add {}/128 dev", pod.address_v6());
+            assert!(node_batch_v6(Node::B).contains(&route), "{route}");
         }
         assert!(
             !batch.contains("link add und "),

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::{fs, io};
 
+use super::has_ipv6;
 use crate::error::{Error, Result};
 use crate::topology::Role;
 
@@ -33,6 +34,19 @@ const POD_IF_KNOWN: &[(&str, &str)] = &[("net/ipv4/tcp_tw_reuse_delay", "250")];
 /// Set on the nodes.
 const NODE: &[(&str, &str)] = &[("net/ipv4/ip_forward", "1")];
 
+/// Set in every namespace if there is IPv6: interfaces that come have it, and do not look for
+/// duplicates of their own addresses first, which takes seconds.
+const COMMON_V6: &[(&str, &str)] = &[
+    ("net/ipv6/conf/all/disable_ipv6", "0"),
+    ("net/ipv6/conf/default/disable_ipv6", "0"),
+    ("net/ipv6/conf/default/accept_dad", "0"),
+    ("net/ipv6/conf/default/dad_transmits", "0"),
+    ("net/ipv6/conf/default/accept_ra", "0"),
+];
+
+/// Set on the nodes if there is IPv6.
+const NODE_V6: &[(&str, &str)] = &[("net/ipv6/conf/all/forwarding", "1")];
+
 /// Writes the settings of a host with this role into the calling thread's namespace. Must run
 /// before interfaces are created, so that they inherit `default`.
 ///
@@ -43,6 +57,12 @@ pub fn apply(role: Role) -> Result<()> {
         Role::Node => (NODE, &[][..]),
         _ => (POD, POD_IF_KNOWN),
     };
+    let own_v6 = if role == Role::Node { NODE_V6 } else { &[] };
+    if has_ipv6() {
+        for (name, value) in COMMON_V6.iter().chain(own_v6) {
+            write(name, value)?;
+        }
+    }
     for (name, value) in COMMON.iter().chain(own) {
         write(name, value)?;
     }

@@ -78,6 +78,15 @@ impl TestLab {
         }
     }
 
+    /// Listens on `host`, at any IPv6 address, `port`.
+    pub(crate) fn listen_v6(&self, host: &str, port: u16) -> TcpListener {
+        let listen = || TcpListener::bind((IpAddr::from([0; 16]), port));
+        match self.lab.on(host, listen).unwrap() {
+            Ok(listener) => listener,
+            Err(error) => panic!("listening on [::] of {host}, port {port}: {error}"),
+        }
+    }
+
     /// Connects from `host`.
     pub(crate) fn try_connect(
         &self,
@@ -250,6 +259,11 @@ pub(crate) fn run_cases_on(test: &str, options: &LabOptions, cases: &[Case]) {
 /// Where a service of `host` is reached.
 pub(crate) fn at(host: &str, port: u16) -> SocketAddr {
     SocketAddr::new(Lab::address(host).unwrap(), port)
+}
+
+/// Where a service of `host` is reached by IPv6.
+pub(crate) fn at_v6(host: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(Lab::address_v6(host).unwrap(), port)
 }
 
 /// Where the service in front of `host` is reached.

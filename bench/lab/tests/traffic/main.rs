@@ -5,6 +5,7 @@
 mod accounts;
 mod closing;
 mod exact;
+mod ipv6;
 mod outage;
 mod pressure;
 #[path = "../support/mod.rs"]
@@ -45,6 +46,7 @@ const CASES: &[Case] = &[
         "nodes_and_their_pods_talk",
         exact::nodes_and_their_pods_talk,
     ),
+    ("ipv6_is_exact", ipv6::is_exact),
     (
         "metrics_agree_with_the_traffic",
         accounts::metrics_agree_with_the_traffic,
@@ -110,6 +112,7 @@ fn none() {
         ("small_echoes_are_exact", |lab| {
             exact::echo_sizes(lab, "server-b", at("server-b", 7000));
         }),
+        ("ipv6_is_exact", ipv6::is_exact),
         ("client_closes_first", closing::client_closes_first),
         ("server_closes_first", closing::server_closes_first),
     ];
