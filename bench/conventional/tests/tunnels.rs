@@ -216,6 +216,7 @@ mod ours {
             node,
             mode: RedirectMode::Node,
             original_source: true,
+            same_node_tunnel: false,
             mark: None,
             keepalive: None,
             connect_timeout: Duration::from_secs(10),

@@ -23,6 +23,8 @@ pub struct ProxyConfig {
     pub mode: RedirectMode,
     /// Connect to local pods from the client's address (`ENABLE_ORIG_SRC`).
     pub original_source: bool,
+    /// In node mode: pods of this node are reached by a tunnel, too (`SAME_NODE_TUNNEL`).
+    pub same_node_tunnel: bool,
     /// `SO_MARK` of outgoing sockets (`PACKET_MARK`).
     pub mark: Option<u32>,
     /// Keepalive probes on accepted and connected sockets (`KEEPALIVE_*`).

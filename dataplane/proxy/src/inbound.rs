@@ -1,7 +1,7 @@
 //! Tunnels from other proxies and waypoints (port 15008).
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use hbone::{RequestHead, Role};
 use mesh::{ConnectionFacts, Identity, Workload};
-use rt::net::TcpStream;
+use rt::net::{Listener, TcpStream};
 use telemetry::{ConnectionInfo, HboneTarget, Reporter, Security};
 use tls::Handshake;
 
@@ -18,6 +18,7 @@ use crate::baggage::baggage;
 use crate::context::{Alive, Context};
 use crate::error::ProxyError;
 use crate::gate::Overload;
+use crate::pool::Key;
 use crate::relay;
 use crate::tunnel::{self, Tunnel, TunnelOwner, TunnelStream};
 use crate::watch::Watch;
@@ -28,6 +29,32 @@ pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, _alive: Aliv
     let Ok(dst) = context.original_dst(&client) else {
         return;
     };
+    handle_from(context, client, src, dst).await;
+}
+
+/// The client's end of a connection whose other end is accepted here, as if it had come from a pod
+/// of this node to another's HBONE port. It goes over loopback.
+pub(crate) async fn own_end(context: &Rc<Context>, key: &Key) -> Result<TcpStream, ProxyError> {
+    let dst = key.gateway;
+    let failed = |error| ProxyError::Connect { addr: dst, error };
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
+    let addr = listener.local_addr().map_err(failed)?;
+    let mut listener = Listener::from_std(listener);
+    let client = context.connect(addr, None).await?;
+    let local = client.local_addr().map_err(failed)?;
+    // Anyone in this namespace could have been quicker.
+    let server = loop {
+        let server = listener.accept().await.map_err(failed)?;
+        if server.peer_addr().is_ok_and(|peer| peer == local) {
+            break server;
+        }
+    };
+    let src = SocketAddr::new(key.source.unwrap_or_else(|| local.ip()), local.port());
+    rt::spawn(handle_from(Rc::clone(context), server, src, dst));
+    Ok(client)
+}
+
+async fn handle_from(context: Rc<Context>, client: TcpStream, src: SocketAddr, dst: SocketAddr) {
     match accept(&context, client, src, dst).await {
         Ok(tunnel) => {
             context.track(&tunnel);

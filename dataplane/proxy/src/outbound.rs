@@ -71,8 +71,10 @@ async fn serve(
             connection.plain(dst, Some(workload), service).await;
         }
         route @ Route::Hbone { .. } => match local_target(context, &route) {
-            Some((target, workload)) => connection.local(target, workload, route).await,
-            None => connection.hbone(route).await,
+            Some((target, workload)) if !context.config.same_node_tunnel => {
+                connection.local(target, workload, route).await;
+            }
+            own => connection.hbone(route, own.is_some()).await,
         },
     }
     Ok(())
@@ -98,8 +100,9 @@ fn route(context: &Context, source: &Workload, dst: SocketAddr) -> Result<Route,
     }
 }
 
-/// In node mode a pod of this node is not reached by a tunnel (its HBONE port is captured for this
-/// very proxy) but directly, after the checks the far end would have made.
+/// In node mode a pod of this node is not reached by a tunnel through the network (its HBONE port
+/// is captured for this very proxy) but directly, after the checks the far end would have made, or
+/// by a tunnel that does not leave this process.
 fn local_target(context: &Context, route: &Route) -> Option<(SocketAddr, Arc<Workload>)> {
     let Route::Hbone {
         authority: Authority::Address(target),
@@ -164,8 +167,8 @@ impl Connection<'_> {
         }
     }
 
-    /// Through a tunnel.
-    async fn hbone(self, route: Route) {
+    /// Through a tunnel, `own` if its other end is this proxy.
+    async fn hbone(self, route: Route, own: bool) {
         let Route::Hbone {
             gateway,
             authority,
@@ -199,6 +202,7 @@ impl Connection<'_> {
                 RedirectMode::Node => Some(self.src.ip()),
                 RedirectMode::InPod => None,
             },
+            own,
         };
         let request = ConnectRequest {
             authority: &authority.to_string(),

@@ -24,6 +24,7 @@ use tls::{ExpectedPeers, Handshake};
 use crate::context::Context;
 use crate::error::ProxyError;
 use crate::gate::Overload;
+use crate::inbound;
 use crate::tunnel::{self, ClientSide, Tunnel, TunnelStream};
 
 /// What connections must have in common to share a tunnel.
@@ -34,6 +35,8 @@ pub(crate) struct Key {
     pub(crate) expected: Arc<[Identity]>,
     pub(crate) names: Arc<[Arc<str>]>,
     pub(crate) source: Option<IpAddr>,
+    /// The other end is this proxy, for a pod of this node.
+    pub(crate) own: bool,
 }
 
 #[derive(Debug, Default)]
@@ -94,7 +97,7 @@ impl Pool {
     /// No tunnel, or the request was refused.
     pub(crate) async fn connect(
         &self,
-        context: &Context,
+        context: &Rc<Context>,
         key: &Key,
         request: &ConnectRequest<'_>,
     ) -> Result<TunnelStream, ProxyError> {
@@ -119,7 +122,7 @@ impl Pool {
     /// Opens a stream to `key.gateway`, over a tunnel that is there or a new one.
     pub(crate) async fn open(
         &self,
-        context: &Context,
+        context: &Rc<Context>,
         key: &Key,
         request: &ConnectRequest<'_>,
     ) -> Result<TunnelStream, ProxyError> {
@@ -232,14 +235,19 @@ impl Pool {
     }
 }
 
-async fn establish(context: &Context, key: &Key) -> Result<Rc<Tunnel>, ProxyError> {
+async fn establish(context: &Rc<Context>, key: &Key) -> Result<Rc<Tunnel>, ProxyError> {
     let addr = key.gateway;
     let workload = context.certificates.get(&key.identity)?;
     let expected = ExpectedPeers::new(Arc::clone(&key.expected), Arc::clone(&key.names));
     let failed = |error: tunnel::SetupError| ProxyError::Setup { addr, error };
     let handshake =
         Handshake::client(&workload.client, expected).map_err(|error| failed(error.into()))?;
-    let stream = match context.connect(addr, key.source).await {
+    let connected = if key.own {
+        inbound::own_end(context, key).await
+    } else {
+        context.connect(addr, key.source).await
+    };
+    let stream = match connected {
         Err(ProxyError::ConnectTimeout { addr }) => return Err(ProxyError::HboneTimeout { addr }),
         other => other?,
     };

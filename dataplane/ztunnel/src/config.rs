@@ -65,6 +65,8 @@ pub(crate) struct Settings {
     pub(crate) tls_records: RecordPath,
     pub(crate) workers: usize,
     pub(crate) backend: Backend,
+    /// How long a worker looks for news before it sleeps; zero: not at all.
+    pub(crate) busy_poll: Duration,
     /// Plain bulk may be spliced; not while sockmap redirects data to ztunnel's sockets.
     pub(crate) splice: bool,
     pub(crate) listener_map: Option<PathBuf>,
@@ -94,6 +96,7 @@ impl Settings {
     pub(crate) fn runtime(&self) -> RuntimeConfig {
         RuntimeConfig {
             backend: self.backend,
+            busy_poll: self.busy_poll,
             splice: self.splice,
             ..RuntimeConfig::default()
         }
@@ -126,6 +129,11 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
         tls_records: tls_records(environment)?,
         workers: workers(environment, cpus, rt::cpu_limit())?,
         backend: backend(environment)?,
+        busy_poll: Duration::from_micros(
+            environment
+                .number("ZTUNNEL_BUSY_POLL_US", 0..=1_000)?
+                .unwrap_or(0),
+        ),
         splice: environment
             .text("SOCKMAP")
             .is_none_or(|value| value == "off"),
@@ -293,6 +301,7 @@ fn proxy_config(
         node,
         mode,
         original_source: environment.boolean("ENABLE_ORIG_SRC")?.unwrap_or(true),
+        same_node_tunnel: same_node_tunnel(environment, mode)?,
         mark: mark.map(|mark| mark as u32).or(default_mark),
         keepalive: keepalive(environment)?,
         connect_timeout: Duration::from_secs(10),
@@ -312,6 +321,23 @@ fn proxy_config(
             .boolean("ENABLE_RESPONSE_BAGGAGE")?
             .unwrap_or(true),
     })
+}
+
+/// Without effect elsewhere: in a pod's namespace every mesh connection takes a tunnel.
+fn same_node_tunnel(
+    environment: &Environment<'_>,
+    mode: RedirectMode,
+) -> Result<bool, ConfigError> {
+    let name = "SAME_NODE_TUNNEL";
+    let wanted = environment.boolean(name)?.unwrap_or(false);
+    if wanted && mode != RedirectMode::Node {
+        return Err(ConfigError::Unsupported {
+            name,
+            value: environment.text(name).unwrap_or_default(),
+            instead: "it is for REDIRECT_MODE=node, elsewhere tunnels are always used; unset it",
+        });
+    }
+    Ok(wanted)
 }
 
 fn http2(environment: &Environment<'_>) -> Result<(hbone::Config, hbone::Config), ConfigError> {
@@ -487,6 +513,8 @@ mod tests {
             ("SOCKMAP", "on"),
             ("SOCKMAP", "maybe"),
             ("TLS12_ENABLED", "true"),
+            ("SAME_NODE_TUNNEL", "true"),
+            ("SAME_NODE_TUNNEL", "perhaps"),
         ] {
             let text = with(&[(name, value)]).unwrap_err().to_string();
             assert!(
@@ -497,6 +525,9 @@ mod tests {
         assert!(with(&[("XDS_ADDRESS", ""), ("SOCKMAP", "off")]).is_ok());
         let shortcut = with(&[("REDIRECT_MODE", "node"), ("SOCKMAP", "on")]).unwrap();
         assert!(!shortcut.splice && with(&[]).unwrap().splice);
+        assert!(!shortcut.proxy.same_node_tunnel);
+        let tunnel = with(&[("REDIRECT_MODE", "node"), ("SAME_NODE_TUNNEL", "true")]);
+        assert!(tunnel.unwrap().proxy.same_node_tunnel);
     }
 
     #[test]
@@ -584,6 +615,15 @@ mod tests {
         assert_eq!(chosen("io_uring").unwrap(), Backend::IoUring);
         let text = chosen("kqueue").unwrap_err().to_string();
         assert!(text.contains("auto or io_uring or epoll"), "{text}");
+    }
+
+    #[test]
+    fn busy_polling_is_off_and_bounded() {
+        let chosen = |value| with(&[("ZTUNNEL_BUSY_POLL_US", value)]).map(|s| s.runtime());
+        assert_eq!(with(&[]).unwrap().runtime().busy_poll, Duration::ZERO);
+        assert_eq!(chosen("50").unwrap().busy_poll, Duration::from_micros(50));
+        let text = chosen("1001").unwrap_err().to_string();
+        assert!(text.contains("from 0 to 1000"), "{text}");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use telemetry::{Exposition, Registry};
 use tls::CertificateStore;
 
 use super::{HANG, access_log, config, context, identity, listen, pattern, request, run, snapshot};
-use crate::config::ProxyConfig;
+use crate::config::{ProxyConfig, RedirectMode};
 use crate::error::ProxyError;
 use crate::pool::Key;
 use crate::{Command, Listeners, WorkerSetup};
@@ -226,6 +226,41 @@ fn bytes_are_exact_through_both_proxies() {
     worker.drain();
 }
 
+/// Both pods on this node, in node mode: in one hop, or by a tunnel of this process with itself.
+#[test]
+fn pods_of_one_node_take_one_hop_or_a_tunnel_of_our_own() {
+    let (port, _) = echo();
+    for (tunnel, security) in [(false, "unknown"), (true, "mutual_tls")] {
+        let change = move |config: &mut ProxyConfig| {
+            config.mode = RedirectMode::Node;
+            config.same_node_tunnel = tunnel;
+            // Nobody listens there: as on a node, where it would be the pod's own.
+            config.node.hbone_port = 1;
+        };
+        let worker = worker_with(port, ONLY_CLIENT, &super::store(), change);
+        for (seed, len) in [(1, 1), (2, 300_000)] {
+            let data = pattern(seed, len);
+            assert!(
+                exchange(&worker.connect(CLIENT), &data) == data,
+                "{len} bytes"
+            );
+        }
+        let mut stream = worker.connect(STRANGER);
+        let error = stream.read(&mut [0; 1]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        let samples = worker.samples("istio_tcp_connections_opened_total{");
+        let label = format!("connection_security_policy=\"{security}\"");
+        for reporter in ["source", "destination"] {
+            let reporter = format!("reporter=\"{reporter}\"");
+            let of = samples.iter().filter(|line| line.contains(&reporter));
+            let of: Vec<_> = of.collect();
+            assert!(!of.is_empty(), "{reporter}: {samples:#?}");
+            assert!(of.iter().all(|line| line.contains(&label)), "{of:#?}");
+        }
+        worker.drain();
+    }
+}
+
 #[test]
 fn whom_no_policy_allows_sees_a_reset_and_the_server_nobody() {
     let (port, told) = echo();
@@ -292,6 +327,7 @@ pub(super) fn key(gateway: SocketAddr) -> Key {
         expected: [identity("server")].into(),
         names: Arc::from([]),
         source: None,
+        own: false,
     }
 }
 

@@ -308,6 +308,7 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         node,
         mode: RedirectMode::InPod,
         original_source: false,
+        same_node_tunnel: false,
         mark: None,
         keepalive: None,
         connect_timeout: Duration::from_secs(5),

@@ -96,7 +96,7 @@ fn against<T>(
     run(near(context, addr))
 }
 
-async fn connect(context: &Context, key: &Key) -> Result<TunnelStream, ProxyError> {
+async fn connect(context: &Rc<Context>, key: &Key) -> Result<TunnelStream, ProxyError> {
     context.pool.connect(context, key, &request()).await
 }
 
