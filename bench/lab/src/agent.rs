@@ -163,23 +163,10 @@ pub(crate) fn cleanup(lab: &str, binary: &Path, node: Node) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Phase, Variant};
 
     #[test]
     fn only_mesh_pods_are_enrolled() {
-        let state = State {
-            schema: 1,
-            name: "x".to_owned(),
-            phase: Phase::Starting,
-            redirect: Redirect::Tunnel,
-            variant: Variant::Hardened,
-            sockmap: false,
-            proxy: crate::peers::ProxyKind::Shared,
-            ztunnel: None,
-            node_agent: None,
-            tunnel_driver: None,
-            processes: Vec::new(),
-        };
+        let state = State::example(crate::peers::ProxyKind::Shared);
         let config = config(&state, Node::B);
         let uids: Vec<_> = config["pods"]
             .as_array()

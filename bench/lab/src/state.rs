@@ -178,6 +178,24 @@ impl State {
         fs::rename(&temporary, &path).map_err(Error::io("replacing", path))
     }
 
+    /// Of a lab that nobody has brought up, on the `tunnel` path.
+    #[cfg(test)]
+    pub(crate) fn example(proxy: ProxyKind) -> Self {
+        Self {
+            schema: 1,
+            name: "x".to_owned(),
+            phase: Phase::Starting,
+            redirect: Redirect::Tunnel,
+            variant: Variant::Hardened,
+            sockmap: false,
+            proxy,
+            ztunnel: None,
+            node_agent: None,
+            tunnel_driver: None,
+            processes: Vec::new(),
+        }
+    }
+
     fn path(name: &str) -> PathBuf {
         directory(name).join("state.json")
     }

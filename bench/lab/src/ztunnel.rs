@@ -162,23 +162,10 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
-    use crate::state::{Phase, Variant};
 
     #[test]
     fn a_stranger_gets_upstreams_environment_and_none_of_ours() {
-        let state = State {
-            schema: 1,
-            name: "x".to_owned(),
-            phase: Phase::Starting,
-            redirect: Redirect::Tunnel,
-            variant: Variant::Hardened,
-            sockmap: false,
-            proxy: ProxyKind::Dedicated,
-            ztunnel: None,
-            node_agent: None,
-            tunnel_driver: None,
-            processes: Vec::new(),
-        };
+        let state = State::example(ProxyKind::Dedicated);
         let mut command = dedicated(&state, Path::new("/bin/true"), Node::B);
         let set: Vec<String> = command
             .inner()

@@ -123,8 +123,8 @@ fn client(lab: &TestLab, program: &str, arguments: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-/// Where the kernel's FIONREAD is wrong on sockets in a map, nginx now and then waits in vain after a
-/// request that filled its receive buffer: why such kernels are refused. Elsewhere all are
+/// Where the kernel's FIONREAD is wrong on sockets in a map, nginx now and then waits in vain after
+/// a request that filled its receive buffer: why such kernels are refused. Elsewhere all are
 /// answered; an answer that comes is whole everywhere.
 fn long_requests_to_nginx(lab: &mut TestLab) {
     let directory = tempfile::tempdir().unwrap();

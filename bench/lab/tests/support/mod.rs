@@ -10,6 +10,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
@@ -416,6 +417,45 @@ pub(crate) fn check_echo(stream: &TcpStream, pattern: &Pattern, total: u64, seed
         });
         pattern.receive(stream, total);
     });
+}
+
+/// Opens `connections` from `client` to `server`, then echoes `bytes` over all of them at once.
+pub(crate) fn echo_side_by_side(
+    lab: &TestLab,
+    (client, server): (&str, &str),
+    connections: usize,
+    pattern: &Pattern,
+    bytes: u64,
+) {
+    let echo = echo_server(lab.listen(server, 8080), connections);
+    let open: Vec<TcpStream> = (0..connections)
+        .map(|_| lab.connect(client, at(server, 8080)))
+        .collect();
+    thread::scope(|scope| {
+        for (seed, stream) in (0..).zip(&open) {
+            scope.spawn(move || check_echo(stream, pattern, bytes, seed));
+        }
+    });
+    echo.join().unwrap();
+}
+
+/// A program that becomes `program` with these variables besides.
+pub(crate) fn program_with(directory: &Path, program: &str, variables: &[(&str, &str)]) -> PathBuf {
+    let exports: String = variables
+        .iter()
+        .map(|(name, value)| format!("export {name}='{value}'\n"))
+        .collect();
+    let program = workspace_binary(program);
+    let exec = format!("exec '{}' \"$@\"\n", program.display());
+    script(directory, &format!("{exports}{exec}"))
+}
+
+/// An executable shell script.
+pub(crate) fn script(directory: &Path, text: &str) -> PathBuf {
+    let path = directory.join("program");
+    fs::write(&path, format!("#!/bin/sh\n{text}")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
 }
 
 /// Prometheus samples: series text and value.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -12,7 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::MIB;
-use crate::support::{Guarded, Pattern, TestLab, at, at_vip, check_echo, echo_server, eventually};
+use crate::support::{
+    Guarded, Pattern, TestLab, at, at_vip, check_echo, echo_server, echo_side_by_side, eventually,
+};
 
 /// Both servers, by address and by their services' virtual addresses.
 pub(super) fn targets() -> [(&'static str, SocketAddr); 4] {
@@ -53,20 +55,8 @@ pub(super) fn bulk_echo_is_exact(lab: &mut TestLab) {
 }
 
 pub(super) fn many_connections_at_once(lab: &mut TestLab) {
-    const CONNECTIONS: usize = 200;
-    let pattern = Pattern::new(3);
     for server in ["server-b", "server-a"] {
-        let echo = echo_server(lab.listen(server, 8080), CONNECTIONS);
-        let open: Vec<TcpStream> = (0..CONNECTIONS)
-            .map(|_| lab.connect("client-a", at(server, 8080)))
-            .collect();
-        thread::scope(|scope| {
-            for (seed, stream) in (0..).zip(&open) {
-                let pattern = &pattern;
-                scope.spawn(move || check_echo(stream, pattern, 20_000, seed));
-            }
-        });
-        echo.join().unwrap();
+        echo_side_by_side(lab, ("client-a", server), 200, &Pattern::new(3), 20_000);
     }
 }
 

@@ -10,6 +10,7 @@ mod outage;
 mod pressure;
 #[path = "../support/mod.rs"]
 mod support;
+mod workers;
 
 use lab::Redirect;
 use support::{Case, at, run_cases};
@@ -94,6 +95,11 @@ fn tunnel() {
 #[test]
 fn ebpf() {
     run_cases("ebpf", Redirect::Ebpf, CASES);
+}
+
+#[test]
+fn one_worker_serves_every_cpu() {
+    workers::one_worker_serves_every_cpu("one_worker_serves_every_cpu");
 }
 
 /// The control: the same capture does find the marker where nothing encrypts, so that the case of

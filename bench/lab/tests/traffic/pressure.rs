@@ -8,23 +8,13 @@ use std::time::Duration;
 
 use crate::MIB;
 use crate::closing::is_timeout;
-use crate::support::{PATIENCE, Pattern, TestLab, accept, at, check_echo, echo_server};
+use crate::support::{
+    PATIENCE, Pattern, TestLab, accept, at, check_echo, echo_server, echo_side_by_side,
+};
 
 pub(super) fn bulk_both_ways_side_by_side(lab: &mut TestLab) {
-    const CONNECTIONS: usize = 8;
-    let pattern = Pattern::new(13);
     for server in ["server-b", "server-a"] {
-        let echo = echo_server(lab.listen(server, 8080), CONNECTIONS);
-        let open: Vec<TcpStream> = (0..CONNECTIONS)
-            .map(|_| lab.connect("client-a", at(server, 8080)))
-            .collect();
-        thread::scope(|scope| {
-            for (seed, stream) in (0..).zip(&open) {
-                let pattern = &pattern;
-                scope.spawn(move || check_echo(stream, pattern, 8 * MIB, seed));
-            }
-        });
-        echo.join().unwrap();
+        echo_side_by_side(lab, ("client-a", server), 8, &Pattern::new(13), 8 * MIB);
     }
 }
 
