@@ -6,8 +6,9 @@
 //! and works on without this process, except that demoted sockets then stay in the maps.
 //!
 //! Limits: 65,536 sockets and pods; more get no short-cut. Kernel 6.13 or later, where unread
-//! redirected data is charged to its receiver; others are found out by trying (`probe.rs`) and
-//! refused, and then everything uses TCP. Connections older than the installation use TCP.
+//! redirected data is charged to its receiver, or an older one with that repaired, as Debian's 6.1
+//! is; others are found out by trying (`probe.rs`) and refused, and then everything uses TCP.
+//! Connections older than the installation use TCP.
 
 mod layout;
 mod probe;
@@ -56,6 +57,10 @@ pub struct Settings {
     /// Also on kernels whose FIONREAD is wrong for sockets in a map. Programs that ask it and wait
     /// for edges, nginx above all, stall there.
     pub force: bool,
+    /// Memory of all TCP sockets of the machine, in bytes, above which messages of more than 2 KiB
+    /// go by TCP; None: only the kernel's own limit (`net.ipv4.tcp_mem`) counts. The kernel counts
+    /// what it has in reserve, a MiB per CPU, a little late.
+    pub memory_max: Option<u64>,
 }
 
 /// State of the short-cut.
@@ -114,6 +119,7 @@ impl Shortcut {
             ztunnel_netns: netns_cookie(&ztunnel, &settings.ztunnel_netns)?,
             enabled: true,
             forced: !abilities.tells_unread,
+            memory_pages_max: settings.memory_max.map_or(0, pages),
         };
         set_config(&pins, config)?;
         Ok(Self {
@@ -221,7 +227,7 @@ fn bounded(abilities: probe::Abilities) -> Result<()> {
     }
     Err(unsupported(
         "this kernel does not charge redirected data to its receiver, so memory could not be \
-         bounded: Linux 6.13 or later is needed",
+         bounded: Linux 6.13 or an older one with that repaired is needed",
     ))
 }
 
@@ -420,6 +426,18 @@ fn netns_cookie(netns: &Netns, path: &Path) -> Result<u64> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(failed)?;
         sys::netns_cookie(socket.as_fd()).map_err(failed)
     })
+}
+
+/// At least one: none would mean that there is no limit.
+fn pages(bytes: u64) -> u32 {
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    let page = page
+        .ok()
+        .flatten()
+        .and_then(|size| u64::try_from(size).ok());
+    u32::try_from(bytes / page.unwrap_or(4096).max(1))
+        .unwrap_or(u32::MAX)
+        .max(1)
 }
 
 fn absent(name: &str) -> Error {

@@ -120,6 +120,16 @@ fn unread_data_is_counted_and_peeked() {
     let net = Net::up();
     let (mut app, mut zt) = warm(&net);
     zt.write_all(&[1; 3000]).unwrap();
+    if unread(app.0.as_fd()) == 0 {
+        // Then it must not be had without asking for it: programs stall.
+        assert!(refused_unless_forced(net), "FIONREAD says 0 of 3000");
+        let _ = writeln!(
+            io::stderr(),
+            "skipped: unread_data_is_counted_and_peeked: this kernel's FIONREAD tells nothing of \
+             redirected data"
+        );
+        return;
+    }
     assert_eq!(unread(app.0.as_fd()), 3000);
     let mut some = [0; 1024];
     assert_eq!(app.0.peek(&mut some).unwrap(), 1024);
@@ -129,36 +139,37 @@ fn unread_data_is_counted_and_peeked() {
     app.expect(&[1; 3000 - 1024]);
 }
 
-/// Linux 6.18.44 counts only redirected data on a socket in a map, so TCP's is invisible.
+/// Linux 6.18.44 counts only redirected data on a socket in a map, so TCP's is invisible; Linux 6.1
+/// only TCP's.
 #[test]
 fn a_kernel_with_wrong_fionread_is_refused_unless_forced() {
     if !can_run("a_kernel_with_wrong_fionread_is_refused_unless_forced") {
         return;
     }
-    let mut net = Net::up();
+    let net = Net::up();
     let (mut app, mut zt) = warm(&net);
-    // Demoted by a message over the budget; `app` is in the map still or already out.
-    zt.write_all(&vec![1; 200_000]).unwrap();
-    app.expect(&vec![1; 200_000]);
+    zt.write_all(&[1; 3000]).unwrap();
+    let redirected = unread(app.0.as_fd());
+    app.expect(&[1; 3000]);
     let listener = net.on("pod", || TcpListener::bind((IpAddr::V4(POD), 0)).unwrap());
     let to = listener.local_addr().unwrap();
     let mut early = Peer(net.on("zt", || connect(to, false)));
     early.write_all(&[1; 3000]).unwrap(); // by TCP: not accepted yet
     let late = listener.accept().unwrap().0;
     late.peek(&mut [0]).unwrap();
-    let told = unread(late.as_fd());
-    let mut settings = net.settings();
-    settings.force = false;
-    drop(net.shortcut.take());
+    let by_tcp = unread(late.as_fd());
     assert_eq!(
-        net_refuses(&settings),
-        told != 3000,
-        "FIONREAD says {told} of 3000"
+        refused_unless_forced(net),
+        [redirected, by_tcp] != [3000; 2],
+        "FIONREAD says {redirected} of 3000 bytes redirected, {by_tcp} of 3000 by TCP"
     );
 }
 
-fn net_refuses(settings: &redirect::sockmap::Settings) -> bool {
-    let refused = redirect::sockmap::Shortcut::install(settings).err();
+fn refused_unless_forced(mut net: Net) -> bool {
+    let mut settings = net.settings();
+    settings.force = false;
+    drop(net.shortcut.take());
+    let refused = redirect::sockmap::Shortcut::install(&settings).err();
     refused.is_some_and(|error| error.to_string().contains("FIONREAD"))
 }
 
@@ -279,6 +290,6 @@ fn a_full_queue_of_the_kernel_costs_the_short_cut_not_the_data() {
     app.write_all(&[3; 3000]).unwrap();
     let redirected = net.counter("to_ztunnel_bytes") - before;
     assert!(redirected <= 8192, "{redirected}");
-    assert_eq!(net.counter("demoted_budget"), 1);
+    assert_eq!(net.counter("demoted_budget"), 1, "{:?}", net.status());
     zt.expect(&[[1; 3000], [2; 3000], [3; 3000]].concat());
 }
