@@ -14,6 +14,7 @@
  *   receiver has read all that was ever sent over TCP, and once it goes back to TCP it stays.
  * - Redirected data knows no window: what is unread in the receiver is read from its socket before
  *   each message, and a message that would exceed the budget is sent, with all later ones, by TCP.
+ *   So is one when TCP has all the memory it may have, on the whole machine.
  * - A redirect to a socket that is not in the map drops the message: its result decides.
  * - Sockets of applications that block are left alone, and MPTCP's. A recv(2) that waits on a
  *   socket in a map wakes once: a reset, a signal or room to send makes it return EAGAIN. Nor
@@ -63,6 +64,7 @@ struct socket {
 	struct file *file;
 };
 struct proto {
+	atomic64_t *memory_allocated;
 	unsigned long *memory_pressure;
 };
 struct sock_common {
@@ -500,13 +502,35 @@ static __always_inline int start(struct direction *dir)
 	return peer && !(__sync_fetch_and_or(&peer->flags, END_STARTED) & END_CLOSED);
 }
 
+/*
+ * Whether TCP as a whole may have more memory: what is redirected is charged like all else. The
+ * kernel keeps up to a MiB per CPU that its count does not show.
+ */
+static __always_inline int has_memory(const struct shortcut_config *cfg, struct sock *peer)
+{
+	unsigned long *pressure = 0, under_pressure = 0;
+	struct proto *proto = 0;
+	atomic64_t *count = 0;
+	__s64 pages = 0;
+
+	if (BPF_CORE_READ_INTO(&proto, peer, __sk_common.skc_prot) ||
+	    BPF_CORE_READ_INTO(&pressure, proto, memory_pressure) ||
+	    bpf_probe_read_kernel(&under_pressure, sizeof(under_pressure), pressure) ||
+	    under_pressure)
+		return 0;
+	if (!cfg->memory_pages_max)
+		return 1;
+	return !BPF_CORE_READ_INTO(&count, proto, memory_allocated) &&
+	       !bpf_probe_read_kernel(&pages, sizeof(pages), count) &&
+	       pages <= cfg->memory_pages_max;
+}
+
 /* Whether the receiver may get `bytes` more; else `reason` says why not. */
-static __always_inline int has_room(const struct direction *dir, __u32 bytes, __u32 *reason)
+static __always_inline int has_room(const struct shortcut_config *cfg,
+				    const struct direction *dir, __u32 bytes, __u32 *reason)
 {
 	struct sock *peer = (struct sock *)dir->peer_sock;
-	unsigned long *pressure = 0, under_pressure = 0;
 	int unread = 0, buffer = 0;
-	struct proto *proto = 0;
 	__u64 total;
 
 	*reason = COUNT_DEMOTED_NO_PEER;
@@ -526,11 +550,7 @@ static __always_inline int has_room(const struct direction *dir, __u32 bytes, __
 	    total > (__u64)buffer)
 		return 0;
 	*reason = COUNT_DEMOTED_PRESSURE;
-	if (BPF_CORE_READ_INTO(&proto, peer, __sk_common.skc_prot) ||
-	    BPF_CORE_READ_INTO(&pressure, proto, memory_pressure) ||
-	    bpf_probe_read_kernel(&under_pressure, sizeof(under_pressure), pressure))
-		return 0;
-	return !under_pressure;
+	return has_memory(cfg, peer);
 }
 
 SEC("sk_msg")
@@ -556,7 +576,7 @@ int shortcut_send(struct sk_msg_md *msg)
 		return demote(dir, bytes, COUNT_DEMOTED_CLOSED);
 	if (dir->mode == MODE_NEW && !may_start(dir, bytes, &verdict))
 		return verdict;
-	if (!has_room(dir, bytes, &reason))
+	if (!has_room(cfg, dir, bytes, &reason))
 		return demote(dir, bytes, reason);
 	if (dir->mode == MODE_NEW && !start(dir))
 		return demote(dir, bytes, COUNT_DEMOTED_CLOSED);

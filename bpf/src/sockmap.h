@@ -37,7 +37,7 @@ struct pod_key {
 struct shortcut_config {
 	__u64 ztunnel_netns;	/* cookie */
 	__u32 flags;
-	__u32 pad;
+	__u32 memory_pages_max;	/* of all TCP sockets of the machine; 0: the kernel's limit only */
 };
 
 /* Why a direction went back to TCP, or never left it. Also indexes of `shortcut_counters`. */
@@ -50,7 +50,7 @@ enum shortcut_counter {
 	COUNT_SOCKETS,		/* put into the map */
 	COUNT_REFUSED,		/* not put there: blocking, MPTCP, or the map is full */
 	COUNT_DEMOTED_BUDGET,	/* the receiver had too much unread */
-	COUNT_DEMOTED_PRESSURE,	/* the kernel is short of memory for TCP */
+	COUNT_DEMOTED_PRESSURE,	/* the kernel is short of memory for TCP, or TCP has its bound */
 	COUNT_DEMOTED_BLOCKING,	/* the application's socket blocks */
 	COUNT_DEMOTED_NO_PEER,	/* the other end is not in the map, or not any more */
 	COUNT_DEMOTED_CLOSED,	/* the other direction was given back to TCP */

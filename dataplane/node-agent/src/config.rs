@@ -61,6 +61,10 @@ pub(crate) struct Config {
     /// root of that hierarchy.
     #[serde(default)]
     cgroup: Option<PathBuf>,
+    /// `sockmap`: MiB of memory of all TCP sockets above which the short-cut is not used (1 to
+    /// 1,048,576); by default only the kernel's own limit counts.
+    #[serde(default)]
+    sockmap_memory_mib: Option<u32>,
     /// Where counters for Prometheus are served, at `/metrics`; nowhere by default.
     #[serde(default)]
     pub(crate) stats_address: Option<SocketAddr>,
@@ -121,6 +125,13 @@ impl Config {
                 config.reconcile_s
             )));
         }
+        if let Some(mib) = config.sockmap_memory_mib
+            && !(1..=1 << 20).contains(&mib)
+        {
+            return Err(wrong(format!(
+                "sockmap_memory_mib {mib}: must be 1 to 1048576"
+            )));
+        }
         if config.sockmap != Switch::Off {
             config.check_shortcut().map_err(wrong)?;
         }
@@ -173,6 +184,7 @@ impl Config {
             cgroup: self.cgroup.clone().or_else(sockmap::root_cgroup)?,
             ztunnel_netns: self.ztunnel.netns.clone(),
             force: self.sockmap == Switch::Force,
+            memory_max: self.sockmap_memory_mib.map(|mib| u64::from(mib) << 20),
         })
     }
 
@@ -238,6 +250,10 @@ pods:
         let shortcut = config.shortcut().unwrap();
         assert_eq!(shortcut.cgroup, Path::new("/c"));
         assert_eq!(shortcut.bpffs, Path::new("/run/y"));
+        assert_eq!(shortcut.memory_max, None);
+        let bounded = on.replace("pods:", "sockmap_memory_mib: 64\npods:");
+        let config = Config::parse(Path::new("/c.yaml"), &bounded).unwrap();
+        assert_eq!(config.shortcut().unwrap().memory_max, Some(64 << 20));
     }
 
     #[test]
@@ -266,6 +282,10 @@ pods:
             (
                 &SOUND.replace("redirect:", "reconcile_s: 0\nredirect:"),
                 "1 to 3600",
+            ),
+            (
+                &SOUND.replace("redirect:", "sockmap_memory_mib: 0\nredirect:"),
+                "1 to 1048576",
             ),
         ];
         for (text, expected) in cases {

@@ -39,6 +39,7 @@ Configuration:
   bpffs: /sys/fs/bpf/ztunnel  # ebpf only; ztunnel finds its map at <bpffs>/listeners
   sockmap: off                # ebpf only; on or force: short-cut between pods and ztunnel
   cgroup: /sys/fs/cgroup/kubepods.slice  # sockmap only; default: root of the cgroup2 hierarchy
+  sockmap_memory_mib: 512     # memory of all TCP sockets that ends it; default: the kernel's limit
   stats_address: 127.0.0.1:15014  # counters for Prometheus at /metrics; default: nowhere
   pods:
   - {uid: a, addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}

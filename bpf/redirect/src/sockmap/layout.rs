@@ -87,6 +87,8 @@ pub(crate) struct Config {
     pub(crate) ztunnel_netns: u64,
     pub(crate) enabled: bool,
     pub(crate) forced: bool,
+    /// 0: only the kernel's own limit.
+    pub(crate) memory_pages_max: u32,
 }
 
 impl Config {
@@ -96,6 +98,7 @@ impl Config {
         let mut bytes = [0; CONFIG_BYTES];
         bytes[..8].copy_from_slice(&self.ztunnel_netns.to_ne_bytes());
         bytes[8..12].copy_from_slice(&(enabled | forced).to_ne_bytes());
+        bytes[12..].copy_from_slice(&self.memory_pages_max.to_ne_bytes());
         bytes
     }
 
@@ -109,6 +112,7 @@ impl Config {
             ztunnel_netns: u64::from(word(0)) | u64::from(word(4)) << 32,
             enabled: word(8) & FLAG_ENABLED != 0,
             forced: word(8) & FLAG_FORCED != 0,
+            memory_pages_max: word(12),
         }
     }
 }
@@ -177,10 +181,12 @@ mod tests {
             ztunnel_netns: 0x1_0000_0007,
             enabled: true,
             forced: false,
+            memory_pages_max: 77,
         };
         let decoded = Config::decode(&config.encode());
         assert_eq!(decoded.ztunnel_netns, config.ztunnel_netns);
         assert!(decoded.enabled && !decoded.forced);
+        assert_eq!(decoded.memory_pages_max, 77);
     }
 
     #[test]

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use redirect::{Redirection, Role};
 
 use crate::shared::{CLSACT, EBPF, HARDENED, Kind, check};
-use crate::topology::{APP1, APP2, Echo, REMOTE, Server, Talk, Topology, can_run, inside, run};
+use crate::topology::{
+    APP1, APP2, Echo, PLAIN, REMOTE, Server, Talk, Topology, can_run, inside, run,
+};
 
 fn older(topology: &Topology) -> usize {
     EBPF.on_node(topology, |redirection| {
@@ -262,6 +264,49 @@ fn a_hand_over_drops_no_syn() {
     assert!(connections > 20, "{connections} connections only");
     thread::sleep(Duration::from_millis(200));
     assert_eq!(lost_segments(&topology, "app1"), 0);
+}
+
+/// Another ztunnel in a namespace of its own takes over: new connections are its as soon as it is
+/// configured and has registered its listeners, and until then refused. What the elder had open
+/// ends: packets of a pod go to one ztunnel. At no time does anything get around both.
+#[test]
+fn a_ztunnel_in_another_namespace_takes_over() {
+    if !can_run("a_ztunnel_in_another_namespace_takes_over") {
+        return;
+    }
+    let topology = Topology::new();
+    let before = topology.traces();
+    EBPF.install(&topology);
+    let map = topology.settings().bpffs.join("listeners");
+    let map = Some((map.as_path(), 0));
+    let _app = Server::app(&topology.netns("remote"), 80);
+    let elder = Server::ztunnel(&topology.netns("ztunnel"), Role::Outbound, "elder", map);
+    check(&topology, "app1", (REMOTE, 80), "elder");
+    let mut settings = topology.settings();
+    settings.ztunnel = redirect::Ztunnel {
+        netns: topology.netns("plain"),
+        interface: "eth0".into(),
+        host_interface: "vp".into(),
+        address: PLAIN,
+        address_v6: None,
+    };
+    let pods = topology.pods();
+    inside(&topology.netns("node"), || {
+        let mut redirection = EBPF.create(settings.clone());
+        redirection.install().unwrap();
+        redirection.add_pods(&pods).unwrap();
+    });
+    // The elder's listeners are in the map still, which must not mean that it is asked.
+    let refused = topology.ask("app1", (REMOTE, 80));
+    assert!(refused.is_err(), "{refused:?}");
+    let _younger = Server::ztunnel(&topology.netns("plain"), Role::Outbound, "younger", map);
+    check(&topology, "app1", (REMOTE, 80), "younger");
+    drop(elder);
+    check(&topology, "app1", (REMOTE, 80), "younger");
+    inside(&topology.netns("node"), || {
+        EBPF.create(settings).cleanup().unwrap()
+    });
+    crate::shared::assert_same(&before, &topology.traces());
 }
 
 /// A part of the way takes smaller packets: ztunnel's socket learns it for TCP, the pod's for UDP.

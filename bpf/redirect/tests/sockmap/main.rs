@@ -7,6 +7,7 @@
 )]
 
 mod basics;
+mod bounds;
 mod support;
 mod torture;
 mod traps;

@@ -54,6 +54,8 @@ pub(crate) struct Net {
     name: String,
     directory: tempfile::TempDir,
     pub(crate) shortcut: Option<Shortcut>,
+    /// As in [`Settings`], for the next installation.
+    pub(crate) memory_max: Option<u64>,
 }
 
 impl Net {
@@ -70,6 +72,7 @@ impl Net {
             directory: tempfile::tempdir().unwrap(),
             name,
             shortcut: None,
+            memory_max: None,
         };
         mount(
             Some("bpf"),
@@ -107,6 +110,7 @@ impl Net {
             cgroup: sockmap::root_cgroup().unwrap(),
             ztunnel_netns: self.netns("zt"),
             force: true,
+            memory_max: self.memory_max,
         }
     }
 
