@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
 use std::io::Read;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::thread;
 use std::time::Duration;
 
+use rt::mailbox::Receiver;
 use rt::net::{Keepalive, Listener};
 use rt::{Backend, Runtime};
 
@@ -102,7 +104,92 @@ fn accepted_connections_inherit_options(backend: Backend) {
     assert_eq!(option(libc::TCP_KEEPCNT), 2);
 }
 
+/// A listener that shares `port` (0: any) and is preferred for connections from `cpu`, as a
+/// worker's is.
+fn steered(port: u16, cpu: u32) -> TcpListener {
+    // SAFETY: socket(2) has no memory-safety preconditions.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor was just created and nobody else owns it.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    for (name, value) in [(libc::SO_REUSEPORT, 1), (libc::SO_INCOMING_CPU, cpu)] {
+        let (value, len) = ((&raw const value).cast(), size_of::<u32>() as u32);
+        // SAFETY: the value lives across the call and its own size is passed.
+        let rc = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, name, value, len) };
+        assert_eq!(rc, 0, "option {name}");
+    }
+    // SAFETY: sockaddr_in is plain old data; all zeroes is a valid address.
+    let mut addr: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+    addr.sin_family = libc::AF_INET as libc::sa_family_t;
+    addr.sin_port = port.to_be();
+    addr.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
+    let len = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+    // SAFETY: the address lives across the calls and its own size is passed.
+    let bound = unsafe { libc::bind(fd, (&raw const addr).cast(), len) == 0 };
+    // SAFETY: listen(2) has no memory-safety preconditions.
+    let listening = bound && unsafe { libc::listen(fd, 128) } == 0;
+    assert!(listening, "{}", std::io::Error::last_os_error());
+    owned.into()
+}
+
+/// Answers each connection, until told to stop.
+fn worker(backend: Backend, listener: TcpListener, mut stop: Receiver<()>) {
+    let mut runtime = Runtime::new(with(backend)).unwrap();
+    let serving = async {
+        rt::spawn(async move {
+            let mut listener = Listener::from_std(listener);
+            loop {
+                let (_read, mut write) = listener.accept().await.unwrap().split();
+                write.push_copy(b"served");
+                write.flush().await.unwrap();
+            }
+        });
+        stop.recv().await;
+    };
+    runtime.run(serving).unwrap();
+}
+
+/// Connections from every CPU are served, also where no worker runs on theirs.
+fn fewer_workers_than_cpus_serve_all(backend: Backend) {
+    let cpus = rt::available_cpus().unwrap();
+    // One worker; then two, of which one is for a CPU that no connection comes from.
+    for preferred in [&[cpus[0]][..], &[cpus[0], 1_000]] {
+        let first = steered(0, preferred[0]);
+        let addr = first.local_addr().unwrap();
+        let others = preferred[1..].iter();
+        let listeners = std::iter::once(first).chain(others.map(|&cpu| steered(addr.port(), cpu)));
+        let workers: Vec<_> = listeners
+            .map(|listener| {
+                let (sender, stop) = rt::mailbox::channel(1);
+                (
+                    sender,
+                    thread::spawn(move || worker(backend, listener, stop)),
+                )
+            })
+            .collect();
+        for &cpu in cpus.iter().take(4) {
+            let client = thread::spawn(move || {
+                rt::pin_current_thread(cpu).unwrap();
+                for _ in 0..10 {
+                    let mut stream = TcpStream::connect(addr).unwrap();
+                    let patience = Some(Duration::from_secs(20));
+                    stream.set_read_timeout(patience).unwrap();
+                    let mut answer = String::new();
+                    stream.read_to_string(&mut answer).unwrap();
+                    assert_eq!(answer, "served", "from CPU {cpu}");
+                }
+            });
+            client.join().unwrap();
+        }
+        for (sender, worker) in workers {
+            sender.send(()).unwrap();
+            worker.join().unwrap();
+        }
+    }
+}
+
 both_back_ends! {
+    fewer_workers_than_cpus_serve_all,
     accepted_connections_inherit_options,
     a_burst_is_accepted_without_an_error,
     connections_nobody_took_are_closed_with_the_listener,
