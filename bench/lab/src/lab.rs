@@ -21,6 +21,7 @@ use crate::network::{self, namespace, netns_path};
 use crate::peers::ProxyKind;
 use crate::state::{Phase, Redirect, State, Variant, check_name, directory};
 use crate::status::{self, Status};
+use crate::steering;
 use crate::teardown;
 use crate::topology::{Host, Node};
 use crate::ztunnel;
@@ -270,8 +271,12 @@ impl Lab {
             return Err(Error::Options(text));
         };
         let mut daemon = ztunnel::start(&self.state, &binary, node)?;
-        self.record(&mut daemon)?;
-        ztunnel::wait_ready(&self.state, &mut daemon, node)
+        let process = self.record(&mut daemon)?;
+        ztunnel::wait_ready(&self.state, &mut daemon, node)?;
+        if self.state.redirect == Redirect::Ebpf && !self.state.proxy.registers_listeners() {
+            steering::register(&agent::listener_map(self.name(), node), process)?;
+        }
+        Ok(())
     }
 
     /// Everything between an empty machine and a working lab.
@@ -325,9 +330,13 @@ impl Lab {
         Ok(())
     }
 
-    fn record(&mut self, daemon: &mut Daemon) -> Result<()> {
-        self.state.processes.push(daemon.process()?);
-        self.state.save()
+    /// Remembers a process; returns its id.
+    fn record(&mut self, daemon: &mut Daemon) -> Result<u32> {
+        let process = daemon.process()?;
+        let pid = process.pid;
+        self.state.processes.push(process);
+        self.state.save()?;
+        Ok(pid)
     }
 }
 
@@ -380,14 +389,6 @@ fn preflight(options: &LabOptions) -> Result<()> {
             );
             return Err(Error::Options(text));
         }
-    }
-    if options.redirect == Redirect::Ebpf && !options.proxy.registers_listeners() {
-        let text = format!(
-            "a proxy of kind {} does not register its listeners with redirection ebpf: use \
-             --redirect tunnel, which steers by TPROXY",
-            options.proxy
-        );
-        return Err(Error::Options(text));
     }
     if options.sockmap && options.redirect == Redirect::Tunnel {
         let text = "--sockmap on is for --redirect ebpf; the tunnel path has no short-cut";

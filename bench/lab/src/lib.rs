@@ -36,6 +36,7 @@ mod process;
 pub mod report;
 mod state;
 mod status;
+mod steering;
 mod teardown;
 mod topology;
 mod ztunnel;

@@ -17,10 +17,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use loadgen::serve::{Mode, Options, Server};
 use nix::sys::socket::{setsockopt, sockopt};
-use nix::unistd::{SysconfVar, sysconf};
 use redirect::{ListenerMap, Role};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::steering::configured_cpus;
 use crate::ztunnel::READINESS_PORT;
 
 /// Where ztunnel expects what pods send.
@@ -83,10 +83,4 @@ fn answer(mut probe: TcpStream) -> io::Result<()> {
     // Read, or closing would reset the connection.
     let _ = probe.read(&mut [0; 1024])?;
     probe.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n")
-}
-
-/// CPUs the machine has, whether or not we may use them: packets arrive on all.
-fn configured_cpus() -> u32 {
-    let count = sysconf(SysconfVar::_NPROCESSORS_CONF).ok().flatten();
-    count.and_then(|count| count.try_into().ok()).unwrap_or(1)
 }

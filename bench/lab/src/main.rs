@@ -97,8 +97,8 @@ struct UpArgs {
     #[arg(long, value_name = "PATH")]
     ztunnel: Option<PathBuf>,
     /// What runs in ztunnel's place: shared (a ztunnel with this project's environment), dedicated
-    /// (any ztunnel, for the node's main pod), envoy-tcp, envoy-hbone or haproxy, which need
-    /// --redirect tunnel, or listener (nothing of a proxy: it answers by itself)
+    /// (any ztunnel, for the node's main pod), envoy-tcp, envoy-hbone or haproxy, or
+    /// listener (nothing of a proxy: it answers by itself)
     #[arg(long, value_name = "KIND", default_value = ProxyKind::default().name())]
     proxy: ProxyKind,
     /// Rule set of --redirect tunnel: hardened, or faithful to Istio 1.20 with its defects

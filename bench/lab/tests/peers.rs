@@ -118,22 +118,24 @@ fn encrypts(lab: &TestLab, port: u16) {
     assert!(!held(MARKER), "plaintext on the underlay");
 }
 
+/// As upstream: in dedicated mode the tunnel comes from ztunnel's own address.
+const STRANGER: Expected = Expected {
+    client_address: false,
+    same_node: false,
+    port: 15008,
+};
+
 #[test]
 fn our_own_dedicated_as_a_stranger() {
-    let expected = Expected {
-        // As upstream: in dedicated mode the tunnel comes from ztunnel's own address.
-        client_address: false,
-        same_node: false,
-        port: 15008,
-    };
-    let program = workspace_binary("ztunnel");
-    carries(
-        "stranger",
-        Redirect::Tunnel,
-        ProxyKind::Dedicated,
-        program,
-        expected,
-    );
+    let (kind, program) = (ProxyKind::Dedicated, workspace_binary("ztunnel"));
+    carries("stranger", Redirect::Tunnel, kind, program, STRANGER);
+}
+
+/// The lab registers its listeners: it knows nothing of that.
+#[test]
+fn our_own_dedicated_as_a_stranger_on_ebpf() {
+    let (kind, program) = (ProxyKind::Dedicated, workspace_binary("ztunnel"));
+    carries("stranger-ebpf", Redirect::Ebpf, kind, program, STRANGER);
 }
 
 #[test]
@@ -172,6 +174,19 @@ fn envoy_as_a_tcp_proxy() {
 #[test]
 fn envoy_speaking_hbone() {
     foreign(ProxyKind::EnvoyHbone, 15008);
+}
+
+#[test]
+fn haproxy_on_ebpf() {
+    let expected = Expected {
+        client_address: true,
+        same_node: true,
+        port: 9000,
+    };
+    if let Some(program) = installed("haproxy_on_ebpf", ProxyKind::Haproxy) {
+        let kind = ProxyKind::Haproxy;
+        carries("haproxy-ebpf", Redirect::Ebpf, kind, program, expected);
+    }
 }
 
 #[test]
@@ -235,19 +250,4 @@ fn setup_installs_the_version_that_is_looked_for() {
     let text = fs::read_to_string(script).unwrap();
     let line = format!("envoy_version={}", peers::ENVOY_VERSION);
     assert!(text.lines().any(|found| found == line), "no line `{line}`");
-}
-
-#[test]
-fn what_cannot_steer_by_ebpf_is_refused_with_the_way_out() {
-    if !can_run("what_cannot_steer_by_ebpf_is_refused_with_the_way_out") {
-        return;
-    }
-    let error = lab::Lab::up(&LabOptions {
-        name: unique("refused"),
-        redirect: Redirect::Ebpf,
-        proxy: ProxyKind::Dedicated,
-        ..LabOptions::default()
-    });
-    let text = error.unwrap_err().to_string();
-    assert!(text.contains("--redirect tunnel"), "{text}");
 }

@@ -1,7 +1,8 @@
 //! Other proxies: found, brought up in the way they take, probed.
 //!
-//! `--peer NAME=PATH` is any ztunnel: it is run in upstream's `dedicated` mode on the `tunnel`
-//! redirection, which steers by TPROXY and needs no help from the proxy. `NAME=shared:PATH` is one
+//! `--peer NAME=PATH` is any ztunnel: it is run in upstream's `dedicated` mode, on the `ebpf`
+//! redirection with listeners that the lab registers for it, else on `tunnel`, which steers by
+//! TPROXY. `NAME=shared:PATH` is one
 //! that takes this project's environment, such as another version of it. `conventional`,
 //! `envoy-tcp`, `envoy-hbone` and `haproxy` are known by name, and `all` stands for them. A peer
 //! that is not installed, does not come up, or whose processes do no work while requests get
@@ -34,7 +35,10 @@ const AS_OURS: &[(Redirect, ProxyKind)] = &[
     (Redirect::Ebpf, ProxyKind::Shared),
     (Redirect::Tunnel, ProxyKind::Shared),
 ];
-const AS_A_STRANGER: &[(Redirect, ProxyKind)] = &[(Redirect::Tunnel, ProxyKind::Dedicated)];
+const AS_A_STRANGER: &[(Redirect, ProxyKind)] = &[
+    (Redirect::Ebpf, ProxyKind::Dedicated),
+    (Redirect::Tunnel, ProxyKind::Dedicated),
+];
 const BY_NAME: [&[(Redirect, ProxyKind)]; 3] = [
     &[(Redirect::Tunnel, ProxyKind::EnvoyTcp)],
     &[(Redirect::Tunnel, ProxyKind::EnvoyHbone)],
@@ -332,7 +336,8 @@ mod tests {
                     assert_eq!(path.cross_node_only, peer.about.contains("not measured"));
                     let as_ours = wanted.ways == AS_OURS;
                     assert_eq!(peer.mode == "shared", as_ours, "{peer:?}");
-                    assert_eq!(path.redirect == Redirect::Ebpf, as_ours, "{peer:?}");
+                    let by_ebpf = as_ours || wanted.name == "stranger";
+                    assert_eq!(path.redirect == Redirect::Ebpf, by_ebpf, "{peer:?}");
                 }
                 Err(skipped) => {
                     assert_eq!(skipped.name, "absent", "{}", skipped.reason);

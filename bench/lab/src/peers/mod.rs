@@ -3,7 +3,8 @@
 //! All of them stand in the same namespaces, behind the same redirection, with certificates of
 //! the lab's own CA (dedicated ztunnels: of their fake CA). A foreign proxy serves one workload
 //! per node, the node's main pod, whose certificate it presents. It cannot register listeners
-//! with the eBPF redirection, so it runs on the `tunnel` one, which steers by TPROXY.
+//! with the eBPF redirection; the lab does it in its place ([`crate::steering`]). TPROXY of the
+//! `tunnel` one needs nothing of that.
 
 pub mod envoy;
 pub mod haproxy;
