@@ -3,8 +3,8 @@
 //!
 //! The redirection gives a connection to the socket that ztunnel registered for the CPU it comes in
 //! on. Registering needs a descriptor of the socket, and those of another process can be duplicated
-//! (pidfd_getfd(2), Linux 5.6). So a program only has to listen where ztunnels do, transparently; its
-//! sockets are found in its descriptors once it says that it is ready. One that opens listeners
+//! (pidfd_getfd(2), Linux 5.6). So a program only has to listen where ztunnels do, transparently;
+//! its sockets are found in its descriptors once it says that it is ready. One that opens listeners
 //! later, or anew, does not get what comes for them.
 
 use std::collections::HashMap;
