@@ -5,6 +5,7 @@ use std::path::Path;
 
 use aya::maps::{Map, MapData, SockMap};
 
+use crate::ebpf;
 use crate::error::{Error, Result};
 
 /// CPUs the map has room for; `MAX_CPUS` of `bpf/src/layout.h`.
@@ -54,6 +55,30 @@ impl ListenerMap {
         let map = Map::from_map_data(data).map_err(|e| Error::bpf("use map", name(), &e))?;
         let sockets = SockMap::try_from(map).map_err(|e| Error::bpf("use map", name(), &e))?;
         Ok(Self { sockets })
+    }
+
+    /// Whether the ztunnel that packets go to is the one of the calling thread's network namespace,
+    /// by its address. Two may overlap, each in a namespace of its own; the map is for that one,
+    /// and listeners of the other would take no connection and keep that one's out.
+    ///
+    /// `pinned` is the map's pin, as for [`ListenerMap::open`].
+    ///
+    /// # Errors
+    /// [`Error::Bpf`] if the configuration of the programs, pinned beside the map, cannot be read.
+    pub fn is_for_this_namespace(pinned: &Path) -> Result<bool> {
+        let directory = pinned.parent().unwrap_or_else(|| Path::new("/"));
+        let address = ebpf::ztunnel_address(directory)?;
+        let mut own = nix::ifaddrs::getifaddrs().map_err(|errno| Error::Bpf {
+            action: "find addresses for",
+            name: pinned.display().to_string(),
+            reason: errno.to_string(),
+        })?;
+        Ok(own.any(|entry| {
+            let own = entry
+                .address
+                .and_then(|own| Some(own.as_sockaddr_in()?.ip()));
+            own == Some(address)
+        }))
     }
 
     /// Makes `listener` the one that gets `role`'s connections arriving on `cpu`.

@@ -384,6 +384,8 @@ fn describe_sockmap(sockmap: &redirect::sockmap::Status, lines: &mut Vec<String>
         (true, true) => "on by force: this kernel's FIONREAD is wrong",
     };
     lines.push(format!("sockmap:     {state}"));
+    let bound = sockmap.memory_max.iter();
+    lines.extend(bound.map(|max| format!("sockmap:     below {} MiB of TCP memory", max >> 20)));
     for (counter, count) in &sockmap.counters {
         lines.push(format!("sockmap:     {counter} {count}"));
     }

@@ -324,6 +324,7 @@ mod tests {
         let status = sockmap::Status {
             enabled: true,
             forced: false,
+            memory_max: None,
             counters: counters.collect(),
         };
         let mut text = Text::default();

@@ -1,7 +1,9 @@
 //! Telling the eBPF redirection which listener takes the connections that arrive on which CPU.
 //!
 //! The node agent pins a socket map; this registers each worker's listeners in it, and again when
-//! the agent has replaced the map. Until it has succeeded once the process is not ready.
+//! the agent has replaced the map. Until it has succeeded once the process is not ready. While
+//! packets go to a ztunnel in another network namespace (one takes over from the other), nothing is
+//! registered: the map is that one's.
 
 use std::fs;
 use std::io;
@@ -16,7 +18,7 @@ use redirect::{ListenerMap, Role};
 use telemetry::PendingTask;
 
 /// How often the pinned map is looked at.
-const INTERVAL: Duration = Duration::from_millis(500);
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// The listeners to register, in the order of workers.
 #[derive(Debug)]
@@ -55,8 +57,12 @@ impl Steering {
             let current = fs::metadata(&self.path)
                 .map(|pin| (pin.dev(), pin.ino()))
                 .ok();
-            if current != registered {
-                match self.register() {
+            let is_ours = ListenerMap::is_for_this_namespace(&self.path);
+            if matches!(is_ours, Ok(false)) {
+                registered = None;
+            }
+            if current != registered || registered.is_none() {
+                match is_ours.and_then(|is_ours| self.register_if(is_ours)) {
                     Ok(()) => {
                         tracing::info!("listeners registered in {}", self.path.display());
                         registered = current;
@@ -76,6 +82,17 @@ impl Steering {
             }
             tokio::time::sleep(INTERVAL).await;
         }
+    }
+
+    fn register_if(&self, is_ours: bool) -> Result<(), redirect::Error> {
+        if is_ours {
+            return self.register();
+        }
+        Err(redirect::Error::Setting {
+            field: "ZTUNNEL_LISTENER_MAP",
+            value: self.path.display().to_string(),
+            reason: "is for the ztunnel of another network namespace".to_owned(),
+        })
     }
 
     /// Every CPU of the machine gets a worker: its own where it has one.

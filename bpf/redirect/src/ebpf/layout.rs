@@ -1,6 +1,6 @@
 //! The user-space side of `bpf/src/layout.h`. A change here is a change there.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::listener_map::{MAX_CPUS, ROLES};
 use crate::pins::MapLayout;
@@ -173,6 +173,14 @@ impl Config {
     }
 }
 
+/// ztunnel's IPv4 address in an encoded [`Config`]; unspecified in one that was never set.
+pub(crate) fn ztunnel_address(config: &[u8; CONFIG_BYTES]) -> Ipv4Addr {
+    let [.., a, b, c, d] = config[8..8 + ADDRESS_BYTES] else {
+        return Ipv4Addr::UNSPECIFIED;
+    };
+    Ipv4Addr::new(a, b, c, d)
+}
+
 /// Into an array of `struct addr`; what does not fit is left out.
 fn put_addresses(array: &mut [u8], addresses: &[IpAddr]) {
     for (slot, ip) in array.chunks_exact_mut(ADDRESS_BYTES).zip(addresses) {
@@ -198,6 +206,7 @@ mod tests {
         assert_eq!(bytes[0..4], 7u32.to_ne_bytes());
         assert_eq!(bytes[4..8], 1u32.to_ne_bytes());
         assert_eq!(bytes[18..24], [0xff, 0xff, 10, 0, 0, 2]);
+        assert_eq!(ztunnel_address(&bytes), Ipv4Addr::new(10, 0, 0, 2));
         assert_eq!((bytes[24], bytes[39]), (0xfd, 2));
         assert_eq!(bytes[50..56], [0xff, 0xff, 10, 0, 0, 1]);
         assert_eq!(bytes[290..296], [0xff, 0xff, 10, 0, 0, 1]);

@@ -30,7 +30,7 @@ mod pods;
 mod sock_diag;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use aya::{Ebpf as Object, EbpfLoader};
@@ -271,6 +271,11 @@ impl Redirection for Ebpf {
         }
         result
     }
+}
+
+/// IPv4 address of the ztunnel that the programs know.
+pub(crate) fn ztunnel_address(pins: &Path) -> Result<Ipv4Addr> {
+    Ok(layout::ztunnel_address(&maps::config(pins)?))
 }
 
 fn not_installed() -> Error {

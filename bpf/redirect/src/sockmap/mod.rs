@@ -70,6 +70,8 @@ pub struct Status {
     pub enabled: bool,
     /// Whether it is used although this kernel's FIONREAD is wrong.
     pub forced: bool,
+    /// [`Settings::memory_max`], in whole pages.
+    pub memory_max: Option<u64>,
     /// Sockets, messages, bytes; demoted directions by reason. All CPUs, since installation.
     pub counters: BTreeMap<String, u64>,
 }
@@ -253,6 +255,8 @@ pub fn status(bpffs: &Path) -> Result<Option<Status>> {
     Ok(Some(Status {
         enabled: config.enabled,
         forced: config.forced,
+        memory_max: (config.memory_pages_max > 0)
+            .then(|| u64::from(config.memory_pages_max) * page_bytes()),
         counters,
     }))
 }
@@ -430,13 +434,15 @@ fn netns_cookie(netns: &Netns, path: &Path) -> Result<u64> {
 
 /// At least one: none would mean that there is no limit.
 fn pages(bytes: u64) -> u32 {
-    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
-    let page = page
-        .ok()
-        .flatten()
-        .and_then(|size| u64::try_from(size).ok());
-    u32::try_from(bytes / page.unwrap_or(4096).max(1))
-        .unwrap_or(u32::MAX)
+    let pages = u32::try_from(bytes / page_bytes());
+    pages.unwrap_or(u32::MAX).max(1)
+}
+
+fn page_bytes() -> u64 {
+    use nix::unistd::{SysconfVar, sysconf};
+    let size = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    size.and_then(|size| u64::try_from(size).ok())
+        .unwrap_or(4096)
         .max(1)
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use redirect::{Redirection, Role};
+use redirect::{ListenerMap, Redirection, Role};
 
 use crate::shared::{CLSACT, EBPF, HARDENED, Kind, check};
 use crate::topology::{
@@ -282,6 +282,13 @@ fn a_ztunnel_in_another_namespace_takes_over() {
     let _app = Server::app(&topology.netns("remote"), 80);
     let elder = Server::ztunnel(&topology.netns("ztunnel"), Role::Outbound, "elder", map);
     check(&topology, "app1", (REMOTE, 80), "elder");
+    let pin = topology.settings().bpffs.join("listeners");
+    let is_for = |host: &str| {
+        inside(&topology.netns(host), || {
+            ListenerMap::is_for_this_namespace(&pin).unwrap()
+        })
+    };
+    assert!(is_for("ztunnel") && !is_for("plain"));
     let mut settings = topology.settings();
     settings.ztunnel = redirect::Ztunnel {
         netns: topology.netns("plain"),
@@ -296,6 +303,7 @@ fn a_ztunnel_in_another_namespace_takes_over() {
         redirection.install().unwrap();
         redirection.add_pods(&pods).unwrap();
     });
+    assert!(!is_for("ztunnel") && is_for("plain"));
     // The elder's listeners are in the map still, which must not mean that it is asked.
     let refused = topology.ask("app1", (REMOTE, 80));
     assert!(refused.is_err(), "{refused:?}");
@@ -304,7 +312,7 @@ fn a_ztunnel_in_another_namespace_takes_over() {
     drop(elder);
     check(&topology, "app1", (REMOTE, 80), "younger");
     inside(&topology.netns("node"), || {
-        EBPF.create(settings).cleanup().unwrap()
+        EBPF.create(settings).cleanup().unwrap();
     });
     crate::shared::assert_same(&before, &topology.traces());
 }

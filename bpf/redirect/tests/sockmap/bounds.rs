@@ -123,6 +123,7 @@ fn at_the_bound_of_memory_connections_go_on_by_tcp() {
     drop(net.shortcut.take());
     net.memory_max = Some(4 << 20);
     let net = net.install();
+    assert_eq!(net.status().memory_max, Some(4 << 20));
     // What is small does not look; what is not finds the bound reached.
     app.write_all(b"unread ").unwrap();
     let redirected = net.counter("to_ztunnel_bytes");
