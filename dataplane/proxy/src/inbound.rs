@@ -153,8 +153,8 @@ struct Request {
     stream: TunnelStream,
 }
 
-/// Sets the connection to the server up. Bytes are relayed by a task of their own, which is all that
-/// stays.
+/// Sets the connection to the server up. Bytes are relayed by a task of their own, which is all
+/// that stays.
 async fn serve(request: Request) {
     let context = &request.context;
     let target = match request.target() {

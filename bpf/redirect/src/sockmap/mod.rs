@@ -215,7 +215,8 @@ pub fn root_cgroup() -> Option<PathBuf> {
     })
 }
 
-/// Tries out whether this kernel can have the short-cut at all, with [`Settings::force`] if need be.
+/// Tries out whether this kernel can have the short-cut at all, with [`Settings::force`] if need
+/// be.
 ///
 /// # Errors
 /// What it lacks.
