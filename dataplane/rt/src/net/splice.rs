@@ -21,6 +21,9 @@ use crate::op::{Keep, OpId, Readiness};
 
 /// Capacity asked for; the pipe keeps its own (64 KiB) where the user has too many pages in pipes.
 const PIPE_BYTES: i32 = 1 << 20;
+/// Most bytes of one splice(2) from a socket. A pipe holds 256 pieces, however large they are: more
+/// than its capacity fits where the network brings large ones.
+const SPLICE_BYTES: usize = 4 << 20;
 /// Bytes moved before other tasks have their turn.
 const BYTES_PER_TURN: usize = 4 << 20;
 /// Batches in a row below [`SMALL_BATCH`] bytes after which a flow counts as small again.
@@ -168,7 +171,7 @@ impl Transfer<'_> {
                 return Poll::Pending;
             }
             let ends = (self.source.raw(), self.pipe.writer.as_raw_fd());
-            match splice(ends.0, ends.1, PIPE_BYTES as usize) {
+            match splice(ends.0, ends.1, SPLICE_BYTES) {
                 Ok(0) => ended = true,
                 Ok(n) => {
                     self.pipe.inside = n;
