@@ -358,7 +358,7 @@ fn a_handed_over_message_survives_the_drop(backend: Backend) {
     assert_eq!(client.join().unwrap(), (true, b"last words".to_vec()));
 }
 
-/// A flow that fills large blocks gets huge ones, as many as there are, and its bytes stay in order.
+/// A flow that fills large blocks gets huge ones while there are any; its bytes stay in order.
 fn a_flow_that_fills_large_blocks_gets_huge_ones(backend: Backend) {
     let mut config = with(backend);
     config.pool.segments = 1; // a large block is soon filled

@@ -419,8 +419,8 @@ mod tests {
         Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
     }
 
-    /// Nanoseconds of CPU time to arm and cancel one, with `live` others: of connections that come and go
-    /// (cancelled in the order of arming), or of deadlines that are put off (in any order).
+    /// Nanoseconds of CPU time to arm and cancel one, with `live` others: of connections that come
+    /// and go (cancelled in the order of arming), or of deadlines that are put off (in any order).
     fn churn<T: Timers>(mut timers: T, live: usize, any_order: bool) -> f64 {
         let rounds = if cfg!(miri) { 200 } else { 200_000 };
         let ahead = |n: usize| 76_000 + n as u64 / 8 + (n as u64 * 7919) % 512;
