@@ -111,10 +111,10 @@ impl Ring {
         self.wake_fd.as_raw_fd()
     }
 
-    /// The kernel does not retry short sends from now on. Where sockmap has a hand in a send that is
-    /// short (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector than was
-    /// sent: the retry goes on behind what is missing, and what is sent again at the end is there
-    /// twice.
+    /// The kernel does not retry short sends from now on. Where sockmap has a hand in a send that
+    /// is short (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector than
+    /// was sent: the retry goes on behind what is missing, and what is sent again at the end is
+    /// there twice.
     pub(super) fn tell_short_sends(&mut self) {
         self.short_sends = true;
     }
