@@ -6,7 +6,7 @@
 //! instead, which takes a fraction of a millisecond. It is set for as long as many pods are added
 //! and then put back; the journal knows of it, for the case that this process is killed meanwhile.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -29,9 +29,11 @@ pub(crate) fn begin(journal: &mut Journal, pods: usize) -> Result<()> {
     if pods < PODS_MIN || before.trim() != "0" || journal.installed_redirect().is_none() {
         return Ok(());
     }
-    journal.begin_expedited("0")?;
-    if let Err(error) = write("1") {
-        tracing::info!(%error, "adding many pods takes longer");
+    // Nothing is noted that could not be taken back: /sys may be read-only here.
+    if let Err(error) = OpenOptions::new().write(true).open(FILE) {
+        tracing::info!(%error, "{FILE} cannot be written: adding many pods takes longer");
+        return Ok(());
     }
-    Ok(())
+    journal.begin_expedited("0")?;
+    write("1")
 }
