@@ -10,7 +10,7 @@ CARGO_DENY := $(TARGET)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
 # Time for the advisory database to arrive before it is taken to be out of reach.
 ADVISORIES_TIMEOUT_S := 60
 
-.PHONY: help setup build compare aa readme test test-kernels soak bench lint fmt clippy deny clean
+.PHONY: help setup build compare aa readme test test-kernels soak miri bench lint fmt clippy deny clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test-kernels: ## test redirection on Linux 6.1 under QEMU; KERNELS="5.10 6.1 6.1
 soak: ## a million short connections through one worker, on each back end; 1,000 pods enrolled
 	RT_SOAK_CONNECTIONS=1000000 cargo test -p rt --release --test soak
 	cargo test -p redirect --release --test redirection -- a_thousand_pods --ignored --nocapture
+
+miri: ## optional, with a nightly compiler: rt under Miri and AddressSanitizer
+	@scripts/miri.sh
 
 bench: setup ## run every micro-benchmark; BENCH_QUICK=1 in under 3 minutes after the build
 	rm -rf $(TARGET)/bench-parts
