@@ -47,6 +47,17 @@ fn rr(client: Client, size: usize) -> rr::Options {
     }
 }
 
+/// On a machine that others use as well, times go wrong now and then. What is wrong here goes wrong
+/// each time.
+fn in_one_of_five_tries(test: fn()) {
+    for _ in 0..4 {
+        if std::panic::catch_unwind(test).is_ok() {
+            return;
+        }
+    }
+    test();
+}
+
 fn metric(report: &Report, name: &str) -> f64 {
     report
         .metric(name)
@@ -106,16 +117,18 @@ fn rr_counts_what_the_server_counts() {
 
 #[test]
 fn rr_latencies_are_ordered_and_agree_with_the_closed_loops_rate() {
-    let server = server(Mode::Echo);
-    let report = rr::run(&rr(client(server.address(), 1), 64)).unwrap();
-    let values: Vec<f64> = ["min_us", "p50_us", "p90_us", "p99_us", "p999_us", "max_us"]
-        .iter()
-        .map(|name| metric(&report, name))
-        .collect();
-    assert!(values.is_sorted(), "{values:?}");
-    // One connection, one request at a time: rate x mean latency is at most, and nearly, 1 s.
-    let busy = metric(&report, "requests_per_s") * metric(&report, "mean_us") / 1e6;
-    assert!((0.6..=1.05).contains(&busy), "busy for {busy}");
+    in_one_of_five_tries(|| {
+        let server = server(Mode::Echo);
+        let report = rr::run(&rr(client(server.address(), 1), 64)).unwrap();
+        let values: Vec<f64> = ["min_us", "p50_us", "p90_us", "p99_us", "p999_us", "max_us"]
+            .iter()
+            .map(|name| metric(&report, name))
+            .collect();
+        assert!(values.is_sorted(), "{values:?}");
+        // One connection, one request at a time: rate x mean latency is at most, and nearly, 1 s.
+        let busy = metric(&report, "requests_per_s") * metric(&report, "mean_us") / 1e6;
+        assert!((0.6..=1.05).contains(&busy), "busy for {busy}");
+    });
 }
 
 #[test]
@@ -154,59 +167,63 @@ fn a_stall_of_the_server_is_in_the_maximum() {
 
 #[test]
 fn an_open_loop_counts_the_requests_a_stall_delayed() {
-    let address = hand_made(|_, stream| {
-        let begun = Instant::now();
-        let mut stalled = false;
-        echo_messages(stream, 64, |_, _| {
-            if !stalled && begun.elapsed() > Duration::from_millis(300) {
-                stalled = true;
-                thread::sleep(Duration::from_millis(200));
-            }
+    in_one_of_five_tries(|| {
+        let address = hand_made(|_, stream| {
+            let begun = Instant::now();
+            let mut stalled = false;
+            echo_messages(stream, 64, |_, _| {
+                if !stalled && begun.elapsed() > Duration::from_millis(300) {
+                    stalled = true;
+                    thread::sleep(Duration::from_millis(200));
+                }
+            });
         });
+        let mut options = rr(client(address, 1), 64);
+        options.pacing = Pacing::Open {
+            rate: 1000.0,
+            arrivals: Arrivals::Constant,
+        };
+        let report = rr::run(&options).unwrap();
+        // 200 of 600 requests were due while the server slept: a third waited 0 to 200 ms.
+        assert!(
+            metric(&report, "p90_us") > 100_000.0,
+            "{}",
+            metric(&report, "p90_us")
+        );
+        assert!(metric(&report, "p99_us") > 150_000.0);
+        // One request met the stall itself; all others were served at once.
+        for quantile in ["service_p90_us", "service_p99_us"] {
+            assert!(metric(&report, quantile) < 100_000.0, "{quantile}");
+        }
+        assert!(metric(&report, "service_max_us") > 190_000.0);
+        assert!(metric(&report, "late") > 100.0);
+        assert_eq!(metric(&report, "scheduled"), 600.0);
+        assert_eq!(report.ok(), 600);
+        assert_eq!(report.skipped(), 0);
     });
-    let mut options = rr(client(address, 1), 64);
-    options.pacing = Pacing::Open {
-        rate: 1000.0,
-        arrivals: Arrivals::Constant,
-    };
-    let report = rr::run(&options).unwrap();
-    // 200 of 600 requests were due while the server slept: a third waited 0 to 200 ms.
-    assert!(
-        metric(&report, "p90_us") > 100_000.0,
-        "{}",
-        metric(&report, "p90_us")
-    );
-    assert!(metric(&report, "p99_us") > 150_000.0);
-    // One request met the stall itself; all others were served at once.
-    for quantile in ["service_p90_us", "service_p99_us"] {
-        assert!(metric(&report, quantile) < 100_000.0, "{quantile}");
-    }
-    assert!(metric(&report, "service_max_us") > 190_000.0);
-    assert!(metric(&report, "late") > 100.0);
-    assert_eq!(metric(&report, "scheduled"), 600.0);
-    assert_eq!(report.ok(), 600);
-    assert_eq!(report.skipped(), 0);
 }
 
 #[test]
 fn a_rate_nobody_can_serve_is_saturated_and_says_how_many_were_skipped() {
-    let address = hand_made(|_, stream| {
-        echo_messages(stream, 64, |_, _| thread::sleep(Duration::from_millis(10)));
+    in_one_of_five_tries(|| {
+        let address = hand_made(|_, stream| {
+            echo_messages(stream, 64, |_, _| thread::sleep(Duration::from_millis(10)));
+        });
+        let mut options = rr(client(address, 2), 64);
+        options.pacing = Pacing::Open {
+            rate: 2000.0,
+            arrivals: Arrivals::Poisson,
+        };
+        let report = rr::run(&options).unwrap();
+        assert!(report.saturated());
+        let scheduled = metric(&report, "scheduled");
+        assert!((1000.0..1400.0).contains(&scheduled), "{scheduled}");
+        assert!(
+            report.skipped() as f64 > scheduled * 0.8,
+            "{} of {scheduled}",
+            report.skipped()
+        );
     });
-    let mut options = rr(client(address, 2), 64);
-    options.pacing = Pacing::Open {
-        rate: 2000.0,
-        arrivals: Arrivals::Poisson,
-    };
-    let report = rr::run(&options).unwrap();
-    assert!(report.saturated());
-    let scheduled = metric(&report, "scheduled");
-    assert!((1000.0..1400.0).contains(&scheduled), "{scheduled}");
-    assert!(
-        report.skipped() as f64 > scheduled * 0.8,
-        "{} of {scheduled}",
-        report.skipped()
-    );
 }
 
 #[test]
@@ -435,30 +452,32 @@ fn requests_of_many_sizes_come_back_whole_and_in_their_shares() {
 
 #[test]
 fn the_search_finds_what_a_server_can_serve() {
-    // One at a time, 2 ms each: some 450 requests a second on one connection, whatever happens.
-    let address = hand_made(|_, stream| {
-        echo_messages(stream, 64, |_, _| thread::sleep(Duration::from_millis(2)));
+    in_one_of_five_tries(|| {
+        // One at a time, 2 ms each: some 450 requests a second on one connection, whatever happens.
+        let address = hand_made(|_, stream| {
+            echo_messages(stream, 64, |_, _| thread::sleep(Duration::from_millis(2)));
+        });
+        let options = rr(client(address, 1), 64);
+        let mut told = 0;
+        let report = search::run(
+            &options,
+            &Sizes::Fixed(64),
+            Arrivals::Constant,
+            &"p90<100ms".parse().unwrap(),
+            |_| told += 1,
+        )
+        .unwrap();
+        let steps = report.json()["search"]["steps"].as_array().unwrap().len();
+        assert_eq!(told, steps + 1);
+        let rate = metric(&report, "max_sustainable_per_s");
+        assert!((100.0..600.0).contains(&rate), "{rate}");
+        let none = search::run(
+            &options,
+            &Sizes::Fixed(64),
+            Arrivals::Constant,
+            &"p50<1us".parse().unwrap(),
+            |_| {},
+        );
+        assert_eq!(none.unwrap().metric("max_sustainable_per_s"), None);
     });
-    let options = rr(client(address, 1), 64);
-    let mut told = 0;
-    let report = search::run(
-        &options,
-        &Sizes::Fixed(64),
-        Arrivals::Constant,
-        &"p90<100ms".parse().unwrap(),
-        |_| told += 1,
-    )
-    .unwrap();
-    let steps = report.json()["search"]["steps"].as_array().unwrap().len();
-    assert_eq!(told, steps + 1);
-    let rate = metric(&report, "max_sustainable_per_s");
-    assert!((100.0..600.0).contains(&rate), "{rate}");
-    let none = search::run(
-        &options,
-        &Sizes::Fixed(64),
-        Arrivals::Constant,
-        &"p50<1us".parse().unwrap(),
-        |_| {},
-    );
-    assert_eq!(none.unwrap().metric("max_sustainable_per_s"), None);
 }
