@@ -32,6 +32,13 @@ MODPROBE
 chmod 755 /run/modprobe
 echo /run/modprobe >/proc/sys/kernel/modprobe
 
+# What a node with kube-proxy and a network plugin has loaded long before. Other modules come when
+# they are asked for.
+for module in veth geneve cls_bpf sch_ingress nf_tables nft_compat nft_chain_nat ip_set_hash_ip \
+    xt_set xt_mark xt_connmark xt_conntrack xt_owner xt_socket xt_tcpudp xt_CT xt_TPROXY; do
+    /run/modprobe -q "$module"
+done
+
 # Whole files come faster from outside than their pages one by one, at the price of some memory.
 bin=$(cat /exchange/bin-dir)
 cat "$bin"/{lab,loadgen,node-agent,ztunnel} /usr/sbin/xtables-nft-multi /bin/{ip,bash} >/dev/null

@@ -48,6 +48,9 @@ agent_says() {
 
 "$bin/lab" up --name "$lab" --redirect "$redirect"
 
+# Which back end the data path has here is in its log.
+grep -h -i -E 'io_uring|epoll' "/run/zt-lab/$lab/ztunnel-a.log" || true
+
 for node in node-a node-b; do
     if [ "$redirect" = tunnel ]; then
         says=$(agent_says "$node" tunnel_driver)
