@@ -122,7 +122,11 @@ impl Trials {
                 "" => String::new(),
                 flavour => format!("; tokio {flavour}"),
             };
-            let note = format!("{}{flavour}", workload.placement.note());
+            let looking = match workload.kind {
+                Kind::RrBusyPoll => "; rt looks for news for up to 200 us",
+                _ => "",
+            };
+            let note = format!("{}{flavour}{looking}", workload.placement.note());
             let mut row = Row::new(&workload.name(), metric, subject, other).with_note(&note);
             row.subject_values.clone_from(&subject_values);
             row.baseline_values = baseline_values;
@@ -181,6 +185,7 @@ fn trial(
     let server_address = server.address()?.to_string();
     let runs = match (workload.kind, backend) {
         (Kind::StreamSplice, Backend::Rt) => Backend::RtSplice,
+        (Kind::RrBusyPoll, Backend::Rt) => Backend::RtBusyPoll,
         _ => backend,
     };
     let backend_name = clap::ValueEnum::to_possible_value(&runs)
@@ -237,7 +242,7 @@ fn figures(kind: Kind, report: &Value, cpu_ns: f64) -> Result<Figures> {
     let seconds = report["measured_s"].as_f64().unwrap_or_default();
     let per = |rate: f64, scale: f64| cpu_ns / scale / (rate * seconds);
     Ok(match kind {
-        Kind::Rr => {
+        Kind::Rr | Kind::RrBusyPoll => {
             let rate = metric("requests_per_s")?;
             Figures::from([
                 ("cpu_us_per_request", per(rate, 1e3)),

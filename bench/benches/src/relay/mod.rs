@@ -36,6 +36,8 @@ pub enum Backend {
     Rt,
     /// The same, with bulk through a pipe.
     RtSplice,
+    /// The same, looking for news before it sleeps.
+    RtBusyPoll,
     /// The same on epoll.
     RtEpoll,
     /// tokio, current-thread flavour.
@@ -62,7 +64,7 @@ impl Backend {
     #[must_use]
     pub fn baseline(self) -> &'static str {
         match self {
-            Self::Rt | Self::RtSplice => "rt",
+            Self::Rt | Self::RtSplice | Self::RtBusyPoll => "rt",
             Self::RtEpoll => "rt-epoll",
             Self::TokioCurrentThread | Self::TokioMultiThread => "tokio",
             Self::TokioUring => "tokio-uring",
@@ -94,6 +96,7 @@ pub fn run(backend: Backend, target: SocketAddr) -> Result<()> {
         }
         Backend::Rt => per_cpu(target, on_rt::run),
         Backend::RtSplice => per_cpu(target, on_rt::run_with_splice),
+        Backend::RtBusyPoll => per_cpu(target, on_rt::run_with_busy_poll),
         Backend::RtEpoll => per_cpu(target, on_rt::run_on_epoll),
         Backend::TokioUring => per_cpu(target, on_tokio_uring::run),
         Backend::Monoio => per_cpu(target, on_monoio::run),

@@ -3,28 +3,48 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
 
 use anyhow::Result;
 use rt::net::{ConnectOptions, Listener, ReadHalf, Splice, Spliced, TcpStream, WriteHalf, connect};
 use rt::{Backend, Runtime, RuntimeConfig};
 
+/// How long the relay of [`run_with_busy_poll`] looks for news.
+const BUSY_POLL: Duration = Duration::from_micros(200);
+
 pub(super) fn run(listener: TcpListener, target: SocketAddr) -> Result<()> {
-    serve(Backend::IoUring, false, listener, target)
+    serve(on(Backend::IoUring), false, listener, target)
 }
 
 pub(super) fn run_with_splice(listener: TcpListener, target: SocketAddr) -> Result<()> {
-    serve(Backend::IoUring, true, listener, target)
+    serve(on(Backend::IoUring), true, listener, target)
+}
+
+pub(super) fn run_with_busy_poll(listener: TcpListener, target: SocketAddr) -> Result<()> {
+    let config = RuntimeConfig {
+        busy_poll: BUSY_POLL,
+        ..on(Backend::IoUring)
+    };
+    serve(config, false, listener, target)
 }
 
 pub(super) fn run_on_epoll(listener: TcpListener, target: SocketAddr) -> Result<()> {
-    serve(Backend::Epoll, false, listener, target)
+    serve(on(Backend::Epoll), false, listener, target)
 }
 
-fn serve(backend: Backend, splice: bool, listener: TcpListener, target: SocketAddr) -> Result<()> {
-    let config = RuntimeConfig {
+fn on(backend: Backend) -> RuntimeConfig {
+    RuntimeConfig {
         backend,
         ..RuntimeConfig::default()
-    };
+    }
+}
+
+fn serve(
+    config: RuntimeConfig,
+    splice: bool,
+    listener: TcpListener,
+    target: SocketAddr,
+) -> Result<()> {
     Runtime::new(config)?.run(async move {
         let mut listener = Listener::from_std(listener);
         listener.set_nodelay()?;

@@ -38,6 +38,8 @@ impl Placement {
 pub enum Kind {
     /// 64-byte requests, closed loop.
     Rr,
+    /// The same, with `rt` looking for news before it sleeps: what its CPU buys.
+    RrBusyPoll,
     /// Bytes from the client to the server.
     Stream,
     /// The same, with `rt` splicing.
@@ -54,6 +56,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Rr => "rr",
+            Self::RrBusyPoll => "rr-busy-poll",
             Self::Stream => "stream",
             Self::StreamSplice => "stream-splice",
             Self::Connect => "connect",
@@ -65,6 +68,7 @@ impl Kind {
     #[must_use]
     pub fn load(self) -> &'static str {
         match self {
+            Self::RrBusyPoll => Self::Rr.name(),
             Self::StreamSplice => Self::Stream.name(),
             kind => kind.name(),
         }
@@ -74,7 +78,7 @@ impl Kind {
     #[must_use]
     pub fn metrics(self) -> &'static [(&'static str, bool)] {
         match self {
-            Self::Rr => &[
+            Self::Rr | Self::RrBusyPoll => &[
                 ("cpu_us_per_request", true),
                 ("p50_us", true),
                 ("requests_per_s", false),
@@ -123,13 +127,15 @@ pub struct Plan {
 }
 
 /// Workloads as they are measured; those of [`Placement::OtherCore`] need two CPUs.
-const WORKLOADS: [(Kind, usize, Placement); 12] = [
+const WORKLOADS: [(Kind, usize, Placement); 14] = [
     (Kind::Rr, 1, Placement::OneCore),
     (Kind::Rr, 32, Placement::OneCore),
     (Kind::Rr, 256, Placement::OneCore),
     (Kind::Rr, 32, Placement::OtherCore),
     (Kind::Rr, 256, Placement::OtherCore),
     (Kind::Rr, 1, Placement::Unpinned),
+    (Kind::RrBusyPoll, 1, Placement::Unpinned),
+    (Kind::RrBusyPoll, 32, Placement::OtherCore),
     (Kind::Stream, 1, Placement::OneCore),
     (Kind::Stream, 8, Placement::OneCore),
     (Kind::StreamSplice, 1, Placement::OneCore),
