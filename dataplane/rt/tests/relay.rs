@@ -174,7 +174,7 @@ fn send_and_check(addr: SocketAddr, seed: u64, len: usize, chunk: usize) {
 }
 
 fn bytes_are_exact_in_every_mode(backend: Backend) {
-    for placement in [Placement::Flat, Placement::Segmented] {
+    for placement in [Placement::Flat, Placement::Parsed, Placement::Segmented] {
         let cases = [
             (1, 1),
             (64, 64),

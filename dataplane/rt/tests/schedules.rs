@@ -93,8 +93,8 @@ async fn receiver(mut half: ReadHalf, seed: u64, fate: Fate, mut random: Random)
     let mut at = 0;
     loop {
         if random.chance(6) {
-            let layout = [Placement::Flat, Placement::Segmented];
-            half.set_placement(layout[random.below(2)]);
+            let layout = [Placement::Flat, Placement::Parsed, Placement::Segmented];
+            half.set_placement(layout[random.below(3)]);
         }
         let result = if random.chance(4) {
             let limit = Duration::from_micros(random.below(400) as u64);

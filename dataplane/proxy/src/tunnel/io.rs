@@ -65,7 +65,7 @@ pub(crate) async fn run(
     owner: Box<dyn TunnelOwner>,
 ) -> Result<Rc<Tunnel>, SetupError> {
     let (mut read, mut write) = stream.split();
-    read.set_placement(Placement::Flat);
+    read.set_placement(Placement::Parsed);
     let mut early = VecDeque::new();
     let shaken = shake(&mut read, &mut write, handshake, &mut early, setup.cpu).await;
     let session = match shaken {

@@ -66,8 +66,6 @@ pub(super) struct Ring {
     /// Some of them are from an earlier turn.
     unsettled: bool,
     hurry: bool,
-    /// Short sends complete as such; see [`Ring::tell_short_sends`].
-    short_sends: bool,
 }
 
 impl Ring {
@@ -101,7 +99,6 @@ impl Ring {
             relaxed: Vec::new(),
             unsettled: false,
             hurry: false,
-            short_sends: false,
         };
         this.arm_wake();
         Ok(this)
@@ -109,14 +106,6 @@ impl Ring {
 
     pub(super) fn wake_fd(&self) -> RawFd {
         self.wake_fd.as_raw_fd()
-    }
-
-    /// The kernel does not retry short sends from now on. Where sockmap has a hand in a send that
-    /// is short (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector than
-    /// was sent: the retry goes on behind what is missing, and what is sent again at the end is
-    /// there twice.
-    pub(super) fn tell_short_sends(&mut self) {
-        self.short_sends = true;
     }
 
     /// The next turn does not wait.
@@ -146,7 +135,7 @@ impl Ring {
 
     pub(super) fn submit(&mut self, id: OpId, books: &mut Books) {
         let relaxed = books.ops.is_relaxed(id);
-        let mut entry = entry(books.ops.keep_mut(id), relaxed, self.short_sends);
+        let mut entry = entry(books.ops.keep_mut(id), relaxed);
         if relaxed {
             entry = entry.flags(squeue::Flags::SKIP_SUCCESS);
             self.relaxed.push(id);
@@ -397,7 +386,7 @@ fn register_ring_fd(fd: RawFd) -> Option<i32> {
 }
 
 /// The submission queue entry of an operation.
-fn entry(keep: &mut Keep, relaxed: bool, short_sends: bool) -> squeue::Entry {
+fn entry(keep: &mut Keep, relaxed: bool) -> squeue::Entry {
     match keep {
         Keep::Accept(socket) => opcode::AcceptMulti::new(Fd(socket.raw()))
             .flags(libc::SOCK_CLOEXEC)
@@ -422,12 +411,14 @@ fn entry(keep: &mut Keep, relaxed: bool, short_sends: bool) -> squeue::Entry {
         }
         Keep::Send(socket, list) => {
             let fd = Fd(socket.raw());
-            // WAITALL: the kernel retries short sends itself and completes once; with DONTWAIT a
-            // short send is a failure, so that it is told.
-            let flags = match (relaxed, short_sends) {
-                (true, _) => libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT,
-                (false, false) => libc::MSG_NOSIGNAL | libc::MSG_WAITALL,
-                (false, true) => libc::MSG_NOSIGNAL,
+            // No WAITALL, by which the kernel retries a short send itself: where sockmap has a hand in
+            // one (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector than
+            // was sent, and the retry goes on behind what is missing. With DONTWAIT there is no
+            // retry, and a short send is a failure, so that it is told.
+            let flags = if relaxed {
+                libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT
+            } else {
+                libc::MSG_NOSIGNAL
             };
             if let Some((base, len)) = list.only_vector() {
                 return opcode::Send::new(fd, base, len).flags(flags).build();

@@ -22,8 +22,11 @@ use crate::op::{Keep, OpId};
 /// How bulk data is laid out in a large block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
-    /// One contiguous run, for data that is parsed (TLS records) or passed on as it is.
+    /// One contiguous run, for data that is passed on as it is.
     Flat,
+    /// One contiguous run, for data that is parsed (TLS records): in blocks that are still in the
+    /// cache when it is.
+    Parsed,
     /// Cut into segments with head and tail room, to be sealed into records where it lies.
     Segmented,
 }
@@ -195,7 +198,7 @@ impl ReadHalf {
             other => {
                 *carry = other;
                 let pool = &self.inner.pool;
-                match (self.bulk, self.gushing) {
+                match (self.bulk, self.gushing && self.placement == Placement::Flat) {
                     (true, true) => pool.huge().unwrap_or_else(|| pool.large()),
                     (true, false) => pool.large(),
                     (false, _) => pool.record(),
