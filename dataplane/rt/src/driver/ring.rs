@@ -411,10 +411,10 @@ fn entry(keep: &mut Keep, relaxed: bool) -> squeue::Entry {
         }
         Keep::Send(socket, list) => {
             let fd = Fd(socket.raw());
-            // No WAITALL, by which the kernel retries a short send itself: where sockmap has a hand in
-            // one (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector than
-            // was sent, and the retry goes on behind what is missing. With DONTWAIT there is no
-            // retry, and a short send is a failure, so that it is told.
+            // No WAITALL, by which the kernel retries a short send itself: where sockmap has a hand
+            // in one (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector
+            // than was sent, and the retry goes on behind what is missing. With DONTWAIT there is
+            // no retry, and a short send is a failure, so that it is told.
             let flags = if relaxed {
                 libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT
             } else {
