@@ -239,10 +239,11 @@ fn iperf3(lab: &mut TestLab) {
         let report: Value = serde_json::from_slice(&text).unwrap();
         assert_eq!(report.get("error"), None, "{report}");
         let bytes = |what: &str| report["end"][what]["bytes"].as_u64().unwrap();
-        // The receiver stops counting when the sender says that it is through.
+        // Streams stop together when they have sent about what was asked for, some blocks less
+        // included, and the receiver stops counting when the sender says that it is through.
         let (sent, received) = (bytes("sum_sent"), bytes("sum_received"));
         assert!(
-            sent >= 16 << 20 && received > 0,
+            sent >= 12 << 20 && received > 0,
             "{sent} sent, {received} received"
         );
     }
