@@ -41,7 +41,8 @@ pub struct RuntimeConfig {
     /// finds some. Lone messages are answered sooner, at the price of the CPU; zero: never.
     pub busy_poll: Duration,
     /// Whether [`crate::net::Splice`] may be used: not where sockmap redirects data to sockets of
-    /// this process, which splice(2) would not see.
+    /// this process, which splice(2) would not see. There the kernel does not retry short sends
+    /// either, which corrupts what sockmap has a hand in.
     pub splice: bool,
 }
 
@@ -455,7 +456,11 @@ fn drivers_choice(
 }
 
 fn ring(config: &RuntimeConfig, pool: &Pool) -> io::Result<Driver> {
-    Driver::with_ring(config.entries, config.entries * 4, pool)
+    let mut driver = Driver::with_ring(config.entries, config.entries * 4, pool)?;
+    if !config.splice {
+        driver.tell_short_sends();
+    }
+    Ok(driver)
 }
 
 fn register_remote(remote: &Arc<Remote>) -> Result<u16, RuntimeError> {

@@ -66,6 +66,8 @@ pub(super) struct Ring {
     /// Some of them are from an earlier turn.
     unsettled: bool,
     hurry: bool,
+    /// Short sends complete as such; see [`Ring::tell_short_sends`].
+    short_sends: bool,
 }
 
 impl Ring {
@@ -99,6 +101,7 @@ impl Ring {
             relaxed: Vec::new(),
             unsettled: false,
             hurry: false,
+            short_sends: false,
         };
         this.arm_wake();
         Ok(this)
@@ -106,6 +109,14 @@ impl Ring {
 
     pub(super) fn wake_fd(&self) -> RawFd {
         self.wake_fd.as_raw_fd()
+    }
+
+    /// The kernel does not retry short sends from now on. Where sockmap has a hand in a send that
+    /// is short (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector than
+    /// was sent: the retry goes on behind what is missing, and what is sent again at the end is
+    /// there twice.
+    pub(super) fn tell_short_sends(&mut self) {
+        self.short_sends = true;
     }
 
     /// The next turn does not wait.
@@ -135,7 +146,7 @@ impl Ring {
 
     pub(super) fn submit(&mut self, id: OpId, books: &mut Books) {
         let relaxed = books.ops.is_relaxed(id);
-        let mut entry = entry(books.ops.keep_mut(id), relaxed);
+        let mut entry = entry(books.ops.keep_mut(id), relaxed, self.short_sends);
         if relaxed {
             entry = entry.flags(squeue::Flags::SKIP_SUCCESS);
             self.relaxed.push(id);
@@ -386,7 +397,7 @@ fn register_ring_fd(fd: RawFd) -> Option<i32> {
 }
 
 /// The submission queue entry of an operation.
-fn entry(keep: &mut Keep, relaxed: bool) -> squeue::Entry {
+fn entry(keep: &mut Keep, relaxed: bool, short_sends: bool) -> squeue::Entry {
     match keep {
         Keep::Accept(socket) => opcode::AcceptMulti::new(Fd(socket.raw()))
             .flags(libc::SOCK_CLOEXEC)
@@ -411,14 +422,12 @@ fn entry(keep: &mut Keep, relaxed: bool) -> squeue::Entry {
         }
         Keep::Send(socket, list) => {
             let fd = Fd(socket.raw());
-            // No WAITALL, by which the kernel retries a short send itself: where sockmap has a hand
-            // in one (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector
-            // than was sent, and the retry goes on behind what is missing. With DONTWAIT there is
-            // no retry, and a short send is a failure, so that it is told.
-            let flags = if relaxed {
-                libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT
-            } else {
-                libc::MSG_NOSIGNAL
+            // WAITALL: the kernel retries short sends itself and completes once; with DONTWAIT a
+            // short send is a failure, so that it is told.
+            let flags = match (relaxed, short_sends) {
+                (true, _) => libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT,
+                (false, false) => libc::MSG_NOSIGNAL | libc::MSG_WAITALL,
+                (false, true) => libc::MSG_NOSIGNAL,
             };
             if let Some((base, len)) = list.only_vector() {
                 return opcode::Send::new(fd, base, len).flags(flags).build();
