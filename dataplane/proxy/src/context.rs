@@ -2,13 +2,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use hbone::Role;
 use mesh::{Snapshot, Workload};
-use rt::net::{ConnectOptions, TcpStream};
+use rt::net::{ConnectOptions, Listener, TcpStream};
 use rt::sync::Broadcast;
 use telemetry::WorkerTelemetry;
 use tls::CertificateStore;
@@ -184,6 +184,19 @@ impl Context {
     /// Source address for connections on behalf of `client`.
     pub(crate) fn source_for(&self, client: IpAddr) -> Option<IpAddr> {
         self.config.original_source.then_some(client)
+    }
+
+    /// Takes over a listening socket, with the options that every connection it accepts inherits.
+    pub(crate) fn listener(&self, listener: TcpListener) -> Listener {
+        let listener = Listener::from_std(listener);
+        let mut set = listener.set_nodelay();
+        if let Some(keepalive) = &self.config.keepalive {
+            set = set.and_then(|()| listener.set_keepalive(keepalive));
+        }
+        if let Err(error) = set {
+            tracing::warn!("cannot set the options of accepted connections: {error}");
+        }
+        listener
     }
 
     /// What a tunnel of this worker is run with.

@@ -1,7 +1,7 @@
 //! Tunnels from other proxies and waypoints (port 15008).
 
 use std::future::poll_fn;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use hbone::{RequestHead, Role};
 use mesh::{ConnectionFacts, Identity, Workload};
-use rt::net::{Listener, TcpStream};
+use rt::net::TcpStream;
 use telemetry::{ConnectionInfo, HboneTarget, Reporter, Security};
 use tls::Handshake;
 
@@ -37,9 +37,9 @@ pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, _alive: Aliv
 pub(crate) async fn own_end(context: &Rc<Context>, key: &Key) -> Result<TcpStream, ProxyError> {
     let dst = key.gateway;
     let failed = |error| ProxyError::Connect { addr: dst, error };
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
     let addr = listener.local_addr().map_err(failed)?;
-    let mut listener = Listener::from_std(listener);
+    let mut listener = context.listener(listener);
     let client = context.connect(addr, None).await?;
     let local = client.local_addr().map_err(failed)?;
     // Anyone in this namespace could have been quicker.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use mesh::Snapshot;
 use rt::mailbox::Receiver;
-use rt::net::{Listener, TcpStream};
+use rt::net::TcpStream;
 use telemetry::WorkerTelemetry;
 use tls::CertificateStore;
 
@@ -132,8 +132,7 @@ where
     F: Fn(Rc<Context>, TcpStream, Alive) -> H,
     H: Future<Output = ()> + 'static,
 {
-    let mut listener = Listener::from_std(listener);
-    prepare(&listener, &context.config);
+    let mut listener = context.listener(listener);
     let mut last_look = false;
     loop {
         let accepted = {
@@ -164,17 +163,6 @@ where
                 rt::time::sleep(ACCEPT_PAUSE).await;
             }
         }
-    }
-}
-
-/// Sets what every accepted connection inherits, instead of on each of them.
-fn prepare(listener: &Listener, config: &ProxyConfig) {
-    let mut set = listener.set_nodelay();
-    if let Some(keepalive) = &config.keepalive {
-        set = set.and_then(|()| listener.set_keepalive(keepalive));
-    }
-    if let Err(error) = set {
-        tracing::warn!("cannot set the options of accepted connections: {error}");
     }
 }
 
