@@ -226,34 +226,17 @@ impl Handshake {
     /// Lets rustls work on the whole records in `pending`. True when the handshake is complete.
     fn process(&mut self, output: &mut Vec<u8>) -> Result<bool, HandshakeError> {
         let records = &mut self.pending[..self.record_start];
-        let (discard, result) = match &mut self.state {
-            State::Client(connection) => Case::during(&mut self.case, || {
-                run(
-                    records,
-                    output,
-                    connection,
-                    |connection, records, output| {
-                        step(connection.process_tls_records(records), output)
-                    },
-                )
+        let state = &mut self.state;
+        let (discard, result) = Case::during(&mut self.case, || match state {
+            State::Client(connection) => run(records, output, connection, |c, records, output| {
+                step(c.process_tls_records(records), output)
             }),
-            State::Server(connection) => Case::during(&mut self.case, || {
-                run(
-                    records,
-                    output,
-                    connection,
-                    |connection, records, output| {
-                        step(connection.process_tls_records(records), output)
-                    },
-                )
+            State::Server(connection) => run(records, output, connection, |c, records, output| {
+                step(c.process_tls_records(records), output)
             }),
-            State::Buffered(connection) => {
-                let length = records.len();
-                let result = Case::during(&mut self.case, || feed(connection, records, output));
-                (length, result)
-            }
-            State::Over => return Err(HandshakeError::Over),
-        };
+            State::Buffered(connection) => (records.len(), feed(connection, records, output)),
+            State::Over => (0, Err(StepError::Over)),
+        });
         self.pending.drain(..discard);
         self.record_start -= discard;
         result.map_err(|error| self.explain(error))
@@ -301,6 +284,7 @@ impl Handshake {
     /// Says whom we refused where rustls only knows that the certificate was invalid.
     fn explain(&self, error: StepError) -> HandshakeError {
         match error {
+            StepError::Over => HandshakeError::Over,
             StepError::Closed => HandshakeError::Closed,
             StepError::Library(rustls::Error::AlertReceived(alert)) => HandshakeError::Alert(alert),
             StepError::Library(error) => match self.outcome() {
@@ -401,6 +385,8 @@ enum Step {
 }
 
 enum StepError {
+    /// There was nothing left to do.
+    Over,
     Closed,
     Library(rustls::Error),
 }

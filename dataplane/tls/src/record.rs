@@ -12,7 +12,7 @@
 
 use std::fmt;
 
-use crate::session::{OpenError, Opened, SealError};
+use crate::session::{Direction, OpenError, Opened, SealError};
 
 pub(crate) mod protection;
 
@@ -57,14 +57,35 @@ impl fmt::Display for RecordPath {
 /// function of the same name of [`Session`](crate::Session).
 pub(crate) trait RecordLayer {
     fn seal(&mut self, record: &mut [u8]) -> Result<(), SealError>;
-    fn open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError>;
+    /// Opens a record; the peer's direction is known to be open.
+    fn try_open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError>;
+    /// What is left of the peer's direction.
+    fn reading(&self) -> Direction;
     fn fail(&mut self, error: &OpenError);
     fn has_control_output(&self) -> bool;
     fn take_control_output(&mut self, output: &mut Vec<u8>);
     fn close_notify(&mut self, output: &mut Vec<u8>);
     fn update_keys(&mut self, ask_peer: bool);
     fn set_key_update_after(&mut self, records: u64);
-    fn received_close_notify(&self) -> bool;
+
+    #[inline]
+    fn open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
+        match self.reading() {
+            Direction::Open => {}
+            Direction::Closed => return Ok(Opened::Closed),
+            Direction::Failed => return Err(OpenError::Failed),
+        }
+        let opened = self.try_open(record);
+        match &opened {
+            Ok(_) | Err(OpenError::Incomplete { .. }) => {}
+            Err(error) => self.fail(error),
+        }
+        opened
+    }
+
+    fn received_close_notify(&self) -> bool {
+        self.reading() == Direction::Closed
+    }
 }
 
 /// A record announces more bytes than TLS 1.3 allows.

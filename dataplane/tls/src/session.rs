@@ -53,8 +53,9 @@ pub enum Opened {
     Closed,
 }
 
+/// What is left of one direction of a connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Direction {
+pub(crate) enum Direction {
     Open,
     Closed,
     Failed,

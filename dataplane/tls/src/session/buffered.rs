@@ -66,42 +66,6 @@ impl Buffered {
         Ok(plaintext)
     }
 
-    fn try_open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
-        let need = record::record_len(record)?.unwrap_or(RECORD_HEADER);
-        if record.len() != need {
-            let have = record.len();
-            return Err(OpenError::Incomplete { have, need });
-        }
-        let plaintext = self
-            .process(record)
-            .map_err(|error| self.explain(error, record))?;
-        self.opened += 1;
-        if plaintext > 0 {
-            let range = RECORD_HEADER..RECORD_HEADER + plaintext;
-            let taken = self
-                .connection
-                .reader()
-                .read_exact(&mut record[range.clone()]);
-            taken.map_err(|error| OpenError::Library(error.to_string()))?;
-            self.without_data = 0;
-            return Ok(Opened::Data(range));
-        }
-        if self
-            .connection
-            .process_new_packets()
-            .is_ok_and(|state| state.peer_has_closed())
-        {
-            self.reading = Direction::Closed;
-            return Ok(Opened::Closed);
-        }
-        self.without_data += 1;
-        if self.without_data > MAX_WITHOUT_DATA {
-            return Err(OpenError::TooManyWithoutData);
-        }
-        self.answer_due = true;
-        Ok(Opened::Handled)
-    }
-
     /// rustls' error as ours. The alert, if one is due, waits in the connection.
     fn explain(&self, error: Error, record: &[u8]) -> OpenError {
         match error {
@@ -178,18 +142,45 @@ impl RecordLayer for Buffered {
         Ok(())
     }
 
-    fn open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
-        match self.reading {
-            Direction::Open => {}
-            Direction::Closed => return Ok(Opened::Closed),
-            Direction::Failed => return Err(OpenError::Failed),
+    fn try_open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
+        let need = record::record_len(record)?.unwrap_or(RECORD_HEADER);
+        if record.len() != need {
+            let have = record.len();
+            return Err(OpenError::Incomplete { have, need });
         }
-        let opened = self.try_open(record);
-        match &opened {
-            Ok(_) | Err(OpenError::Incomplete { .. }) => {}
-            Err(error) => self.fail(error),
+        let plaintext = self
+            .process(record)
+            .map_err(|error| self.explain(error, record))?;
+        self.opened += 1;
+        if plaintext > 0 {
+            let range = RECORD_HEADER..RECORD_HEADER + plaintext;
+            let taken = self
+                .connection
+                .reader()
+                .read_exact(&mut record[range.clone()]);
+            taken.map_err(|error| OpenError::Library(error.to_string()))?;
+            self.without_data = 0;
+            return Ok(Opened::Data(range));
         }
-        opened
+        if self
+            .connection
+            .process_new_packets()
+            .is_ok_and(|state| state.peer_has_closed())
+        {
+            self.reading = Direction::Closed;
+            return Ok(Opened::Closed);
+        }
+        self.without_data += 1;
+        if self.without_data > MAX_WITHOUT_DATA {
+            return Err(OpenError::TooManyWithoutData);
+        }
+        self.answer_due = true;
+        Ok(Opened::Handled)
+    }
+
+    #[inline]
+    fn reading(&self) -> Direction {
+        self.reading
     }
 
     fn fail(&mut self, error: &OpenError) {
@@ -239,10 +230,6 @@ impl RecordLayer for Buffered {
 
     fn set_key_update_after(&mut self, records: u64) {
         self.update_after = records.clamp(1, KEY_UPDATE_AFTER);
-    }
-
-    fn received_close_notify(&self) -> bool {
-        self.reading == Direction::Closed
     }
 }
 

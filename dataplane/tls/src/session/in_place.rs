@@ -61,42 +61,6 @@ impl InPlace {
         })
     }
 
-    #[inline]
-    fn try_open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
-        let need = record::record_len(record)?.unwrap_or(RECORD_HEADER);
-        if record.len() != need {
-            let have = record.len();
-            return Err(OpenError::Incomplete { have, need });
-        }
-        // A change_cipher_spec is tolerated during the handshake only, and everything behind it
-        // is protected.
-        if record[0] != APPLICATION_DATA {
-            return Err(OpenError::UnexpectedRecord(record[0]));
-        }
-        let sequence = self.receive.sequence();
-        let inner = self.receive.open(record).map_err(|error| match error {
-            ProtectionError::Exhausted => OpenError::Exhausted,
-            _ => OpenError::BadRecordMac { sequence },
-        })?;
-        if inner > MAX_PLAINTEXT + 1 {
-            return Err(OpenError::PlaintextTooLong(inner));
-        }
-        let inner = RECORD_HEADER..RECORD_HEADER + inner;
-        // Zero bytes behind the content type are padding.
-        let end = record[inner.clone()]
-            .iter()
-            .rposition(|byte| *byte != 0)
-            .ok_or(OpenError::NoContentType)?;
-        let content = inner.start..inner.start + end;
-        match record[content.end] {
-            APPLICATION_DATA if self.messages.is_aligned() && !content.is_empty() => {
-                self.without_data = 0;
-                Ok(Opened::Data(content))
-            }
-            content_type => self.handle_control(content_type, &record[content]),
-        }
-    }
-
     /// Acts on a record that holds anything but application data, or none of it.
     #[cold]
     fn handle_control(&mut self, content_type: u8, content: &[u8]) -> Result<Opened, OpenError> {
@@ -177,18 +141,44 @@ impl RecordLayer for InPlace {
     }
 
     #[inline]
-    fn open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
-        match self.reading {
-            Direction::Open => {}
-            Direction::Closed => return Ok(Opened::Closed),
-            Direction::Failed => return Err(OpenError::Failed),
+    fn try_open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
+        let need = record::record_len(record)?.unwrap_or(RECORD_HEADER);
+        if record.len() != need {
+            let have = record.len();
+            return Err(OpenError::Incomplete { have, need });
         }
-        let opened = self.try_open(record);
-        match &opened {
-            Ok(_) | Err(OpenError::Incomplete { .. }) => {}
-            Err(error) => self.fail(error),
+        // A change_cipher_spec is tolerated during the handshake only, and everything behind it
+        // is protected.
+        if record[0] != APPLICATION_DATA {
+            return Err(OpenError::UnexpectedRecord(record[0]));
         }
-        opened
+        let sequence = self.receive.sequence();
+        let inner = self.receive.open(record).map_err(|error| match error {
+            ProtectionError::Exhausted => OpenError::Exhausted,
+            _ => OpenError::BadRecordMac { sequence },
+        })?;
+        if inner > MAX_PLAINTEXT + 1 {
+            return Err(OpenError::PlaintextTooLong(inner));
+        }
+        let inner = RECORD_HEADER..RECORD_HEADER + inner;
+        // Zero bytes behind the content type are padding.
+        let end = record[inner.clone()]
+            .iter()
+            .rposition(|byte| *byte != 0)
+            .ok_or(OpenError::NoContentType)?;
+        let content = inner.start..inner.start + end;
+        match record[content.end] {
+            APPLICATION_DATA if self.messages.is_aligned() && !content.is_empty() => {
+                self.without_data = 0;
+                Ok(Opened::Data(content))
+            }
+            content_type => self.handle_control(content_type, &record[content]),
+        }
+    }
+
+    #[inline]
+    fn reading(&self) -> Direction {
+        self.reading
     }
 
     fn fail(&mut self, error: &OpenError) {
@@ -243,10 +233,6 @@ impl RecordLayer for InPlace {
 
     fn set_key_update_after(&mut self, records: u64) {
         self.update_after = records.clamp(1, KEY_UPDATE_AFTER);
-    }
-
-    fn received_close_notify(&self) -> bool {
-        matches!(self.reading, Direction::Closed)
     }
 }
 
