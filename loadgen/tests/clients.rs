@@ -143,9 +143,9 @@ fn requests_larger_than_all_socket_buffers_come_back_whole() {
     );
 }
 
-#[test]
-fn a_stall_of_the_server_is_in_the_maximum() {
-    let address = hand_made(|_, stream| {
+/// A server of 64-byte messages that stalls for 200 ms, 300 ms after a connection was made.
+fn stalls_once() -> SocketAddr {
+    hand_made(|_, stream| {
         let begun = Instant::now();
         let mut stalled = false;
         echo_messages(stream, 64, |_, _| {
@@ -154,7 +154,12 @@ fn a_stall_of_the_server_is_in_the_maximum() {
                 thread::sleep(Duration::from_millis(200));
             }
         });
-    });
+    })
+}
+
+#[test]
+fn a_stall_of_the_server_is_in_the_maximum() {
+    let address = stalls_once();
     let report = rr::run(&rr(client(address, 1), 64)).unwrap();
     assert!(
         metric(&report, "max_us") >= 199_000.0,
@@ -168,16 +173,7 @@ fn a_stall_of_the_server_is_in_the_maximum() {
 #[test]
 fn an_open_loop_counts_the_requests_a_stall_delayed() {
     in_one_of_five_tries(|| {
-        let address = hand_made(|_, stream| {
-            let begun = Instant::now();
-            let mut stalled = false;
-            echo_messages(stream, 64, |_, _| {
-                if !stalled && begun.elapsed() > Duration::from_millis(300) {
-                    stalled = true;
-                    thread::sleep(Duration::from_millis(200));
-                }
-            });
-        });
+        let address = stalls_once();
         let mut options = rr(client(address, 1), 64);
         options.pacing = Pacing::Open {
             rate: 1000.0,
