@@ -16,6 +16,11 @@
  *   each message, and a message that would exceed the budget is sent, with all later ones, by TCP.
  *   So is one when TCP has all the memory it may have, on the whole machine.
  * - A redirect to a socket that is not in the map drops the message: its result decides.
+ * - Only sockets of a ztunnel that knows of this are entered: those it has marked, or that come
+ *   from a listener it has marked. Nothing else would save one that splices, or lets io_uring
+ *   retry short sends. The mark tells it of a socket's stay in the map, too.
+ * - The second end of a connection to be entered is so only if the first one is; otherwise the
+ *   first one leaves.
  * - Sockets of applications that block are left alone, and MPTCP's. A recv(2) that waits on a
  *   socket in a map wakes once: a reset, a signal or room to send makes it return EAGAIN. Nor
  *   does it know MSG_WAITALL. Whether an accepted socket blocks shows only with its first
@@ -87,6 +92,9 @@ struct tcp_sock {
 	__u32 copied_seq;
 	__u32 write_seq;
 };
+struct bpf_map {
+	__u32 id;
+};
 #pragma clang attribute pop
 
 /* What a socket is known by to its peer. */
@@ -154,11 +162,12 @@ struct {
 	__type(value, __u8);
 } shortcut_blocking SEC(".maps");
 
+/* A value of eight bytes lets user space look whether a socket is in it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
 	__uint(max_entries, SOCKETS_MAX);
 	__type(key, struct end_key);
-	__type(value, __u32);
+	__type(value, __u64);
 } shortcut_senders SEC(".maps");
 
 struct {
@@ -174,6 +183,14 @@ struct {
 	__type(key, int);
 	__type(value, struct direction);
 } shortcut_directions SEC(".maps");
+
+/* Of ztunnel's sockets. What a listener accepts begins with a copy of its mark. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, int);
+	__type(value, struct mark);
+} shortcut_marks SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -277,29 +294,40 @@ static __always_inline enum blocking blocking(__u64 sock)
 	return flags & O_NONBLOCK ? DOES_NOT_BLOCK : BLOCKS;
 }
 
-static __always_inline int is_blocking_server(const struct end_key *own)
+static __always_inline int is_blocking_server(const struct direction *dir)
 {
-	struct server server = { .netns = own->netns, .port = own->local_port };
+	const struct end_key *app = dir->from_ztunnel ? &dir->peer : &dir->self;
+	struct server server = { .netns = app->netns, .port = app->local_port };
 
 	return bpf_map_lookup_elem(&shortcut_blocking, &server) != 0;
 }
 
 static __always_inline int enter(struct bpf_sock_ops *ctx, struct direction *fresh)
 {
+	struct bpf_map *senders = (struct bpf_map *)&shortcut_senders;
 	struct bpf_sock *sk = ctx->sk;
-	struct end end = {};
+	struct mark *mark = 0;
 	struct direction *dir;
+	struct end end = {};
 
-	if (!sk || bpf_skc_to_mptcp_sock(sk))
+	if (!sk || bpf_skc_to_mptcp_sock(sk) || is_blocking_server(fresh))
+		return 0;
+	/* The end that connects is established before the one that accepts. */
+	if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
+	    !bpf_map_lookup_elem(&shortcut_ends, &fresh->peer))
 		return 0;
 	end.sock = (__u64)bpf_skc_to_tcp_sock(sk);
 	end.cookie = bpf_get_socket_cookie(ctx);
 	if (!end.sock)
 		return 0;
-	/* Before accept(2) nobody knows whether it will block; its server's others tell. */
-	if (!fresh->from_ztunnel &&
-	    (blocking(end.sock) == BLOCKS || is_blocking_server(&fresh->self)))
+	if (fresh->from_ztunnel) {
+		mark = bpf_sk_storage_get(&shortcut_marks, sk, 0, 0);
+		if (!mark)
+			return 0;
+	} else if (blocking(end.sock) == BLOCKS) {
+		/* Before accept(2) nobody knows; its server's others tell. */
 		return 0;
+	}
 	fresh->own_sock = end.sock;
 	dir = bpf_sk_storage_get(&shortcut_directions, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!dir)
@@ -307,6 +335,10 @@ static __always_inline int enter(struct bpf_sock_ops *ctx, struct direction *fre
 	*dir = *fresh;
 	if (bpf_map_update_elem(&shortcut_ends, &fresh->self, &end, BPF_ANY))
 		return 0;
+	if (mark) {
+		mark->self = fresh->self;
+		mark->senders = senders->id;
+	}
 	/* Removes the entry above, and must not clear others' flags. */
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	return !bpf_sock_hash_update(ctx, &shortcut_senders, &fresh->self, BPF_ANY) &&
@@ -323,6 +355,61 @@ static __always_inline void leave(struct bpf_sock_ops *ctx)
 	end = bpf_map_lookup_elem(&shortcut_ends, &key);
 	if (end && end->cookie == bpf_get_socket_cookie(ctx))
 		bpf_map_delete_elem(&shortcut_ends, &key);
+}
+
+static __always_inline int has_unread(__u64 sock)
+{
+	struct list_head *queue, *first = 0;
+	struct sk_psock *psock;
+	__u64 data = 0;
+
+	if (bpf_core_read(&data, sizeof(data), &((struct sock *)sock)->sk_user_data))
+		return 1;
+	psock = (struct sk_psock *)(data & ~7ULL);	/* the low bits are flags */
+	if (!psock)
+		return 0;
+	queue = __builtin_preserve_access_index(&psock->ingress_msg);
+	if (bpf_core_read(&first, sizeof(first), &queue->next))
+		return 1;
+	return first != queue;
+}
+
+/* False: there was no room; a later message tells again. */
+static __always_inline int tell(__u32 kind, __u64 when_ns, __u32 started,
+				const struct end_key *self, const struct end_key *peer)
+{
+	struct shortcut_event *event;
+
+	event = bpf_ringbuf_reserve(&shortcut_events, sizeof(*event), 0);
+	if (!event)
+		return 0;
+	event->when_ns = when_ns;
+	event->kind = kind;
+	event->started = started;
+	event->self = *self;
+	event->peer = *peer;
+	bpf_ringbuf_submit(event, 0);
+	return 1;
+}
+
+/* Nothing is redirected to this end from now on if nothing was before. Returns what it was. */
+static __always_inline __u32 close_end(struct end_key *key)
+{
+	struct end *end = bpf_map_lookup_elem(&shortcut_ends, key);
+
+	return end ? __sync_fetch_and_or(&end->flags, END_CLOSED) & END_STARTED : 0;
+}
+
+/* Neither end redirects to the other any more, and both leave the map. */
+static __always_inline void give_back(struct end_key *self, struct end_key *peer)
+{
+	__u32 started = 0;
+
+	if (close_end(self))
+		started |= STARTED_SELF;
+	if (close_end(peer))
+		started |= STARTED_PEER;
+	tell(EVENT_DEMOTED, bpf_ktime_get_ns(), started, self, peer);
 }
 
 SEC("sockops")
@@ -343,49 +430,15 @@ int shortcut_sockets(struct bpf_sock_ops *ctx)
 	if (!cfg || !(cfg->flags & SHORTCUT_ENABLED) || !own_key(ctx, &fresh.self) ||
 	    !find_peer(cfg, &fresh))
 		return 1;
-	add(enter(ctx, &fresh) ? COUNT_SOCKETS : COUNT_REFUSED, 1);
+	if (enter(ctx, &fresh)) {
+		add(COUNT_SOCKETS, 1);
+		return 1;
+	}
+	add(COUNT_REFUSED, 1);
+	if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
+	    bpf_map_lookup_elem(&shortcut_ends, &fresh.peer))
+		give_back(&fresh.self, &fresh.peer);
 	return 1;
-}
-
-static __always_inline int has_unread(__u64 sock)
-{
-	struct list_head *queue, *first = 0;
-	struct sk_psock *psock;
-	__u64 data = 0;
-
-	if (bpf_core_read(&data, sizeof(data), &((struct sock *)sock)->sk_user_data))
-		return 1;
-	psock = (struct sk_psock *)(data & ~7ULL);	/* the low bits are flags */
-	if (!psock)
-		return 0;
-	queue = __builtin_preserve_access_index(&psock->ingress_msg);
-	if (bpf_core_read(&first, sizeof(first), &queue->next))
-		return 1;
-	return first != queue;
-}
-
-static __always_inline void tell(__u32 kind, __u32 started, const struct end_key *self,
-				 const struct end_key *peer)
-{
-	struct shortcut_event *event;
-
-	event = bpf_ringbuf_reserve(&shortcut_events, sizeof(*event), 0);
-	if (!event)
-		return;		/* a later message tells again */
-	event->when_ns = bpf_ktime_get_ns();
-	event->kind = kind;
-	event->started = started;
-	event->self = *self;
-	event->peer = *peer;
-	bpf_ringbuf_submit(event, 0);
-}
-
-/* Nothing is redirected to this end from now on if nothing was before. Returns what it was. */
-static __always_inline __u32 close_end(struct end_key *key)
-{
-	struct end *end = bpf_map_lookup_elem(&shortcut_ends, key);
-
-	return end ? __sync_fetch_and_or(&end->flags, END_CLOSED) & END_STARTED : 0;
 }
 
 static __always_inline int by_tcp(__u32 bytes)
@@ -397,16 +450,10 @@ static __always_inline int by_tcp(__u32 bytes)
 /* For good, and the other direction with it: a socket can only leave the map with both. */
 static __always_inline int demote(struct direction *dir, __u32 bytes, __u32 reason)
 {
-	__u32 started = 0;
-
 	dir->mode = MODE_TCP;
 	add(reason, 1);
-	if (close_end(&dir->self))
-		started |= STARTED_SELF;
-	if (close_end(&dir->peer))
-		started |= STARTED_PEER;
 	dir->asked_ns = bpf_ktime_get_ns();
-	tell(EVENT_DEMOTED, started, &dir->self, &dir->peer);
+	give_back(&dir->self, &dir->peer);
 	return by_tcp(bytes);
 }
 
@@ -438,18 +485,22 @@ static __always_inline int is_same_peer(const struct direction *dir)
 	       cookie == dir->peer_cookie;
 }
 
-/* The peer's queue is looked at, too: a receiver of bulk data sends nothing itself. */
+/*
+ * The peer's queue is looked at, too: a receiver of bulk data sends nothing itself. For the same
+ * reason this end stays until the peer may leave.
+ */
 static __always_inline int still_tcp(struct direction *dir, __u32 bytes)
 {
 	__u64 now = bpf_ktime_get_ns();
 
-	if (now - dir->asked_ns > ASK_EVERY_NS) {
-		dir->asked_ns = now;
-		if (is_same_peer(dir) && !has_unread(dir->peer_sock))
-			tell(EVENT_DRAINED, 0, &dir->peer, &dir->self);
-		if (!has_unread(dir->own_sock))
-			tell(EVENT_DRAINED, 0, &dir->self, &dir->peer);
-	}
+	if (now - dir->asked_ns <= ASK_EVERY_NS)
+		return by_tcp(bytes);
+	dir->asked_ns = now;
+	if (is_same_peer(dir) &&
+	    (has_unread(dir->peer_sock) || !tell(EVENT_DRAINED, now, 0, &dir->peer, &dir->self)))
+		return by_tcp(bytes);
+	if (!has_unread(dir->own_sock))
+		tell(EVENT_DRAINED, now, 0, &dir->self, &dir->peer);
 	return by_tcp(bytes);
 }
 

@@ -26,6 +26,16 @@ struct end_key {
 	__u64 netns;		/* cookie */
 };
 
+/*
+ * On a socket of ztunnel's: it may be entered. User space puts it there, all zero, before the
+ * socket connects or accepts.
+ */
+struct mark {
+	__u32 senders;		/* id of the map it was entered into; 0: it was not, nor will be */
+	__u32 pad;
+	struct end_key self;	/* its key there */
+};
+
 /* An IPv4 (mapped) or IPv6 address of a pod. */
 struct pod_key {
 	__be32 addr[4];
@@ -48,7 +58,7 @@ enum shortcut_counter {
 	COUNT_TO_POD_BYTES,
 	COUNT_BYPASSED_BYTES,	/* sent over TCP by a socket that is in the map */
 	COUNT_SOCKETS,		/* put into the map */
-	COUNT_REFUSED,		/* not put there: blocking, MPTCP, or the map is full */
+	COUNT_REFUSED,		/* not put there: blocking, MPTCP, no mark, no peer, or it is full */
 	COUNT_DEMOTED_BUDGET,	/* the receiver had too much unread */
 	COUNT_DEMOTED_PRESSURE,	/* the kernel is short of memory for TCP, or TCP has its bound */
 	COUNT_DEMOTED_BLOCKING,	/* the application's socket blocks */

@@ -21,6 +21,8 @@ pub(crate) const EVENT_BYTES: usize = 16 + 2 * KEY_BYTES;
 pub(crate) const CONFIG_BYTES: usize = 16;
 /// Size of `struct pod_key`.
 pub(crate) const POD_BYTES: usize = 16;
+/// Size of `struct mark`.
+pub(crate) const MARK_BYTES: usize = 8 + KEY_BYTES;
 
 /// A socket: `struct end_key`, only ever copied.
 pub(crate) type Key = [u8; KEY_BYTES];
@@ -30,6 +32,7 @@ pub(crate) const PODS: &str = "shortcut_pods";
 pub(crate) const ENDS: &str = "shortcut_ends";
 pub(crate) const SENDERS: &str = "shortcut_senders";
 pub(crate) const TARGETS: &str = "shortcut_targets";
+pub(crate) const MARKS: &str = "shortcut_marks";
 pub(crate) const EVENTS: &str = "shortcut_events";
 pub(crate) const COUNTERS: &str = "shortcut_counters";
 
@@ -49,13 +52,14 @@ const fn map(name: &'static str, key_bytes: usize, value_bytes: u32, entries: u3
     }
 }
 
-/// Pinned maps. Socket storage has one more, which lives as long as the programs.
-pub(crate) const MAPS: [MapLayout; 9] = [
+/// Pinned maps.
+pub(crate) const MAPS: [MapLayout; 10] = [
     map(CONFIG, 4, CONFIG_BYTES as u32, 1),
     map(PODS, POD_BYTES, 8, 65_536),
     map(ENDS, KEY_BYTES, END_BYTES as u32, 65_536),
-    map(SENDERS, KEY_BYTES, 4, 65_536),
+    map(SENDERS, KEY_BYTES, 8, 65_536),
     map(TARGETS, KEY_BYTES, 4, 65_536),
+    map(MARKS, 4, MARK_BYTES as u32, 0),
     map(EVENTS, 0, 0, 1 << 18),
     map(COUNTERS, 4, 8, COUNTER_NAMES.len() as u32),
     map("shortcut_blocking", 16, 1, 4096),
@@ -125,6 +129,20 @@ pub(crate) fn pod_key(address: IpAddr) -> [u8; POD_BYTES] {
     }
 }
 
+/// `struct mark`: the map (identifier) the socket was entered into and its key there, if it was.
+pub(crate) fn entered(mark: &[u8; MARK_BYTES]) -> Option<(u32, Key)> {
+    let (head, key) = mark.split_at(8);
+    let id = u32::from_ne_bytes(head[..4].try_into().ok()?);
+    (id != 0).then_some((id, key.try_into().ok()?))
+}
+
+/// Cookie of `struct end`: tells whether it still is the same socket.
+pub(crate) fn end_cookie(end: &[u8; END_BYTES]) -> u64 {
+    let mut cookie = [0; 8];
+    cookie.copy_from_slice(&end[8..16]);
+    u64::from_ne_bytes(cookie)
+}
+
 /// Flags of `struct end`.
 fn end_flags(end: &[u8; END_BYTES]) -> u32 {
     u32::from_ne_bytes([end[16], end[17], end[18], end[19]])
@@ -187,6 +205,15 @@ mod tests {
         assert_eq!(decoded.ztunnel_netns, config.ztunnel_netns);
         assert!(decoded.enabled && !decoded.forced);
         assert_eq!(decoded.memory_pages_max, 77);
+    }
+
+    #[test]
+    fn marks_say_where_a_socket_is() {
+        let mut mark = [0; MARK_BYTES];
+        assert_eq!(entered(&mark), None);
+        mark[..4].copy_from_slice(&7_u32.to_ne_bytes());
+        mark[8..].fill(9);
+        assert_eq!(entered(&mark), Some((7, [9; KEY_BYTES])));
     }
 
     #[test]

@@ -13,6 +13,7 @@
 mod layout;
 mod probe;
 mod reaper;
+mod sockets;
 mod sys;
 
 use std::collections::{BTreeMap, HashSet};
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, Program, ProgramError, SkMsg, SockOps};
 use aya::{Ebpf as Object, EbpfLoader};
@@ -38,6 +39,7 @@ use crate::settings::Pod;
 pub use layout::COUNTER_NAMES;
 use layout::{CONFIG_BYTES, Config, END_BYTES, Key, POD_BYTES};
 use reaper::Reaper;
+pub use sockets::Sockets;
 
 /// Name of the directory for pins, below the redirection's.
 const DIRECTORY: &str = "sockmap";
@@ -203,6 +205,24 @@ impl Shortcut {
 
 type Pods = HashMap<MapData, [u8; POD_BYTES], u64>;
 
+/// `shortcut_senders`: cookies of sockets.
+type Senders = HashMap<MapData, Key, u64>;
+
+fn map_data(pins: &Path, name: &'static str) -> Result<MapData> {
+    let pin = pins.join(name);
+    MapData::from_pin(&pin).map_err(|e| Error::bpf("open map", pin.display().to_string(), &e))
+}
+
+fn open_senders(pins: &Path) -> Result<Senders> {
+    senders(map_data(pins, layout::SENDERS)?)
+}
+
+/// aya takes maps of sockets with four-byte values only, and those cannot be looked into.
+fn senders(map: MapData) -> Result<Senders> {
+    let failed = |e: MapError| Error::bpf("use map", layout::SENDERS, &e);
+    Senders::try_from(Map::HashMap(map)).map_err(failed)
+}
+
 /// Root of the cgroup2 hierarchy, which holds every process: where the short-cut is attached if
 /// nothing narrower is known.
 #[must_use]
@@ -267,7 +287,7 @@ pub fn status(bpffs: &Path) -> Result<Option<Status>> {
 /// # Errors
 /// If it cannot be read.
 pub fn sockets(bpffs: &Path) -> Result<usize> {
-    let senders: SockHash<MapData, Key> = open(&bpffs.join(DIRECTORY), layout::SENDERS)?;
+    let senders = open_senders(&bpffs.join(DIRECTORY))?;
     Ok(senders.keys().flatten().count())
 }
 
@@ -321,7 +341,7 @@ fn release_sockets(pins: &Path) -> Result<usize> {
     if !pins.join(layout::SENDERS).exists() {
         return Ok(0);
     }
-    let mut senders: SockHash<MapData, Key> = open(pins, layout::SENDERS)?;
+    let mut senders = open_senders(pins)?;
     if !needed.iter().all(|name| pins.join(name).exists()) {
         return Ok(senders.keys().flatten().count());
     }
@@ -390,12 +410,10 @@ fn load(pins: &Path) -> Result<Object> {
 fn attach(object: &mut Object, pins: &Path, cgroup: &Path) -> Result<()> {
     let name = layout::SEND;
     let failed = |e: &(dyn std::error::Error + 'static)| Error::bpf("attach program", name, e);
-    let senders: SockHash<MapData, Key> = open(pins, layout::SENDERS)?;
+    let senders = map_data(pins, layout::SENDERS)?;
     let messages: &mut SkMsg = program(object, name)?;
-    let id = messages.attach(senders.fd()).map_err(|e| failed(&e))?;
-    let link = messages.take_link(id).map_err(|e| failed(&e))?;
-    // Dropping it would detach the program, which is to outlive this process.
-    std::mem::forget(link);
+    let messages = messages.fd().map_err(|e| failed(&e))?;
+    sys::attach_to_messages(messages.as_fd(), senders.fd().as_fd()).map_err(|e| failed(&e))?;
     let name = layout::SOCKETS;
     let failed = |e: &(dyn std::error::Error + 'static)| {
         Error::bpf(

@@ -3,7 +3,8 @@
 //!
 //! Taking a socket out throws away what was redirected to it and is unread. So it is first no
 //! target any more, and leaves for good when, later than that, it was seen with an empty queue; at
-//! once if nothing was ever redirected to it. Without the reaper nothing is lost but speed.
+//! once if nothing was ever redirected to either end: what one sends shows how it is with the
+//! other. Without the reaper nothing is lost but speed.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd as _;
@@ -16,6 +17,7 @@ use aya::maps::{MapData, RingBuf, SockHash};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
 
+use super::Senders;
 use super::layout::{self, END_BYTES, Event, Key};
 use crate::error::{Error, Result};
 
@@ -25,8 +27,6 @@ const IN_FLIGHT_NS: u64 = 50_000_000;
 const PATIENCE_MS: u16 = 200;
 /// Sockets that were no targets at a known time; those forgotten wait a turn longer.
 const REMEMBERED_MAX: usize = 65_536;
-
-type Sockets = SockHash<MapData, Key>;
 
 /// The thread. Ends when dropped.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl Reaper {
         let mut work = Work {
             events: super::open(pins, layout::EVENTS)?,
             targets: super::open(pins, layout::TARGETS)?,
-            senders: super::open(pins, layout::SENDERS)?,
+            senders: super::open_senders(pins)?,
             ends: super::open(pins, layout::ENDS)?,
             no_targets_since: HashMap::new(),
         };
@@ -73,11 +73,17 @@ impl Drop for Reaper {
 
 struct Work {
     events: RingBuf<MapData>,
-    targets: Sockets,
-    senders: Sockets,
+    targets: SockHash<MapData, Key>,
+    senders: Senders,
     ends: aya::maps::HashMap<MapData, Key, [u8; END_BYTES]>,
+    no_targets_since: HashMap<Key, NoTarget>,
+}
+
+/// A socket that is no target any more.
+struct NoTarget {
+    cookie: u64,
     /// CLOCK_MONOTONIC, nanoseconds.
-    no_targets_since: HashMap<Key, u64>,
+    since: u64,
 }
 
 impl Work {
@@ -87,7 +93,8 @@ impl Work {
         while let Some(event) = self.next() {
             match event {
                 Event::Demoted { own, peer } => {
-                    for (key, started) in [own, peer] {
+                    let started = own.1 || peer.1;
+                    for (key, _) in [own, peer] {
                         self.demoted(&key, started);
                     }
                 }
@@ -106,45 +113,45 @@ impl Work {
     }
 
     fn demoted(&mut self, key: &Key, started: bool) {
-        if !self.is_closed(key) {
+        let Some(cookie) = self.closed(key) else {
             return;
-        }
+        };
         let _ = self.targets.remove(key); // taken out already
         if started {
-            self.remember(key);
+            self.remember(key, cookie);
         } else {
             let _ = self.senders.remove(key);
         }
     }
 
-    /// Whether the socket of this key is one that nothing new is redirected to. Otherwise it is
-    /// gone, and maybe another has its addresses already.
-    fn is_closed(&self, key: &Key) -> bool {
-        self.ends
-            .get(key, 0)
-            .is_ok_and(|end| layout::end_is_closed(&end))
+    /// Cookie of the socket of this key if it is one that nothing new is redirected to. Otherwise
+    /// it is gone, and maybe another has its addresses already.
+    fn closed(&self, key: &Key) -> Option<u64> {
+        let end = self.ends.get(key, 0).ok()?;
+        layout::end_is_closed(&end).then(|| layout::end_cookie(&end))
     }
 
     fn drained(&mut self, key: &Key, when_ns: u64) {
+        let cookie = self.closed(key);
         match self.no_targets_since.get(key) {
-            Some(since) if when_ns > since + IN_FLIGHT_NS => {
-                self.no_targets_since.remove(key);
-                if self.is_closed(key) {
+            Some(known) if cookie == Some(known.cookie) => {
+                if when_ns > known.since + IN_FLIGHT_NS {
+                    self.no_targets_since.remove(key);
                     let _ = self.senders.remove(key); // closed this very moment
                 }
             }
-            Some(_) => {}
             // Its first event was lost, or was an earlier process's.
-            None => self.demoted(key, true),
+            _ => self.demoted(key, true),
         }
     }
 
-    fn remember(&mut self, key: &Key) {
+    fn remember(&mut self, key: &Key, cookie: u64) {
         if self.no_targets_since.len() >= REMEMBERED_MAX {
             self.no_targets_since.clear();
         }
-        let now = now_ns();
-        self.no_targets_since.insert(*key, now);
+        let since = now_ns();
+        self.no_targets_since
+            .insert(*key, NoTarget { cookie, since });
     }
 }
 

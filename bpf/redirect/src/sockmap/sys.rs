@@ -1,7 +1,7 @@
-//! Two socket options that no safe crate has.
+//! Two socket options that no safe crate has, and a system call.
 #![allow(
     unsafe_code,
-    reason = "getsockopt of options that nix and socket2 do not know"
+    reason = "getsockopt of options that nix and socket2 do not know; bpf(2) where aya does not fit"
 )]
 
 use std::io;
@@ -54,6 +54,44 @@ pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     if result == 0 {
         Ok(usize::try_from(bytes).unwrap_or(0))
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_SK_MSG_VERDICT: u32 = 7;
+
+/// The part of `union bpf_attr` that BPF_PROG_ATTACH reads.
+#[repr(C)]
+struct AttachAttributes {
+    target_fd: u32,
+    attach_bpf_fd: u32,
+    attach_type: u32,
+    attach_flags: u32,
+}
+
+/// Runs `program` on each message of the sockets in `map`. Outlives this process. aya takes maps of
+/// four-byte values only.
+pub(crate) fn attach_to_messages(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = AttachAttributes {
+        target_fd: map.as_raw_fd().cast_unsigned(),
+        attach_bpf_fd: program.as_raw_fd().cast_unsigned(),
+        attach_type: BPF_SK_MSG_VERDICT,
+        attach_flags: 0,
+    };
+    // SAFETY: the kernel reads as many bytes of `attributes` as it is told there are; those of
+    // `union bpf_attr` behind them count as zero.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_ATTACH,
+            &raw const attributes,
+            size_of::<AttachAttributes>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
     } else {
         Err(io::Error::last_os_error())
     }

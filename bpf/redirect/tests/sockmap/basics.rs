@@ -46,7 +46,7 @@ fn strangers_and_blocking_applications_use_tcp() {
         exchange(&mut app, &mut zt, b"question");
         exchange(&mut zt, &mut app, b"answer");
     }
-    assert_eq!(net.counter("refused"), 1);
+    assert_eq!(net.counter("refused"), 2);
     // Not ztunnel: within the pod, with the pod's address on both ends.
     let own = net.on("pod", || {
         std::net::TcpListener::bind(("10.99.0.11", 0)).unwrap()

@@ -109,7 +109,7 @@ fn at_the_bound_of_memory_connections_go_on_by_tcp() {
     if !can_run("at_the_bound_of_memory_connections_go_on_by_tcp") {
         return;
     }
-    let mut net = Net::without_shortcut();
+    let mut net = Net::alone();
     // A gigabyte more than is used now, by whomever: not reached.
     let far = (tcp_pages() + (1 << 18)) * 4096;
     net.memory_max = Some(far);

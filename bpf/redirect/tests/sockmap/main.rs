@@ -8,6 +8,7 @@
 
 mod basics;
 mod bounds;
+mod plain;
 mod support;
 mod torture;
 mod traps;

@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use redirect::Pod;
-use redirect::sockmap::{self, Settings, Shortcut, Status};
+use redirect::sockmap::{self, Settings, Shortcut, Sockets, Status};
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub(crate) const POD: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 11);
@@ -49,6 +50,43 @@ fn run(line: &str) {
     assert!(output.status.success(), "{line}: {stderr}");
 }
 
+/// Tests that fill the machine's memory for TCP run alone: the others would find it short.
+struct Turn {
+    alone: bool,
+}
+
+/// How many tests share the machine, and whether one has it for itself.
+static TURNS: (Mutex<(usize, bool)>, Condvar) = (Mutex::new((0, false)), Condvar::new());
+
+impl Turn {
+    fn take(alone: bool) -> Self {
+        let (state, changed) = &TURNS;
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.1 || (alone && state.0 > 0) {
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if alone {
+            state.1 = true;
+        } else {
+            state.0 += 1;
+        }
+        Self { alone }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let (state, changed) = &TURNS;
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.alone {
+            state.1 = false;
+        } else {
+            state.0 -= 1;
+        }
+        changed.notify_all();
+    }
+}
+
 /// Both namespaces and the installed short-cut; removed when dropped.
 pub(crate) struct Net {
     name: String,
@@ -56,23 +94,39 @@ pub(crate) struct Net {
     pub(crate) shortcut: Option<Shortcut>,
     /// As in [`Settings`], for the next installation.
     pub(crate) memory_max: Option<u64>,
+    /// ztunnel's.
+    pub(crate) sockets: Sockets,
+    _turn: Turn,
 }
 
 impl Net {
     /// The pod is enrolled.
     pub(crate) fn up() -> Self {
-        let net = Self::without_shortcut();
-        net.install()
+        Self::made(false).install()
     }
 
-    pub(crate) fn without_shortcut() -> Self {
+    /// As [`Net::up`], for a test that fills memory.
+    pub(crate) fn up_alone() -> Self {
+        Self::made(true).install()
+    }
+
+    /// Without the short-cut, for a test that fills memory.
+    pub(crate) fn alone() -> Self {
+        Self::made(true)
+    }
+
+    fn made(alone: bool) -> Self {
+        let turn = Turn::take(alone);
         let count = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("sm{}-{count}", std::process::id());
+        let directory = tempfile::tempdir().unwrap();
         let net = Self {
-            directory: tempfile::tempdir().unwrap(),
+            sockets: Sockets::new(&directory.path().join("pins/listeners")),
+            directory,
             name,
             shortcut: None,
             memory_max: None,
+            _turn: turn,
         };
         mount(
             Some("bpf"),
@@ -100,6 +154,7 @@ impl Net {
     pub(crate) fn install(mut self) -> Self {
         let mut shortcut = Shortcut::install(&self.settings()).unwrap();
         shortcut.set_pods(&[self.pod()]).unwrap();
+        self.sockets.follow([]).unwrap();
         self.shortcut = Some(shortcut);
         self
     }
@@ -169,7 +224,20 @@ impl Net {
 
     /// Listens in ztunnel's namespace, on the address of this family.
     pub(crate) fn listener(&self, ztunnel: IpAddr) -> TcpListener {
-        self.on("zt", || TcpListener::bind((ztunnel, 0)).unwrap())
+        self.listener_at((ztunnel, 0).into())
+    }
+
+    /// A listener of ztunnel's, that asks for the short-cut.
+    pub(crate) fn listener_at(&self, address: SocketAddr) -> TcpListener {
+        let listener = self.on("zt", || TcpListener::bind(address).unwrap());
+        self.sockets.mark(listener.as_fd()).unwrap();
+        listener
+    }
+
+    /// Connects from ztunnel's namespace and asks for the short-cut.
+    pub(crate) fn dial(&self, to: SocketAddr) -> TcpStream {
+        let mark = |socket: BorrowedFd<'_>| self.sockets.mark(socket).unwrap();
+        self.on("zt", || connect_with(None, to, false, mark))
     }
 
     /// A connection from the pod's (not blocking) socket to ztunnel's.
@@ -210,9 +278,19 @@ pub(crate) fn connect(to: SocketAddr, blocking: bool) -> TcpStream {
 
 /// As [`connect`], from an address of choice.
 pub(crate) fn connect_from(from: Option<SocketAddr>, to: SocketAddr, blocking: bool) -> TcpStream {
+    connect_with(from, to, blocking, |_| {})
+}
+
+fn connect_with(
+    from: Option<SocketAddr>,
+    to: SocketAddr,
+    blocking: bool,
+    prepare: impl FnOnce(BorrowedFd<'_>),
+) -> TcpStream {
     let domain = Domain::for_address(to);
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).unwrap();
     socket.set_nonblocking(!blocking).unwrap();
+    prepare(socket.as_fd());
     if let Some(from) = from {
         socket.bind(&from.into()).unwrap();
     }

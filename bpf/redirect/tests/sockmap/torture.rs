@@ -18,10 +18,10 @@ use crate::support::{
 
 /// A small generator of numbers that look random; the same for the same seed.
 #[derive(Clone)]
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         // splitmix64
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -30,12 +30,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 
     /// Mostly small, sometimes more than any budget.
-    fn size(&mut self) -> usize {
+    pub(crate) fn size(&mut self) -> usize {
         let most = if self.below(10) == 0 { 20 } else { 14 };
         let bits = self.below(most);
         (1 + self.below(1 << bits)) as usize
@@ -43,23 +43,23 @@ impl Random {
 }
 
 /// Byte `at` of stream `stream`.
-fn byte(stream: u64, at: u64) -> u8 {
+pub(crate) fn byte(stream: u64, at: u64) -> u8 {
     ((at ^ (at >> 8) ^ (at >> 16)).wrapping_mul(31) ^ stream.wrapping_mul(7)) as u8
 }
 
 /// How an end behaves.
 #[derive(Clone, Copy, Debug)]
-struct Habits {
-    seed: u64,
+pub(crate) struct Habits {
+    pub(crate) seed: u64,
     /// Bytes it sends before it closes its half.
-    sends: u64,
-    pauses: bool,
+    pub(crate) sends: u64,
+    pub(crate) pauses: bool,
     /// Stops reading for a while in the middle.
-    dozes: bool,
+    pub(crate) dozes: bool,
 }
 
 /// Sends `habits.sends` bytes and then ends the stream.
-fn send(stream: &TcpStream, number: u64, habits: Habits) -> io::Result<()> {
+pub(crate) fn send(stream: &TcpStream, number: u64, habits: Habits) -> io::Result<()> {
     let mut random = Random(habits.seed);
     let mut at = 0;
     while at < habits.sends {
@@ -87,7 +87,12 @@ fn write_all(mut stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Receives until the end and checks every byte; returns how many there were.
-fn receive(mut stream: &TcpStream, number: u64, habits: Habits, blocks: bool) -> io::Result<u64> {
+pub(crate) fn receive(
+    mut stream: &TcpStream,
+    number: u64,
+    habits: Habits,
+    blocks: bool,
+) -> io::Result<u64> {
     let mut random = Random(!habits.seed);
     let mut buffer = vec![0; 128 * 1024];
     let mut at = 0;
@@ -113,7 +118,7 @@ fn receive(mut stream: &TcpStream, number: u64, habits: Habits, blocks: bool) ->
 }
 
 /// Both directions of one end at once, as a full-duplex application does.
-fn live(stream: &TcpStream, numbers: [u64; 2], habits: Habits, blocks: bool) -> u64 {
+pub(crate) fn live(stream: &TcpStream, numbers: [u64; 2], habits: Habits, blocks: bool) -> u64 {
     let [own, other] = numbers;
     thread::scope(|scope| {
         let sender = scope.spawn(move || send(stream, own, habits));
@@ -140,7 +145,7 @@ fn habits(random: &mut Random) -> Habits {
 /// sends more than fits while it waits.
 fn blocks_once(net: &Net, listener: &TcpListener) {
     let to = listener.local_addr().unwrap();
-    let mut zt = Peer(net.on("zt", || connect(to, false)));
+    let mut zt = Peer(net.dial(to));
     let (mut server, _) = listener.accept().unwrap();
     zt.write_all(b"x").unwrap();
     server.read_exact(&mut [0]).unwrap();
@@ -151,18 +156,14 @@ fn blocks_once(net: &Net, listener: &TcpListener) {
 /// Connections one after the other: either family, either end opening, blocking or not.
 fn one_worker(net: &Net, seed: u64, deadline: Instant) -> u64 {
     let mut random = Random(seed);
-    let listen =
-        |host: &str, address: IpAddr| net.on(host, || TcpListener::bind((address, 0)).unwrap());
+    let listen = |address: IpAddr| net.on("pod", || TcpListener::bind((address, 0)).unwrap());
     let listeners = [
-        ("pod", listen("zt", IpAddr::V4(ZTUNNEL))),
-        ("pod", listen("zt", IpAddr::V6(ZTUNNEL6))),
-        ("zt", listen("pod", IpAddr::V4(POD))),
-        ("zt", listen("pod", IpAddr::V6(POD6))),
+        ("pod", net.listener(IpAddr::V4(ZTUNNEL))),
+        ("pod", net.listener(IpAddr::V6(ZTUNNEL6))),
+        ("zt", listen(IpAddr::V4(POD))),
+        ("zt", listen(IpAddr::V6(POD6))),
     ];
-    let blocking = [
-        listen("pod", IpAddr::V4(POD)),
-        listen("pod", IpAddr::V6(POD6)),
-    ];
+    let blocking = [listen(IpAddr::V4(POD)), listen(IpAddr::V6(POD6))];
     for listener in &blocking {
         blocks_once(net, listener);
     }
@@ -177,7 +178,10 @@ fn one_worker(net: &Net, seed: u64, deadline: Instant) -> u64 {
         let to = listener.local_addr().unwrap();
         // ztunnel never blocks, pods do as they like.
         let (client_blocks, server_blocks) = (blocks && from == "pod", blocks && from == "zt");
-        let client = net.on(from, || connect(to, client_blocks));
+        let client = match from {
+            "zt" => net.dial(to),
+            _ => net.on("pod", || connect(to, client_blocks)),
+        };
         let (server, _) = listener.accept().unwrap();
         server.set_nonblocking(!server_blocks).unwrap();
         let (one, other) = (habits(&mut random), habits(&mut random));
@@ -294,7 +298,7 @@ fn a_thousand_connections_share_the_maps_within_bounds() {
     if !can_run("a_thousand_connections_share_the_maps_within_bounds") {
         return;
     }
-    let net = Net::up();
+    let net = Net::up_alone();
     let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
     let (_, hard) = nix::sys::resource::getrlimit(limit).unwrap();
     nix::sys::resource::setrlimit(limit, hard, hard).unwrap();

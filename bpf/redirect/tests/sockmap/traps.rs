@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
-use crate::support::{Net, POD, Peer, ZTUNNEL, can_run, connect, exchange, free_memory, unread};
+use crate::support::{Net, POD, Peer, ZTUNNEL, can_run, exchange, free_memory, unread};
 
 /// Both directions are on the short-cut.
 fn warm(net: &Net) -> (Peer, Peer) {
@@ -23,7 +23,7 @@ fn a_reader_that_stops_bounds_memory_and_stalls_its_sender() {
     if !can_run("a_reader_that_stops_bounds_memory_and_stalls_its_sender") {
         return;
     }
-    let net = Net::up();
+    let net = Net::up_alone();
     let before = free_memory();
     let mut pairs: Vec<_> = (0..50).map(|_| warm(&net)).collect();
     let message = vec![5; 16 * 1024];
@@ -153,7 +153,7 @@ fn a_kernel_with_wrong_fionread_is_refused_unless_forced() {
     app.expect(&[1; 3000]);
     let listener = net.on("pod", || TcpListener::bind((IpAddr::V4(POD), 0)).unwrap());
     let to = listener.local_addr().unwrap();
-    let mut early = Peer(net.on("zt", || connect(to, false)));
+    let mut early = Peer(net.dial(to));
     early.write_all(&[1; 3000]).unwrap(); // by TCP: not accepted yet
     let late = listener.accept().unwrap().0;
     late.peek(&mut [0]).unwrap();
@@ -183,7 +183,7 @@ fn blocking_applications_never_see_eagain() {
     let listener = net.on("pod", || TcpListener::bind(pod).unwrap());
     let to = listener.local_addr().unwrap();
     let serve = || {
-        let zt = Peer(net.on("zt", || connect(to, false)));
+        let zt = Peer(net.dial(to));
         (listener.accept().unwrap().0, zt)
     };
     let (mut server, mut zt) = serve();
@@ -212,7 +212,7 @@ fn blocking_applications_never_see_eagain() {
     // reset comes says so. In the map it would return EAGAIN.
     let refused = net.counter("refused");
     let (mut server, zt) = serve();
-    assert_eq!(net.counter("refused"), refused + 1);
+    assert_eq!(net.counter("refused"), refused + 2);
     let reader = thread::spawn(move || server.read(&mut [0; 10]));
     thread::sleep(Duration::from_millis(50));
     SockRef::from(&zt.0)
@@ -234,7 +234,7 @@ fn equal_tuples_of_other_namespaces_do_not_meet() {
         .into_iter()
         .map(|net| {
             let to = SocketAddr::from((ZTUNNEL, 9001));
-            let listener = net.on("zt", || TcpListener::bind(to).unwrap());
+            let listener = net.listener_at(to);
             let from = SocketAddr::from((POD, 9002));
             let app = net.on("pod", || {
                 crate::support::connect_from(Some(from), to, false)
@@ -261,7 +261,7 @@ fn an_application_that_accepts_late_gets_all_in_order() {
     let net = Net::up();
     let listener = net.on("pod", || TcpListener::bind((IpAddr::V4(POD), 0)).unwrap());
     let to = listener.local_addr().unwrap();
-    let mut zt = Peer(net.on("zt", || connect(to, false)));
+    let mut zt = Peer(net.dial(to));
     // Not accepted: TCP. Then accepted and not read: TCP. Then read: the short-cut.
     zt.write_all(b"one ").unwrap();
     let mut app = Peer(listener.accept().unwrap().0);
@@ -290,6 +290,8 @@ fn a_full_queue_of_the_kernel_costs_the_short_cut_not_the_data() {
     app.write_all(&[3; 3000]).unwrap();
     let redirected = net.counter("to_ztunnel_bytes") - before;
     assert!(redirected <= 8192, "{redirected}");
-    assert_eq!(net.counter("demoted_budget"), 1, "{:?}", net.status());
+    // Others on the machine may have made memory for TCP short, which is seen first.
+    let demoted = net.counter("demoted_budget") + net.counter("demoted_pressure");
+    assert_eq!(demoted, 1, "{:?}", net.status());
     zt.expect(&[[1; 3000], [2; 3000], [3; 3000]].concat());
 }
