@@ -217,6 +217,7 @@ mod ours {
             mode: RedirectMode::Node,
             original_source: true,
             same_node_tunnel: false,
+            short_cut: None,
             mark: None,
             keepalive: None,
             connect_timeout: Duration::from_secs(10),

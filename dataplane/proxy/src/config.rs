@@ -1,5 +1,8 @@
 //! What a worker needs to know that does not change while it runs.
 
+use std::fmt::Debug;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mesh::NodeContext;
@@ -14,6 +17,14 @@ pub enum RedirectMode {
     Node,
 }
 
+/// A short-cut that the redirection may have put between pods' sockets and the proxy's (sockmap).
+pub trait ShortCut: Debug + Send + Sync {
+    /// Lets `socket`, which is about to be connected, take it.
+    fn offer(&self, socket: BorrowedFd<'_>);
+    /// Whether `socket` does not take it and never will: splice(2) is right only then.
+    fn is_plain(&self, socket: BorrowedFd<'_>) -> bool;
+}
+
 /// Settings of the data path.
 #[derive(Debug, Clone)]
 pub struct ProxyConfig {
@@ -25,6 +36,8 @@ pub struct ProxyConfig {
     pub original_source: bool,
     /// In node mode: pods of this node are reached by a tunnel, too (`SAME_NODE_TUNNEL`).
     pub same_node_tunnel: bool,
+    /// What the sockets of this proxy may take in node mode (`SOCKMAP`); without it they never do.
+    pub short_cut: Option<Arc<dyn ShortCut>>,
     /// `SO_MARK` of outgoing sockets (`PACKET_MARK`).
     pub mark: Option<u32>,
     /// Keepalive probes on accepted and connected sockets (`KEEPALIVE_*`).

@@ -13,7 +13,7 @@ use rt::sync::Broadcast;
 use telemetry::WorkerTelemetry;
 use tls::CertificateStore;
 
-use crate::config::{ProxyConfig, RedirectMode};
+use crate::config::{ProxyConfig, RedirectMode, ShortCut};
 use crate::error::ProxyError;
 use crate::gate::Handshakes;
 use crate::pool::Pool;
@@ -53,6 +53,12 @@ impl fmt::Debug for Context {
 /// Counts a connection as long as it lives.
 #[derive(Debug)]
 pub(crate) struct Alive(Rc<Context>);
+
+impl Alive {
+    pub(crate) fn context(&self) -> &Context {
+        &self.0
+    }
+}
 
 impl Drop for Alive {
     fn drop(&mut self) {
@@ -173,12 +179,20 @@ impl Context {
             mark: self.config.mark,
             keepalive: self.config.keepalive,
         };
-        let connect = rt::net::connect(addr, &options);
+        let connect = rt::net::connect_prepared(addr, &options, |socket| {
+            if let Some(short_cut) = self.short_cut() {
+                short_cut.offer(socket);
+            }
+        });
         match rt::time::timeout(self.config.connect_timeout, connect).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => Err(ProxyError::Connect { addr, error }),
             Err(_) => Err(ProxyError::ConnectTimeout { addr }),
         }
+    }
+
+    pub(crate) fn short_cut(&self) -> Option<&dyn ShortCut> {
+        self.config.short_cut.as_deref()
     }
 
     /// Source address for connections on behalf of `client`.

@@ -33,5 +33,5 @@ mod tunnel;
 mod watch;
 mod worker;
 
-pub use config::{ProxyConfig, RedirectMode};
+pub use config::{ProxyConfig, RedirectMode, ShortCut};
 pub use worker::{Command, Listeners, WorkerSetup, serve};

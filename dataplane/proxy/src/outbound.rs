@@ -155,8 +155,10 @@ impl Connection<'_> {
             Ok(server) => {
                 let Self { client, alive, .. } = self;
                 rt::spawn(async move {
-                    let _alive = alive;
-                    let result = relay::client_to_server(client, server, &[&record], None).await;
+                    let records = [&record];
+                    let short_cut = alive.context().short_cut();
+                    let relay = relay::client_to_server(client, server, &records, None, short_cut);
+                    let result = relay.await;
                     relay::finish(record, result);
                 });
             }
@@ -268,9 +270,9 @@ impl Connection<'_> {
             Ok((server, watch)) => {
                 let Self { client, alive, .. } = self;
                 rt::spawn(async move {
-                    let _alive = alive;
                     let records = [&outbound, &inbound];
-                    let relay = relay::client_to_server(client, server, &records, Some(&watch));
+                    let (watch, short_cut) = (Some(&watch), alive.context().short_cut());
+                    let relay = relay::client_to_server(client, server, &records, watch, short_cut);
                     let result = relay.await;
                     let error = result.as_ref().err();
                     let shown = error.map(|error| error as &dyn std::fmt::Display);

@@ -65,9 +65,9 @@ async fn serve(
     match connected.await {
         Ok((server, watch)) => {
             rt::spawn(async move {
-                let _alive = alive;
                 let records = [&record];
-                let relay = relay::client_to_server(client, server, &records, Some(&watch));
+                let (watch, short_cut) = (Some(&watch), alive.context().short_cut());
+                let relay = relay::client_to_server(client, server, &records, watch, short_cut);
                 let result = relay.await;
                 relay::finish(record, result);
             });

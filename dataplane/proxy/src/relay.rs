@@ -13,6 +13,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use rt::buf::Buf;
 use rt::net::{Placement, ReadHalf, Splice, Spliced, TcpStream, WriteHalf};
 use telemetry::{ConnectionRecord, ResponseFlags};
 
+use crate::config::ShortCut;
 use crate::error::{ProxyError, is_gone};
 use crate::tunnel::{StreamFailure, TunnelStream};
 use crate::watch::Watch;
@@ -84,19 +86,31 @@ pub(crate) async fn tunnel_to_server(
 }
 
 /// Plain: both are sockets. Counted on every one of `records`; ended by `watch`, if there is one.
+/// They may take `short_cut`.
 pub(crate) async fn client_to_server(
     client: TcpStream,
     server: TcpStream,
     records: &[&ConnectionRecord],
     watch: Option<&Watch>,
+    short_cut: Option<&dyn ShortCut>,
 ) -> Result<(), ProxyError> {
     let (mut client_read, mut client_write) = client.split();
     let (mut server_read, mut server_write) = server.split();
     let result = {
         let cut = Cut::default();
-        let (request, response) = (Way::Request, Way::Response);
-        let up = pin!(copy(&mut client_read, &mut server_write, records, request));
-        let down = pin!(copy(&mut server_read, &mut client_write, records, response));
+        let (request, response) = (Books(records, Way::Request), Books(records, Way::Response));
+        let up = pin!(copy(
+            &mut client_read,
+            &mut server_write,
+            request,
+            short_cut
+        ));
+        let down = pin!(copy(
+            &mut server_read,
+            &mut client_write,
+            response,
+            short_cut
+        ));
         let mut relay = pin!(both(up, down, &cut));
         match watch {
             Some(watch) => watch.while_allowed(relay).await,
@@ -237,25 +251,77 @@ async fn download(
     }
 }
 
+/// Where one direction of a relay between sockets is counted.
+#[derive(Clone, Copy)]
+struct Books<'a>(&'a [&'a ConnectionRecord], Way);
+
+impl Books<'_> {
+    fn count(self, bytes: usize) {
+        for record in self.0 {
+            self.1.count(record, bytes);
+        }
+    }
+}
+
+/// Bytes that a bulk flow copies before it asks again whether its sockets are plain. Asking costs
+/// four system calls at most.
+const ASK_EVERY_BYTES: usize = 1 << 20;
+
+/// Decides when a direction may be spliced: once both of its sockets have left the short-cut, which
+/// bulk does by itself.
+struct Gate<'a> {
+    /// None: both are plain.
+    short_cut: Option<&'a dyn ShortCut>,
+    copied: usize,
+}
+
+impl<'a> Gate<'a> {
+    fn new(short_cut: Option<&'a dyn ShortCut>) -> Self {
+        Self {
+            short_cut,
+            copied: ASK_EVERY_BYTES,
+        }
+    }
+
+    fn is_open(&mut self, from: &ReadHalf, to: &WriteHalf) -> bool {
+        let Some(short_cut) = self.short_cut else {
+            return true;
+        };
+        if self.copied < ASK_EVERY_BYTES {
+            return false;
+        }
+        self.copied = 0;
+        let plain = short_cut.is_plain(from.as_fd()) && short_cut.is_plain(to.as_fd());
+        if plain {
+            self.short_cut = None;
+        }
+        plain
+    }
+
+    fn copied(&mut self, bytes: usize) {
+        self.copied = self.copied.saturating_add(bytes);
+    }
+}
+
 /// Socket into socket; bulk goes through a pipe instead of through this process's memory.
 async fn copy(
     from: &mut ReadHalf,
     to: &mut WriteHalf,
-    records: &[&ConnectionRecord],
-    way: Way,
+    books: Books<'_>,
+    short_cut: Option<&dyn ShortCut>,
 ) -> Result<(), ProxyError> {
     let mut bufs = VecDeque::new();
     let (mut pipe, mut may_splice) = (None, true);
+    let mut gate = Gate::new(short_cut);
     loop {
-        if may_splice && Splice::is_possible(from) {
+        if may_splice && Splice::is_possible(from) && gate.is_open(from, to) {
             if pipe.is_none() {
                 pipe = Splice::new().ok(); // without descriptors to spare it is copied
             }
             may_splice = pipe.is_some();
             if let Some(pipe) = &mut pipe {
-                let moved = |n| records.iter().for_each(|record| way.count(record, n));
                 // Boxed: idle connections would hold its state otherwise.
-                match Box::pin(pipe.relay(from, to, moved)).await {
+                match Box::pin(pipe.relay(from, to, |n| books.count(n))).await {
                     Ok(Spliced::Small) => {}
                     Ok(Spliced::End) => return end(to).await,
                     // Whichever side is gone: nothing more comes, or nobody takes it.
@@ -271,9 +337,8 @@ async fn copy(
         if !deliver(to, &mut bufs).await? {
             return Ok(());
         }
-        for record in records {
-            way.count(record, n);
-        }
+        books.count(n);
+        gate.copied(n);
     }
 }
 
@@ -337,7 +402,7 @@ mod tests {
                 },
             ),
             size(|client, server, records: &'static [Record], watch| {
-                client_to_server(client, server, records, watch)
+                client_to_server(client, server, records, watch, None)
             }),
         ];
         assert!(sizes.iter().all(|size| *size <= 1024), "bytes: {sizes:?}");

@@ -18,12 +18,14 @@ pub struct Counters {
     pub starved: u64,
     /// Wake-ups from other threads.
     pub wakes: u64,
+    /// Bytes that went from socket to socket through a pipe.
+    pub spliced: u64,
 }
 
 /// Counters of a worker, readable from any thread; the worker stores them once per turn.
 #[derive(Debug)]
 pub struct SharedCounters {
-    values: [AtomicU64; 6],
+    values: [AtomicU64; 7],
     tasks: AtomicU64,
     operations: AtomicU64,
     thread: libc::pid_t,
@@ -57,6 +59,7 @@ impl SharedCounters {
             counters.overflows,
             counters.starved,
             counters.wakes,
+            counters.spliced,
         ];
         for (cell, value) in self.values.iter().zip(values) {
             cell.store(value, Ordering::Relaxed);
@@ -99,6 +102,7 @@ impl SharedCounters {
             overflows: value(3),
             starved: value(4),
             wakes: value(5),
+            spliced: value(6),
         }
     }
 

@@ -40,10 +40,9 @@ pub struct RuntimeConfig {
     /// How long a worker that has nothing to do looks for news before it sleeps, as long as that
     /// finds some. Lone messages are answered sooner, at the price of the CPU; zero: never.
     pub busy_poll: Duration,
-    /// Whether [`crate::net::Splice`] may be used: not where sockmap redirects data to sockets of
-    /// this process, which splice(2) would not see. There the kernel does not retry short sends
-    /// either, which corrupts what sockmap has a hand in.
-    pub splice: bool,
+    /// Whether sockets may be in a sockmap. The kernel does not retry their short sends then, which
+    /// would corrupt what sockmap has a hand in; [`crate::net::Splice`] is for the caller to avoid.
+    pub sockmap: bool,
 }
 
 impl Default for RuntimeConfig {
@@ -55,7 +54,7 @@ impl Default for RuntimeConfig {
             polls_per_turn: 1024,
             completions_per_turn: 2048,
             busy_poll: Duration::ZERO,
-            splice: true,
+            sockmap: false,
         }
     }
 }
@@ -96,7 +95,6 @@ pub(crate) struct Inner {
     pub(crate) driver: RefCell<Driver>,
     pub(crate) timers: RefCell<Timers>,
     pub(crate) pool: Pool,
-    pub(crate) splice: bool,
     tasks: RefCell<Tasks>,
     /// Ends the period after which the pool gives back what it did not need.
     trim: Cell<Option<Key>>,
@@ -187,7 +185,6 @@ impl Runtime {
             driver: RefCell::new(driver),
             timers: RefCell::default(),
             pool,
-            splice: config.splice,
             tasks: RefCell::default(),
             trim: Cell::new(None),
             next_turn: RefCell::default(),
@@ -457,7 +454,7 @@ fn drivers_choice(
 
 fn ring(config: &RuntimeConfig, pool: &Pool) -> io::Result<Driver> {
     let mut driver = Driver::with_ring(config.entries, config.entries * 4, pool)?;
-    if !config.splice {
+    if config.sockmap {
         driver.tell_short_sends();
     }
     Ok(driver)

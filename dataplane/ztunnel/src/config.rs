@@ -12,6 +12,7 @@ use rt::{Backend, RuntimeConfig};
 use tls::RecordPath;
 
 use crate::environment::{BadSetting, Environment};
+use crate::short_cut::ShortCut;
 
 /// Why the settings cannot be used. `Display` is one line.
 #[derive(Debug, thiserror::Error)]
@@ -67,8 +68,8 @@ pub(crate) struct Settings {
     pub(crate) backend: Backend,
     /// How long a worker looks for news before it sleeps; zero: not at all.
     pub(crate) busy_poll: Duration,
-    /// Plain bulk may be spliced; not while sockmap redirects data to ztunnel's sockets.
-    pub(crate) splice: bool,
+    /// What asks for the node agent's sockmap short-cut, if it is to be used.
+    pub(crate) short_cut: Option<Arc<ShortCut>>,
     pub(crate) listener_map: Option<PathBuf>,
     pub(crate) ipv6: bool,
     pub(crate) drain: Duration,
@@ -97,7 +98,7 @@ impl Settings {
         RuntimeConfig {
             backend: self.backend,
             busy_poll: self.busy_poll,
-            splice: self.splice,
+            sockmap: self.short_cut.is_some(),
             ..RuntimeConfig::default()
         }
     }
@@ -118,10 +119,15 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
     .ok_or(ConfigError::NoSource)?;
     let dedicated_to = dedicated_to(environment)?;
     let cpus = rt::available_cpus().map_or(1, |cpus| cpus.len());
+    let short_cut = short_cut(environment)?;
+    let proxy = ProxyConfig {
+        short_cut: short_cut.clone().map(|short_cut| short_cut as _),
+        ..proxy_config(environment, dedicated_to.clone())?
+    };
     Ok(Settings {
         authority: authority(environment, dedicated_to.is_some())?,
         transparent: transparent(environment, dedicated_to.is_some())?,
-        proxy: Arc::new(proxy_config(environment, dedicated_to)?),
+        proxy: Arc::new(proxy),
         source,
         certificate_ttl: environment
             .duration("SECRET_TTL")?
@@ -134,9 +140,7 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
                 .number("ZTUNNEL_BUSY_POLL_US", 0..=1_000)?
                 .unwrap_or(0),
         ),
-        splice: environment
-            .text("SOCKMAP")
-            .is_none_or(|value| value == "off"),
+        short_cut,
         listener_map: environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from),
         ipv6: environment.boolean("IPV6_ENABLED")?.unwrap_or(true),
         drain: drain(environment)?,
@@ -153,17 +157,6 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
         }),
         None => Ok(()),
     };
-    // The node agent sets the short-cut up, and ztunnel has nothing to do for it: its sockets are
-    // only sent to and received from then, never spliced.
-    let switch = [("off", false), ("on", true)];
-    if environment.one_of("SOCKMAP", &switch)? == Some(true)
-        && environment.text("REDIRECT_MODE").as_deref() != Some("node")
-    {
-        refused(
-            "SOCKMAP",
-            "the short-cut is for REDIRECT_MODE=node; use off",
-        )?;
-    }
     if environment.boolean("TLS12_ENABLED")? == Some(true) {
         refused("TLS12_ENABLED", "only TLS 1.3 is spoken; unset it")?;
     }
@@ -185,6 +178,24 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
         "no policy but the default is available; unset it",
     )?;
     Ok(())
+}
+
+/// The node agent's short-cut (`SOCKMAP=on`): its maps are pinned beside the listener map.
+fn short_cut(environment: &Environment<'_>) -> Result<Option<Arc<ShortCut>>, ConfigError> {
+    let switch = [("off", false), ("on", true)];
+    if environment.one_of("SOCKMAP", &switch)? != Some(true) {
+        return Ok(None);
+    }
+    let map = environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from);
+    let map = map.filter(|_| environment.text("REDIRECT_MODE").as_deref() == Some("node"));
+    match map {
+        Some(map) => Ok(Some(Arc::new(ShortCut::new(&map)))),
+        None => Err(ConfigError::Unsupported {
+            name: "SOCKMAP",
+            value: "on".to_owned(),
+            instead: "the short-cut is for REDIRECT_MODE=node with ZTUNNEL_LISTENER_MAP; use off",
+        }),
+    }
 }
 
 /// The workload this proxy serves alone (`PROXY_MODE=dedicated`), if it does.
@@ -300,6 +311,7 @@ fn proxy_config(
     Ok(ProxyConfig {
         node,
         mode,
+        short_cut: None,
         original_source: environment.boolean("ENABLE_ORIG_SRC")?.unwrap_or(true),
         same_node_tunnel: same_node_tunnel(environment, mode)?,
         mark: mark.map(|mark| mark as u32).or(default_mark),
@@ -523,9 +535,15 @@ mod tests {
             );
         }
         assert!(with(&[("XDS_ADDRESS", ""), ("SOCKMAP", "off")]).is_ok());
-        let shortcut = with(&[("REDIRECT_MODE", "node"), ("SOCKMAP", "on")]).unwrap();
-        assert!(!shortcut.splice && with(&[]).unwrap().splice);
-        assert!(!shortcut.proxy.same_node_tunnel);
+        let node = ("REDIRECT_MODE", "node");
+        let map = ("ZTUNNEL_LISTENER_MAP", "/sys/fs/bpf/listeners");
+        let short_cut = with(&[node, map, ("SOCKMAP", "on")]).unwrap();
+        assert!(short_cut.runtime().sockmap && short_cut.proxy.short_cut.is_some());
+        assert!(!short_cut.proxy.same_node_tunnel);
+        let plain = with(&[node, map]).unwrap();
+        assert!(!plain.runtime().sockmap && plain.proxy.short_cut.is_none());
+        let lacking = with(&[node, ("SOCKMAP", "on")]).unwrap_err().to_string();
+        assert!(lacking.contains("ZTUNNEL_LISTENER_MAP"), "{lacking}");
         let tunnel = with(&[("REDIRECT_MODE", "node"), ("SAME_NODE_TUNNEL", "true")]);
         assert!(tunnel.unwrap().proxy.same_node_tunnel);
     }

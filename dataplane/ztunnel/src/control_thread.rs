@@ -63,7 +63,7 @@ pub(crate) fn run() -> Result<(), RunError> {
     )?;
     let steering = match &settings.listener_map {
         Some(path) => Some(
-            Steering::new(path, &sockets, &cpus)
+            Steering::new(path, &sockets, &cpus, settings.short_cut.clone())
                 .map_err(|error| RunError::Io("cannot duplicate listeners", error))?,
         ),
         None => None,

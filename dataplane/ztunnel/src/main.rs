@@ -11,6 +11,7 @@ mod config;
 mod control_thread;
 mod environment;
 mod listeners;
+mod short_cut;
 mod steering;
 mod workers;
 

@@ -3,7 +3,8 @@
 //! The node agent pins a socket map; this registers each worker's listeners in it, and again when
 //! the agent has replaced the map. Until it has succeeded once the process is not ready. While
 //! packets go to a ztunnel in another network namespace (one takes over from the other), nothing is
-//! registered: the map is that one's.
+//! registered: the map is that one's. Where the agent's short-cut between sockets is asked for, the
+//! listeners ask for it here, too.
 
 use std::fs;
 use std::io;
@@ -11,11 +12,14 @@ use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use proxy::Listeners;
 use redirect::{ListenerMap, Role};
 use telemetry::PendingTask;
+
+use crate::short_cut::ShortCut;
 
 /// How often the pinned map is looked at.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -26,11 +30,17 @@ pub(crate) struct Steering {
     path: PathBuf,
     listeners: Vec<[(Role, TcpListener); 3]>,
     cpus: Vec<u32>,
+    short_cut: Option<Arc<ShortCut>>,
 }
 
 impl Steering {
     /// Keeps a second descriptor of each listener.
-    pub(crate) fn new(path: &Path, listeners: &[Listeners], cpus: &[u32]) -> io::Result<Self> {
+    pub(crate) fn new(
+        path: &Path,
+        listeners: &[Listeners],
+        cpus: &[u32],
+        short_cut: Option<Arc<ShortCut>>,
+    ) -> io::Result<Self> {
         let listeners = listeners
             .iter()
             .map(|set| {
@@ -45,6 +55,7 @@ impl Steering {
             path: path.to_owned(),
             listeners,
             cpus: cpus.to_owned(),
+            short_cut,
         })
     }
 
@@ -54,6 +65,10 @@ impl Steering {
         let mut registered = None;
         let mut reported = String::new();
         loop {
+            if let Some(short_cut) = &self.short_cut {
+                let listeners = self.listeners.iter().flatten();
+                short_cut.follow(listeners.map(|(_, listener)| listener.as_fd()));
+            }
             let current = fs::metadata(&self.path)
                 .map(|pin| (pin.dev(), pin.ino()))
                 .ok();

@@ -150,7 +150,7 @@ fn log_backend(worker: usize, asked: Backend, runtime: &Runtime) {
 type Read = fn(&SharedCounters) -> u64;
 
 /// Metrics of a worker: `ztunnel_worker_` and name, help, kind, value.
-const EXPORTED: [(&str, &str, MetricKind, Read); 10] = [
+const EXPORTED: [(&str, &str, MetricKind, Read); 11] = [
     (
         "enters_total",
         "io_uring_enter or epoll_wait calls",
@@ -186,6 +186,12 @@ const EXPORTED: [(&str, &str, MetricKind, Read); 10] = [
         "wake-ups by other threads",
         MetricKind::Counter,
         |c| c.ring().wakes,
+    ),
+    (
+        "spliced_bytes_total",
+        "bytes moved between two sockets without copying them through user space",
+        MetricKind::Counter,
+        |c| c.ring().spliced,
     ),
     (
         "kernel_ms_total",

@@ -309,6 +309,7 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         mode: RedirectMode::InPod,
         original_source: false,
         same_node_tunnel: false,
+        short_cut: None,
         mark: None,
         keepalive: None,
         connect_timeout: Duration::from_secs(5),

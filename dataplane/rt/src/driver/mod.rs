@@ -117,6 +117,11 @@ impl Driver {
         }
     }
 
+    /// Counts bytes that [`crate::net::Splice`] has moved.
+    pub(crate) fn spliced(&mut self, bytes: usize) {
+        self.books.counters.spliced += bytes as u64;
+    }
+
     pub(crate) fn counters(&self) -> &Counters {
         &self.books.counters
     }

@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 use super::sockaddr::{RawAddr, set_option};
@@ -28,7 +28,21 @@ pub struct ConnectOptions {
 /// Those of `socket(2)`, `setsockopt(2)`, `bind(2)` and `connect(2)`; `EPERM` from a foreign source
 /// means that `CAP_NET_ADMIN` is missing.
 pub async fn connect(to: SocketAddr, options: &ConnectOptions) -> io::Result<TcpStream> {
-    let socket = Rc::new(Socket::new(prepare(to, options)?));
+    connect_prepared(to, options, |_| {}).await
+}
+
+/// As [`connect`], after `prepare` has seen the socket.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_prepared(
+    to: SocketAddr,
+    options: &ConnectOptions,
+    prepare: impl FnOnce(BorrowedFd<'_>),
+) -> io::Result<TcpStream> {
+    let socket = make(to, options)?;
+    prepare(socket.as_fd());
+    let socket = Rc::new(Socket::new(socket));
     let inner = current();
     let keep = Keep::Connect(Rc::clone(&socket), Box::new(RawAddr::new(to)));
     let op = inner.driver.borrow_mut().start(keep);
@@ -58,7 +72,7 @@ impl Drop for Guard<'_> {
     }
 }
 
-fn prepare(to: SocketAddr, options: &ConnectOptions) -> io::Result<OwnedFd> {
+fn make(to: SocketAddr, options: &ConnectOptions) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() {
         libc::AF_INET
     } else {

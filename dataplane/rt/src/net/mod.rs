@@ -12,7 +12,7 @@ pub(crate) mod socket;
 mod splice;
 mod write;
 
-pub use connect::{ConnectOptions, connect};
+pub use connect::{ConnectOptions, connect, connect_prepared};
 pub use listener::Listener;
 pub(crate) use read::MessageHeader;
 pub use read::{Placement, ReadHalf};

@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -39,6 +39,18 @@ impl Socket {
     pub(crate) fn set_watch(&self, watch: Watch) {
         let fresh = self.watch.set(watch).is_ok();
         debug_assert!(fresh, "a socket is registered once");
+    }
+}
+
+impl AsFd for ReadHalf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket().fd.as_fd()
+    }
+}
+
+impl AsFd for WriteHalf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket().fd.as_fd()
     }
 }
 

@@ -5,7 +5,8 @@
 //! only while a flow is bulk: [`Splice::relay`] returns when the flow ends or falls quiet, and the
 //! caller goes on with ordinary receives.
 //!
-//! Not for sockets whose data sockmap redirects: splice(2) does not see what sockmap has queued.
+//! Not for sockets in a sockmap: splice(2) does not see what sockmap has queued. They must have left
+//! it for good.
 
 use std::future::poll_fn;
 use std::io;
@@ -69,11 +70,10 @@ impl Splice {
         })
     }
 
-    /// Whether `from` can be spliced: it is bulk, nothing it has received is waiting, and
-    /// [`crate::RuntimeConfig::splice`] allows it.
+    /// Whether `from` can be spliced: it is bulk, and nothing it has received is waiting.
     #[must_use]
     pub fn is_possible(from: &ReadHalf) -> bool {
-        from.inner().splice && from.is_bulk() && from.is_quiet()
+        from.is_bulk() && from.is_quiet()
     }
 
     /// Moves bytes from one socket to the other until the flow ends or is small; tells `moved` how
@@ -150,6 +150,7 @@ impl Transfer<'_> {
                     Ok(n) => {
                         self.pipe.inside -= n;
                         budget = budget.saturating_sub(n);
+                        self.inner.driver.borrow_mut().spliced(n);
                         moved(n);
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
