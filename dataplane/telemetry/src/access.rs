@@ -9,7 +9,7 @@ use mesh::{Identity, Workload};
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
 
-use crate::connection::{ConnectionInfo, Reporter, Security};
+use crate::connection::{ConnectionInfo, Reporter};
 use crate::line::{Line, LineBuffer};
 use crate::sink::{LogQueue, LogSink};
 use crate::text::LogFormat;
@@ -105,13 +105,6 @@ pub(crate) struct Outcome<'a> {
 
 /// The fields that name the two ends, and the direction.
 pub(crate) fn ends(line: &mut Line<'_>, info: &ConnectionInfo) {
-    let proved = |identity| {
-        if info.security == Security::MutualTls {
-            identity
-        } else {
-            None
-        }
-    };
     line.bare("src.addr", &info.src);
     let source = info.source.as_deref();
     let keys = [
@@ -120,7 +113,7 @@ pub(crate) fn ends(line: &mut Line<'_>, info: &ConnectionInfo) {
         "src.identity",
         "src.cluster",
     ];
-    workload(line, keys, source, proved(info.source_identity.as_ref()));
+    workload(line, keys, source, info.source_identity.as_ref());
     line.bare("dst.addr", &info.dst);
     if let Some(target) = &info.hbone_dst {
         line.bare("dst.hbone_addr", target);
@@ -135,12 +128,8 @@ pub(crate) fn ends(line: &mut Line<'_>, info: &ConnectionInfo) {
         "dst.identity",
         "dst.cluster",
     ];
-    workload(
-        line,
-        keys,
-        destination,
-        proved(info.destination_identity.as_ref()),
-    );
+    let identity = info.destination_identity.as_ref();
+    workload(line, keys, destination, identity);
     line.string("direction", info.reporter.direction());
 }
 

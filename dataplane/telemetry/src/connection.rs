@@ -39,7 +39,7 @@ impl Reporter {
 /// How the connection is secured between the two proxies; `connection_security_policy`.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub enum Security {
-    /// Not by the mesh: plaintext or passthrough.
+    /// Not by TLS of the mesh: plaintext, passthrough, or from pod to pod of this node in one hop.
     #[default]
     Unknown,
     /// HBONE: mutual TLS with both identities proved.
@@ -131,10 +131,13 @@ pub struct ConnectionInfo {
     pub destination: Option<Arc<Workload>>,
     /// The service the client asked for, if it did not ask for a workload.
     pub service: Option<Arc<Service>>,
-    /// The client's identity: proved by TLS inbound, the one we act for outbound. Kept out of
-    /// the log without mutual TLS.
+    /// The client's identity, for which somebody has to vouch: TLS inbound, and redirection where
+    /// the client is a pod of this node, as only that pod's packets bear its address. Without
+    /// either there is none: policies match none, metrics and log name none.
     pub source_identity: Option<Identity>,
-    /// The server's identity. Without it the metrics name the one `destination` should have.
+    /// The server's identity: proved by TLS, or that of the pod of this node that is connected to
+    /// without a tunnel. Without it the metrics name the one `destination` should have, as
+    /// upstream's do, and the log names none.
     pub destination_identity: Option<Identity>,
     /// How the two proxies secure it.
     pub security: Security,

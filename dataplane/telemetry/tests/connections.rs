@@ -328,11 +328,13 @@ fn the_log_line_is_exactly_istios() {
     assert_eq!(bench.lines(), expected);
 }
 
+/// As upstream's: neither end of what goes around the mesh, though its workloads are known.
 #[test]
-fn without_mutual_tls_the_log_names_no_identity() {
+fn without_proof_the_log_names_no_identity() {
     let (bench, model) = (Bench::plain(), model());
     let mut info = outbound(&model);
     info.security = Security::Unknown;
+    (info.source_identity, info.destination_identity) = (None, None);
     info.hbone_dst = Some(HboneTarget::Host("pay.example.com:443".into()));
     bench.worker().opened(info).close(None, ResponseFlags::None);
     let line = bench.lines().remove(0);
@@ -341,6 +343,35 @@ fn without_mutual_tls_the_log_names_no_identity() {
         line.contains(" dst.hbone_addr=pay.example.com:443 "),
         "{line}"
     );
+}
+
+/// From pod to pod of one node in one hop: who they are is known, and that there was no tunnel.
+#[test]
+fn one_hop_names_both_identities_and_no_tunnel() {
+    let (bench, model) = (Bench::plain(), model());
+    let mut info = inbound(&model);
+    info.security = Security::Unknown;
+    info.hbone_dst = None;
+    bench.worker().opened(info).close(None, ResponseFlags::None);
+    let line = bench.lines().remove(0);
+    for part in [
+        " src.identity=\"spiffe://cluster.local/ns/shop/sa/web\" ",
+        " dst.addr=10.0.0.2:8080 dst.service=",
+        " dst.identity=\"spiffe://cluster.local/ns/shop/sa/pay\" ",
+    ] {
+        assert!(line.contains(part), "no {part} in {line}");
+    }
+    let opened = bench.samples("istio_tcp_connections_opened_total");
+    let [(labels, 1)] = &opened[..] else {
+        panic!("{opened:?}")
+    };
+    for label in [
+        "source_principal=\"spiffe://cluster.local/ns/shop/sa/web\"",
+        "destination_principal=\"spiffe://cluster.local/ns/shop/sa/pay\"",
+        "connection_security_policy=\"unknown\"",
+    ] {
+        assert!(labels.contains(label), "no {label} in {labels}");
+    }
 }
 
 #[test]
