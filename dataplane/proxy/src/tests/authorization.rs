@@ -5,9 +5,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::end_to_end::{CLIENT, ONLY_CLIENT, STRANGER, echo, mesh, worker};
+use super::end_to_end::{CLIENT, ONLY_CLIENT, STRANGER, Worker, echo, mesh, worker, worker_with};
 use super::{HANG, context, run, snapshot};
 use crate::Command;
+use crate::config::RedirectMode;
 
 const NOBODY: &str = "policies:\n- {name: nobody, namespace: default, scope: Namespace, \
      action: Deny, dryRun: false, rules: [[[{principals: \
@@ -18,7 +19,22 @@ const NOBODY: &str = "policies:\n- {name: nobody, namespace: default, scope: Nam
 #[test]
 fn connections_that_are_no_longer_allowed_end() {
     let (port, _) = echo();
-    let worker = worker(port, "");
+    ends_what_is_no_longer_allowed(worker(port, ""), port);
+}
+
+/// The same where both pods are on this node and there is no tunnel whose certificates say who they
+/// are: policies match the identities of the pods.
+#[test]
+fn connections_of_one_hop_that_are_no_longer_allowed_end() {
+    let (port, _) = echo();
+    let worker = worker_with(port, "", &super::store(), |config| {
+        config.mode = RedirectMode::Node;
+        config.node.hbone_port = 1; // a tunnel would fail
+    });
+    ends_what_is_no_longer_allowed(worker, port);
+}
+
+fn ends_what_is_no_longer_allowed(worker: Worker, port: u16) {
     let exchange = |stream: &mut std::net::TcpStream| {
         stream.write_all(b"hello").unwrap();
         let mut back = [0; 5];
@@ -41,7 +57,7 @@ fn connections_that_are_no_longer_allowed_end() {
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     let error = worker.connect(CLIENT).read(&mut [0; 1]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
-    // The tunnel they shared has not been ended.
+    // Only those: the tunnel they may have shared has not been ended.
     assert_eq!(&exchange(&mut worker.connect(STRANGER)).unwrap(), b"hello");
     worker.drain();
 }

@@ -249,13 +249,24 @@ fn pods_of_one_node_take_one_hop_or_a_tunnel_of_our_own() {
         let error = stream.read(&mut [0; 1]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
         let samples = worker.samples("istio_tcp_connections_opened_total{");
-        let label = format!("connection_security_policy=\"{security}\"");
-        for reporter in ["source", "destination"] {
-            let reporter = format!("reporter=\"{reporter}\"");
-            let of = samples.iter().filter(|line| line.contains(&reporter));
-            let of: Vec<_> = of.collect();
-            assert!(!of.is_empty(), "{reporter}: {samples:#?}");
-            assert!(of.iter().all(|line| line.contains(&label)), "{of:#?}");
+        // Either way it is known who they are, and what protects their bytes.
+        let labels = |client: &str, reporter: &str| {
+            let identity = |account| format!("\"spiffe://cluster.local/ns/default/sa/{account}\"");
+            [
+                format!("reporter=\"{reporter}\""),
+                format!("source_principal={}", identity(client)),
+                format!("destination_principal={}", identity("server")),
+                format!("connection_security_policy=\"{security}\""),
+            ]
+        };
+        for (client, count) in [("client", " 2"), ("stranger", " 1")] {
+            for reporter in ["source", "destination"] {
+                let labels = labels(client, reporter);
+                let found = samples.iter().filter(|line| {
+                    labels.iter().all(|label| line.contains(label)) && line.ends_with(count)
+                });
+                assert_eq!(found.count(), 1, "{labels:?} in {samples:#?}");
+            }
         }
         worker.drain();
     }
