@@ -17,6 +17,16 @@ pub enum RedirectMode {
     Node,
 }
 
+impl RedirectMode {
+    /// The setting's value.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::InPod => "in-pod",
+            Self::Node => "node",
+        }
+    }
+}
+
 /// A short-cut that the redirection may have put between pods' sockets and the proxy's (sockmap).
 pub trait ShortCut: Debug + Send + Sync {
     /// Lets `socket`, which is about to be connected, take it.

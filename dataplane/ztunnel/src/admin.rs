@@ -4,13 +4,19 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use control::ConfigSource;
+use proxy::{ProxyConfig, RedirectMode};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tls::{CertificateStatus, CertificateStore};
 
-/// Model, certificates and state of the configuration, in upstream's shape.
-pub(crate) fn config_dump(source: &ConfigSource, certificates: &Arc<CertificateStore>) -> Value {
+/// Model, certificates and state of the configuration, in upstream's shape; of the settings, how
+/// traffic gets here and what that means for pods of this node.
+pub(crate) fn config_dump(
+    source: &ConfigSource,
+    certificates: &Arc<CertificateStore>,
+    proxy: &ProxyConfig,
+) -> Value {
     let mut dump = control::dump::config_dump(&source.snapshot());
     let status = source.status();
     let certificates: Vec<Value> = certificates.list().iter().map(certificate).collect();
@@ -22,7 +28,12 @@ pub(crate) fn config_dump(source: &ConfigSource, certificates: &Arc<CertificateS
         );
         object.insert(
             "config".into(),
-            json!({"generation": status.generation, "lastError": status.last_error}),
+            json!({
+                "generation": status.generation,
+                "lastError": status.last_error,
+                "redirectMode": proxy.mode.label(),
+                "sameNodeTunnel": proxy.mode == RedirectMode::InPod || proxy.same_node_tunnel,
+            }),
         );
     }
     dump

@@ -206,7 +206,8 @@ impl Control {
             telemetry::serve_readiness(readiness, ready.clone(), limits),
         );
         let (source, certificates) = (self.source, self.certificates);
-        let dump = move || crate::admin::config_dump(&source, &certificates);
+        let proxy = Arc::clone(&self.settings.proxy);
+        let dump = move || crate::admin::config_dump(&source, &certificates, &proxy);
         let admin_state = Admin {
             config_dump: Box::new(dump),
             logging: self.logging,

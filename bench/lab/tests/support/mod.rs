@@ -135,6 +135,15 @@ impl TestLab {
         Metrics::parse(&text)
     }
 
+    /// `host`'s `/config_dump`.
+    pub(crate) fn config_dump(&self, host: &str) -> serde_json::Value {
+        let server = SocketAddr::from(([127, 0, 0, 1], 15000));
+        let netns = self.lab.netns(host).unwrap();
+        let (status, text) = http_get(&netns, server, "/config_dump", PATIENCE).unwrap();
+        assert_eq!(status, 200, "{host} /config_dump: {text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
     /// Lines that `host`'s log got since it was `from` bytes long.
     pub(crate) fn log_since(&self, host: &str, from: usize) -> Vec<String> {
         let bytes = fs::read(self.lab.log_path(host).unwrap()).unwrap();

@@ -23,22 +23,56 @@ pub(super) fn exchange(lab: &TestLab, server: &str, count: usize, up: usize, dow
     }
 }
 
+/// Where client-a's connections to a server are accounted for, and as what.
+struct Way {
+    server: &'static str,
+    /// The server's side; the client's is ztunnel-a.
+    ztunnel: &'static str,
+    security: &'static str,
+    /// What the log says of where they went.
+    dst: &'static str,
+}
+
+/// To another node by a tunnel, and on one node in one hop: both sides are the same ztunnel then,
+/// which knows both pods as well, and says that there is no TLS.
+const WAYS: [Way; 2] = [
+    Way {
+        server: "server-b",
+        ztunnel: "ztunnel-b",
+        security: "mutual_tls",
+        dst: " dst.hbone_addr=10.244.2.11:8080 ",
+    },
+    Way {
+        server: "server-a",
+        ztunnel: "ztunnel-a",
+        security: "unknown",
+        dst: " dst.addr=10.244.1.12:8080 dst.workload=",
+    },
+];
+
 pub(super) fn metrics_agree_with_the_traffic(lab: &mut TestLab) {
+    for way in &WAYS {
+        metrics_agree(lab, way);
+    }
+}
+
+fn metrics_agree(lab: &TestLab, way: &Way) {
     const COUNT: usize = 5;
     const UP: usize = 10_000;
     const DOWN: usize = 20_000;
+    let server = way.server;
     let reports = [
         ("ztunnel-a", "reporter=\"source\""),
-        ("ztunnel-b", "reporter=\"destination\""),
+        (way.ztunnel, "reporter=\"destination\""),
     ];
     let read = |(ztunnel, reporter): (&str, &str)| {
         let labels = [
             reporter,
             "source_workload=\"client-a\"",
-            "destination_workload=\"server-b\"",
-            "connection_security_policy=\"mutual_tls\"",
+            &format!("destination_workload=\"{server}\""),
+            &format!("connection_security_policy=\"{}\"", way.security),
             "source_principal=\"spiffe://cluster.local/ns/default/sa/client-a\"",
-            "destination_principal=\"spiffe://cluster.local/ns/default/sa/server-b\"",
+            &format!("destination_principal=\"spiffe://cluster.local/ns/default/sa/{server}\""),
         ];
         let metrics = lab.metrics(ztunnel);
         [
@@ -50,7 +84,7 @@ pub(super) fn metrics_agree_with_the_traffic(lab: &mut TestLab) {
         .map(|family| metrics.sum(&format!("istio_tcp_{family}_total"), &labels))
     };
     let before = reports.map(read);
-    exchange(lab, "server-b", COUNT, UP, DOWN);
+    exchange(lab, server, COUNT, UP, DOWN);
     // Upstream's meaning on both sides: received is what the destination received (the request),
     // sent is what it sent (the response).
     let expected = [COUNT, COUNT, COUNT * DOWN, COUNT * UP].map(|n| n as u64);
@@ -67,13 +101,20 @@ pub(super) fn metrics_agree_with_the_traffic(lab: &mut TestLab) {
 }
 
 pub(super) fn one_log_line_per_connection(lab: &mut TestLab) {
+    for way in &WAYS {
+        one_line_and_side(lab, way);
+    }
+}
+
+fn one_line_and_side(lab: &TestLab, way: &Way) {
     const COUNT: usize = 3;
+    let server = way.server;
     let sides = [
         ("ztunnel-a", "direction=\"outbound\""),
-        ("ztunnel-b", "direction=\"inbound\""),
+        (way.ztunnel, "direction=\"inbound\""),
     ];
     let marks = sides.map(|(ztunnel, _)| lab.log_length(ztunnel));
-    exchange(lab, "server-b", COUNT, 1234, 5678);
+    exchange(lab, server, COUNT, 1234, 5678);
     for ((ztunnel, direction), mark) in sides.into_iter().zip(marks) {
         let own = |line: &String| line.contains("connection complete") && line.contains(direction);
         let lines = eventually("an access log line per connection", || {
@@ -91,17 +132,17 @@ pub(super) fn one_log_line_per_connection(lab: &mut TestLab) {
                 "src.workload=\"client-a\"",
                 "src.namespace=\"default\"",
                 "src.identity=\"spiffe://cluster.local/ns/default/sa/client-a\"",
-                "dst.hbone_addr=10.244.2.11:8080",
-                "dst.workload=\"server-b\"",
+                way.dst,
+                &format!("dst.workload=\"{server}\""),
                 "dst.namespace=\"default\"",
-                "dst.identity=\"spiffe://cluster.local/ns/default/sa/server-b\"",
+                &format!("dst.identity=\"spiffe://cluster.local/ns/default/sa/{server}\""),
                 "duration=\"",
             ];
             for key in keys {
                 assert!(line.contains(key), "{ztunnel}: no {key} in {line}");
             }
             // Each side's log speaks from its own workload's side.
-            let (sent, received) = if ztunnel == "ztunnel-a" {
+            let (sent, received) = if direction.contains("outbound") {
                 (1234, 5678)
             } else {
                 (5678, 1234)
@@ -110,4 +151,11 @@ pub(super) fn one_log_line_per_connection(lab: &mut TestLab) {
             assert!(line.contains(&bytes), "{ztunnel}: no {bytes} in {line}");
         }
     }
+}
+
+/// The admin endpoint tells that pods of one node are served without a tunnel.
+pub(super) fn the_setting_is_told(lab: &mut TestLab) {
+    let dump = lab.config_dump("ztunnel-a");
+    assert_eq!(dump["config"]["redirectMode"], "node", "{dump:#}");
+    assert_eq!(dump["config"]["sameNodeTunnel"], false, "{dump:#}");
 }

@@ -56,6 +56,10 @@ const CASES: &[Case] = &[
         "one_log_line_per_connection",
         accounts::one_log_line_per_connection,
     ),
+    (
+        "the_setting_of_one_hop_is_told",
+        accounts::the_setting_is_told,
+    ),
     ("source_port_reuse", closing::source_port_reuse),
     (
         "bulk_both_ways_side_by_side",
