@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{SigSet, Signal};
 use redirect::{Observation, Pod, PodStatus, Redirection, Status};
@@ -82,6 +82,8 @@ struct Agent {
     /// What the last repair was for.
     repaired: BTreeSet<String>,
     next_reconcile: Instant,
+    /// When a pin was last made or removed, as far as that has been looked into.
+    pins_seen: Option<SystemTime>,
     dropped: DroppedLog,
     /// Last failure of a poll, so that one that lasts is logged once.
     complaint: Option<String>,
@@ -118,6 +120,7 @@ impl Agent {
             expected: redirection.inventory()?,
             repaired: BTreeSet::new(),
             next_reconcile: Instant::now() + config.reconcile(),
+            pins_seen: pins_changed(&config),
             dropped: DroppedLog::default(),
             config,
             redirection,
@@ -221,11 +224,14 @@ impl Agent {
         Ok(())
     }
 
-    /// Puts back what someone else has removed, and forgets what has ended.
+    /// Puts back what someone else has removed, and forgets what has ended. Pins do not wait for
+    /// their turn: without the programs they kept attached, packets go past ztunnel.
     fn reconcile(&mut self) -> Result<()> {
-        if Instant::now() < self.next_reconcile {
+        let pins = pins_changed(&self.config);
+        if Instant::now() < self.next_reconcile && pins == self.pins_seen {
             return Ok(());
         }
+        self.pins_seen = pins;
         self.next_reconcile = Instant::now() + self.config.reconcile();
         let now = self.redirection.inventory()?;
         let missing: BTreeSet<_> = self.expected.difference(&now).cloned().collect();
@@ -276,6 +282,12 @@ impl Agent {
         self.expected = self.redirection.inventory()?;
         result
     }
+}
+
+/// When a pin was last made or removed, by anyone: the kernel notes it for their directory.
+fn pins_changed(config: &Config) -> Option<SystemTime> {
+    let directory = std::fs::metadata(config.settings().bpffs).ok()?;
+    directory.modified().ok()
 }
 
 /// Brings the node to what the configuration says: every pod is tried, the first failure told.

@@ -516,6 +516,37 @@ fn repairs_ebpf() {
     }
 }
 
+/// Without the program that a removed pin kept attached, packets go past ztunnel: it is put back at
+/// the next look at the node, long before everything is looked at again.
+#[test]
+fn removed_pins_are_noticed_at_once() {
+    if !can_run("removed_pins_are_noticed_at_once") {
+        return;
+    }
+    let site = Site::new("ebpf");
+    let config = site.config(&["app1", "app2"]);
+    let config = config.replace("reconcile_s: 1\n", "reconcile_s: 3600\n");
+    fs::write(site.config_path(), config).unwrap();
+    let agent = site.run();
+    let _ztunnel = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    site.wait_until_answered_by("captured");
+    let whole = site.owned();
+    let bpffs = site.topology.settings().bpffs.display().to_string();
+    for pins in ["ztunnel_ingress", "app_outbound_*"] {
+        site.damage("node", &format!("find {bpffs} -name {pins} -delete"));
+        let deadline = Instant::now() + PATIENCE;
+        while !whole.is_subset(&site.owned()) {
+            assert!(Instant::now() < deadline, "{pins}: {:?}", site.owned());
+            thread::sleep(Duration::from_millis(200));
+        }
+        site.wait_until_answered_by("captured");
+    }
+    let (_, log) = agent.end(Signal::SIGTERM);
+    assert!(log.contains("removed by someone else"), "{log}");
+    site.cleanup();
+}
+
 #[test]
 fn repairs_clsact() {
     if can_run("repairs_clsact") {
