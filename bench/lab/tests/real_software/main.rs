@@ -36,6 +36,11 @@ fn ebpf_with_the_short_cut() {
     shortcut::run("ebpf_with_the_short_cut");
 }
 
+#[test]
+fn ebpf_with_a_short_cut_nobody_asks_for() {
+    shortcut::run_without("ebpf_with_a_short_cut_nobody_asks_for");
+}
+
 /// The same programs without a mesh: shows that a failure above is the mesh's.
 #[test]
 fn none() {

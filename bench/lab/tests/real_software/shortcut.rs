@@ -1,5 +1,6 @@
 //! The same and more over the sockmap short-cut, forced where the kernel's is refused. What the
-//! programs send and get is compared; counters show that the bytes did take the short-cut.
+//! programs send and get is compared; counters show that the bytes did take the short-cut. And what
+//! becomes of bulk, with ztunnels that ask for the short-cut and with others.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -11,7 +12,7 @@ use lab::{LabOptions, Redirect};
 use serde_json::Value;
 
 use crate::support::{
-    Case, Guarded, TestLab, at, eventually, run_cases_on, unique, workspace_binary,
+    Case, Guarded, TestLab, at, eventually, program_with, run_cases_on, unique, workspace_binary,
 };
 use crate::{curl_gets_files_from_nginx, nginx, redis_benchmark_runs};
 
@@ -30,8 +31,15 @@ const CASES: &[Case] = &[
     ("postgres", |lab| {
         counted(lab, "/usr/lib/postgresql", Way::ShortCut, postgres);
     }),
-    // Its messages are larger than the short-cut's budget.
+    // Its sockets block: that of the first connection is entered, and shows it.
     ("iperf3", |lab| counted(lab, "iperf3", Way::Tcp, iperf3)),
+    ("bulk_is_spliced_in_the_end", bulk_is_spliced_in_the_end),
+];
+
+/// An agent with the short-cut, ztunnels without.
+const WITHOUT_CASES: &[Case] = &[
+    ("bulk_stays_with_tcp", bulk_stays_with_tcp),
+    ("redis", |lab| redis_benchmark_runs(lab)),
 ];
 
 /// How a program's bytes are expected to go, at least some of them.
@@ -49,6 +57,20 @@ pub(super) fn run(test: &str) {
         ..LabOptions::default()
     };
     run_cases_on(test, &options, CASES);
+}
+
+/// The agent offers the short-cut to ztunnels that do not ask for it.
+pub(super) fn run_without(test: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let off = program_with(directory.path(), "ztunnel", &[("SOCKMAP", "off")]);
+    let options = LabOptions {
+        name: unique("unasked"),
+        redirect: Redirect::Ebpf,
+        sockmap: true,
+        ztunnel: Some(off),
+        ..LabOptions::default()
+    };
+    run_cases_on(test, &options, WITHOUT_CASES);
 }
 
 /// Runs a case and sees that its bytes went the way they should, if there is a short-cut and the
@@ -75,6 +97,60 @@ fn counted(lab: &mut TestLab, program: &str, way: Way, case: fn(&mut TestLab)) {
         Way::ShortCut => assert!(there + back > 0, "no byte of {program} took the short-cut"),
         Way::Tcp => assert!(by_tcp > 0, "no byte of {program} went by TCP"),
     }
+}
+
+/// Streams bytes to an echo server, all of them checked, for longer and longer until some are
+/// spliced: a flow leaves the short-cut within a fraction of a second where the machine is quiet.
+/// Returns how many took the short-cut.
+fn bulk(lab: &TestLab) -> u64 {
+    let loadgen = workspace_binary("loadgen");
+    let loadgen = loadgen.to_str().unwrap();
+    let arguments = ["serve", "--listen", "0.0.0.0:9000", "--mode", "echo"];
+    let _server = serve(lab, 9000, loadgen, &arguments);
+    let spliced = || {
+        let metrics = lab.metrics("ztunnel-a");
+        metrics.sum("ztunnel_worker_spliced_bytes_total", &[])
+    };
+    let redirected = || {
+        let status = shortcut(lab);
+        // None where the kernel is refused.
+        let counter = |name: &str| status["counters"][name].as_u64().unwrap_or(0);
+        counter("to_ztunnel_bytes") + counter("to_pod_bytes")
+    };
+    let to = at(SERVER, 9000).to_string();
+    let (spliced_before, redirected_before) = (spliced(), redirected());
+    let small = ["rr", "--to", &to, "--duration", "0.5", "--warmup", "0"];
+    client(lab, loadgen, &small);
+    assert_eq!(spliced(), spliced_before, "messages were spliced");
+    for seconds in ["1", "4", "16"] {
+        let shape = ["--connections", "4", "--direction", "both", "--verify"];
+        let fixed = [
+            "stream",
+            "--to",
+            &to,
+            "--warmup",
+            "0",
+            "--duration",
+            seconds,
+        ];
+        let text = client(lab, loadgen, &[&fixed[..], &shape].concat());
+        let text = String::from_utf8_lossy(&text);
+        assert!(text.contains(" 0 failed"), "{text}");
+        if spliced() > spliced_before {
+            return redirected() - redirected_before;
+        }
+    }
+    panic!("nothing was spliced");
+}
+
+fn bulk_is_spliced_in_the_end(lab: &mut TestLab) {
+    let redirected = bulk(lab);
+    let enabled = shortcut(lab)["enabled"] == true;
+    assert_eq!(redirected > 0, enabled, "{redirected} bytes redirected");
+}
+
+fn bulk_stays_with_tcp(lab: &mut TestLab) {
+    assert_eq!(bulk(lab), 0, "bytes were redirected");
 }
 
 fn is_installed(program: &str) -> bool {

@@ -12,6 +12,7 @@ mod peer;
 mod pooling;
 mod records;
 mod relays;
+mod short_cut;
 mod streams;
 mod violations;
 
