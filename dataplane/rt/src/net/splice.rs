@@ -5,8 +5,8 @@
 //! only while a flow is bulk: [`Splice::relay`] returns when the flow ends or falls quiet, and the
 //! caller goes on with ordinary receives.
 //!
-//! Not for sockets in a sockmap: splice(2) does not see what sockmap has queued. They must have left
-//! it for good.
+//! Not for sockets in a sockmap: splice(2) does not see what sockmap has queued. They must have
+//! left it for good.
 
 use std::future::poll_fn;
 use std::io;
