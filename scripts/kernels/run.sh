@@ -4,8 +4,10 @@
 # says more. Prints as scripts/test.sh does and ends with `N passed, N failed, N skipped`.
 #
 #   KERNELS="5.10 6.1"   which kernels (default 6.1): 5.10, 6.1, 6.12, or Debian packages by name
-#   KERNEL_TESTS=REGEX   only test programs whose name matches, for example '^redirect/'
+#   KERNEL_TESTS=REGEXES only test programs whose name matches one, for example '^redirect/'; in the order
+#                        of the regular expressions, separated by spaces
 #   TEST_FILTER=words    only the matching tests of those
+#   RESUME=1             goes on with the last run: with what was built for it, leaving out what has passed
 #   ACCEL=tcg            one emulated processor even where KVM is there
 #   ACCEL=mttcg          two emulated processors in real time: faster, for a machine with nothing else
 #                        to do
@@ -26,7 +28,9 @@ memory_mib=2560
 program_limit_s=1800
 
 # What concerns the kernel: redirection, the runtime's back ends, and labs made of all parts.
-wanted=${KERNEL_TESTS:-'^(redirect/|node-agent/|rt/|kernel/|lab/(lifecycle|own_node|security|traffic)$)'}
+wanted=${KERNEL_TESTS:-'^(kernel|redirect|node-agent|rt)/ ^lab/(lifecycle|own_node|security|traffic)$'}
+# The crates these are of, and the programs that labs are made of.
+crates=(-p redirect -p node-agent -p rt -p lab -p loadgen -p ztunnel)
 
 # The accelerator and what goes with it. An emulated processor is 10 to 50 times slower, and more on a
 # busy machine, so that no time-out of any test would hold; there the guest's clock counts its own
@@ -56,22 +60,41 @@ stop() {
 trap stop EXIT
 trap 'exit 130' INT TERM
 
+# The lines of a test program: name, program and directory. Tests mostly wait, so two run at a time also
+# where there is one processor. The longest program is run by modules, as separate programs, so that
+# what one of them says is there before the others are done. How long enrolment takes is nothing to ask
+# a virtual machine.
+list_program() {
+    local arguments="--show-output --test-threads 2" module
+    if [ "$1" != redirect/redirection ] || [ -n "${TEST_FILTER:-}" ]; then
+        printf '%s\t%s\t%s\t%s\t%s\n' "$@" "$program_limit_s" \
+            "$arguments --skip enrolment:: ${TEST_FILTER:-}"
+        return
+    fi
+    "$2" --list --format terse | sed -n 's/::.*: test$//p' | sort -u | while read -r module; do
+        if [ "$module" = enrolment ]; then continue; fi
+        printf '%s\t%s\t%s\t%s\t%s\n' "$1 $module" "$2" "$3" "$program_limit_s" \
+            "$arguments $module::"
+    done
+}
+
 # Name, program, directory, limit and arguments, one program a line, for the kernel $1.
 make_list() {
-    local attach=clsact
+    local attach=clsact all regex
+    local -a wanted_in_order
     case "$1" in 6.12* | linux-image-6.12*) attach=tcx ;; esac
-    {
+    all=$(
         printf 'kernel/%s\t%s\t%s\t%s\t%s\n' \
             tunnel "$PWD/scripts/kernels/path.sh" "$PWD" "$program_limit_s" "tunnel geneve" \
             ebpf "$PWD/scripts/kernels/path.sh" "$PWD" "$program_limit_s" "ebpf $attach"
         list_programs "$kernels" | while IFS=$'\t' read -r _stage name program directory; do
-            arguments="--show-output ${TEST_FILTER:-}"
-            # How long enrolment takes is nothing to ask a virtual machine.
-            if [ "$name" = redirect/redirection ]; then arguments+=" --skip enrolment::"; fi
-            printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$program" "$directory" "$program_limit_s" \
-                "$arguments"
+            list_program "$name" "$program" "$directory"
         done
-    } | awk -F '\t' -v wanted="$wanted" '$1 ~ wanted'
+    )
+    read -ra wanted_in_order <<<"$wanted"
+    for regex in "${wanted_in_order[@]}"; do
+        awk -F '\t' -v regex="$regex" '$1 ~ regex' <<<"$all"
+    done | awk -F '\t' '!seen[$1]++'
 }
 
 # Starts the virtual machine: directory of the kernel, exchange directory.
@@ -82,7 +105,7 @@ start_vm() {
         if [ "$tag" = modules ]; then path=$kernel/tree; fi
         shares+=(-virtfs "$share,readonly=on,mount_tag=$tag,path=$path")
     done <"$exchange/shares"
-    nice -n 10 qemu-system-x86_64 "${processor[@]}" -cpu max,arch-capabilities=off -m "$memory_mib" \
+    nice -n 19 qemu-system-x86_64 "${processor[@]}" -cpu max,arch-capabilities=off -m "$memory_mib" \
         -nodefaults -no-user-config -display none -no-reboot -nic none \
         -kernel "$kernel/vmlinuz" -initrd "$kernel/initramfs" \
         -append "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 oops=panic mitigations=off" \
@@ -138,11 +161,23 @@ give_up_on() {
     tail -n 40 "$2/console.log" "$2/qemu.log" | sed 's/^/    # /'
 }
 
+# Makes the exchange directory ready: of an earlier run, what has passed is left, to be told again and
+# not to be run again.
+forget_what_failed() {
+    local exchange=$1 file
+    mkdir -p "$exchange"
+    rm -f "$exchange"/{finished,console.log,qemu.log,*.seen}
+    for file in "$exchange"/*.start; do
+        file=${file%.start}
+        if ! grep -qs '^0 ' "$file.code"; then rm -f "$file".{start,log,dmesg,code}; fi
+    done
+}
+
 run_kernel() {
     local name=$1 kernel=$kernels/$1 exchange=$kernels/run-$1 deadline why=""
     scripts/kernels/fetch.sh "$name" "$kernel"
-    rm -rf "$exchange"
-    mkdir -p "$exchange"
+    if [ -z "${RESUME:-}" ]; then rm -rf "$exchange"; fi
+    forget_what_failed "$exchange"
     cp scripts/kernels/guest.sh "$exchange/"
     make_list "$name" >"$exchange/programs"
     printf '%s\n' "$target/lab" >"$exchange/bin-dir"
@@ -164,7 +199,9 @@ run_kernel() {
     fi
 }
 
-build_programs "$kernels" --workspace
+if [ -z "${RESUME:-}" ] || [ ! -e "$kernels/build.json" ]; then
+    build_programs "$kernels" "${crates[@]}"
+fi
 for name in ${KERNELS:-6.1}; do
     run_kernel "$name"
 done
