@@ -115,7 +115,9 @@ impl Shortcut {
                 .into_iter()
                 .collect()
         };
-        let mut object = load_over(&pins, &layout::MAPS, None, programs, || load(&pins))?;
+        // Programs that cannot be replaced, because their maps are others, are to do nothing more.
+        let mut object = load_over(&pins, &layout::MAPS, None, programs, || load(&pins))
+            .or_else(|error| disable(&pins).and(Err(error)))?;
         attach(&mut object, &pins, &settings.cgroup)?;
         let reaper = Reaper::start(&pins)?;
         let ztunnel = Netns::at(&settings.ztunnel_netns)?;

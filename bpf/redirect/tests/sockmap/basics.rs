@@ -146,6 +146,31 @@ fn installing_again_adopts_what_is_there() {
     assert_eq!(counters["bypassed_bytes"], 0, "{counters:?}");
 }
 
+/// What another version has left cannot be taken over: it enters no more sockets, so that nobody has
+/// to know by which rules it would.
+#[test]
+fn maps_of_another_version_turn_it_off() {
+    if !can_run("maps_of_another_version_turn_it_off") {
+        return;
+    }
+    let mut net = Net::up();
+    drop(net.shortcut.take());
+    let pins = net.bpffs().join("sockmap");
+    let [senders, targets, kept] =
+        ["shortcut_senders", "shortcut_targets", "kept"].map(|name| pins.join(name));
+    std::fs::rename(&senders, &kept).unwrap();
+    std::fs::hard_link(&targets, &senders).unwrap(); // four-byte values
+    let error = sockmap::Shortcut::install(&net.settings()).unwrap_err();
+    assert!(error.to_string().contains("another version"), "{error}");
+    assert!(!net.status().enabled);
+    let before = net.counter("sockets");
+    let (mut app, mut zt) = net.pair();
+    exchange(&mut app, &mut zt, b"question");
+    assert_eq!(net.counter("sockets"), before);
+    std::fs::remove_file(&senders).unwrap();
+    std::fs::rename(&kept, &senders).unwrap();
+}
+
 /// Somebody removes all pins while data is on its way: it arrives, and new connections get the
 /// short-cut again.
 #[test]
