@@ -86,8 +86,12 @@ struct sock {
 	struct socket *sk_socket;
 	void *sk_user_data;
 };
+typedef struct refcount_struct {
+	atomic_t refs;
+} refcount_t;
 struct sk_psock {
 	struct list_head ingress_msg;
+	refcount_t refcnt;
 };
 struct tcp_sock {
 	__u32 copied_seq;
@@ -251,21 +255,44 @@ static __always_inline void leave(struct bpf_sock_ops *ctx)
 		bpf_map_delete_elem(&shortcut_ends, &key);
 }
 
-static __always_inline int has_unread(__u64 sock)
+/* Not 0: it cannot be read. */
+static __always_inline int psock_of(__u64 sock, struct sk_psock **psock)
 {
-	struct list_head *queue, *first = 0;
-	struct sk_psock *psock;
 	__u64 data = 0;
 
 	if (bpf_core_read(&data, sizeof(data), &((struct sock *)sock)->sk_user_data))
 		return 1;
-	psock = (struct sk_psock *)(data & ~7ULL);	/* the low bits are flags */
+	*psock = (struct sk_psock *)(data & ~7ULL);	/* the low bits are flags */
+	return 0;
+}
+
+/*
+ * Whether no call on the socket may still be about to redirect something, however long ago it has
+ * decided to: each holds a reference as long as it lasts. `refs_max` are the others: one of the
+ * map, and one of the call that asks if it is on this socket.
+ */
+static __always_inline int is_idle(__u64 sock, int refs_max)
+{
+	struct sk_psock *psock = 0;
+	int refs = 0;
+
+	if (psock_of(sock, &psock))
+		return 0;
+	return !psock || (!BPF_CORE_READ_INTO(&refs, psock, refcnt.refs.counter) &&
+			  refs <= refs_max);
+}
+
+static __always_inline int has_unread(__u64 sock)
+{
+	struct list_head *queue, *first = 0;
+	struct sk_psock *psock = 0;
+
+	if (psock_of(sock, &psock))
+		return 1;
 	if (!psock)
 		return 0;
 	queue = __builtin_preserve_access_index(&psock->ingress_msg);
-	if (bpf_core_read(&first, sizeof(first), &queue->next))
-		return 1;
-	return first != queue;
+	return bpf_core_read(&first, sizeof(first), &queue->next) || first != queue;
 }
 
 /* False: there was no room; a later message tells again. */
@@ -386,11 +413,15 @@ static __always_inline int is_same_peer(const struct direction *dir)
 static __always_inline int still_tcp(struct direction *dir, __u32 bytes)
 {
 	__u64 now = bpf_ktime_get_ns();
+	int has_peer;
 
 	if (now - dir->asked_ns <= ASK_EVERY_NS)
 		return by_tcp(bytes);
 	dir->asked_ns = now;
-	if (is_same_peer(dir) &&
+	has_peer = is_same_peer(dir);
+	if (!is_idle(dir->own_sock, 2) || (has_peer && !is_idle(dir->peer_sock, 1)))
+		return by_tcp(bytes);
+	if (has_peer &&
 	    (has_unread(dir->peer_sock) || !tell(EVENT_DRAINED, now, 0, &dir->peer, &dir->self)))
 		return by_tcp(bytes);
 	if (!has_unread(dir->own_sock))

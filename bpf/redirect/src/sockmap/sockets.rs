@@ -65,8 +65,9 @@ impl Sockets {
     /// # Errors
     /// If maps cannot be opened or written. Nothing new takes the short-cut then.
     pub fn follow<'a>(&self, listeners: impl IntoIterator<Item = BorrowedFd<'a>>) -> Result<bool> {
-        let pin = self.pins.join(layout::MARKS);
-        let Ok(pin) = fs::metadata(pin).map(|pin| (pin.dev(), pin.ino())) else {
+        let pin = fs::metadata(self.pins.join(layout::MARKS)).map(|pin| (pin.dev(), pin.ino()));
+        // An agent may be about to pin them.
+        let (Ok(pin), true) = (pin, self.pins.join(layout::SENDERS).exists()) else {
             return Ok(false);
         };
         let mut all = self.maps();

@@ -159,10 +159,13 @@ fn sockets_are_followed_from_maps_to_maps() {
     assert!(follow());
     assert!(!sockets.is_plain(zt.0.as_fd()), "it is in the old map");
     zt.expect(b"unread ");
-    let (mut app, mut zt) = net.connect(&listener);
-    exchange(&mut app, &mut zt, b"question");
-    assert_eq!(net.counter("to_ztunnel_bytes"), 8);
-    assert!(!sockets.is_plain(zt.0.as_fd()));
+    // The kernel lets go of the old program a little after its link, and a socket has room for one.
+    eventually("new connections take the new short-cut", || {
+        let (mut app, mut zt) = net.connect(&listener);
+        exchange(&mut app, &mut zt, b"question");
+        assert!(!sockets.is_plain(zt.0.as_fd()));
+        net.counter("to_ztunnel_bytes") > 0
+    });
 }
 
 /// What went through a relay.
