@@ -146,8 +146,8 @@ fn installing_again_adopts_what_is_there() {
     assert_eq!(counters["bypassed_bytes"], 0, "{counters:?}");
 }
 
-/// What another version has left cannot be taken over: it enters no more sockets, so that nobody has
-/// to know by which rules it would.
+/// What another version has left cannot be taken over: it enters no more sockets, so that nobody
+/// has to know by which rules it would.
 #[test]
 fn maps_of_another_version_turn_it_off() {
     if !can_run("maps_of_another_version_turn_it_off") {
