@@ -40,9 +40,6 @@ pub struct RuntimeConfig {
     /// How long a worker that has nothing to do looks for news before it sleeps, as long as that
     /// finds some. Lone messages are answered sooner, at the price of the CPU; zero: never.
     pub busy_poll: Duration,
-    /// Whether sockets may be in a sockmap. The kernel does not retry their short sends then, which
-    /// would corrupt what sockmap has a hand in; [`crate::net::Splice`] is for the caller to avoid.
-    pub sockmap: bool,
 }
 
 impl Default for RuntimeConfig {
@@ -54,7 +51,6 @@ impl Default for RuntimeConfig {
             polls_per_turn: 1024,
             completions_per_turn: 2048,
             busy_poll: Duration::ZERO,
-            sockmap: false,
         }
     }
 }
@@ -453,11 +449,7 @@ fn drivers_choice(
 }
 
 fn ring(config: &RuntimeConfig, pool: &Pool) -> io::Result<Driver> {
-    let mut driver = Driver::with_ring(config.entries, config.entries * 4, pool)?;
-    if config.sockmap {
-        driver.tell_short_sends();
-    }
-    Ok(driver)
+    Driver::with_ring(config.entries, config.entries * 4, pool)
 }
 
 fn register_remote(remote: &Arc<Remote>) -> Result<u16, RuntimeError> {

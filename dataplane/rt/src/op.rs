@@ -13,6 +13,10 @@ use crate::net::sockaddr::RawAddr;
 use crate::net::socket::Socket;
 use crate::net::{MessageHeader, SendList};
 
+mod phase;
+
+use phase::Phase;
+
 /// Name of an operation: slot and generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct OpId(u64);
@@ -90,12 +94,11 @@ pub(crate) struct Completion {
 #[derive(Debug)]
 enum State {
     Vacant,
-    /// Waits for its only completion.
+    /// Has one result.
     Once {
         keep: Keep,
         result: Option<i32>,
-        /// Succeeds without a completion.
-        relaxed: bool,
+        phase: Phase,
     },
     /// Multishot: completions queue up until the owner takes them.
     Many {
@@ -126,7 +129,11 @@ pub(crate) enum After {
     Stop,
     /// A completion nobody owns carried a descriptor: close it.
     Close(i32),
-    /// A relaxed send got only so far: submit the rest as an ordinary one.
+    /// The socket is full: wait until it takes more.
+    Wait,
+    /// It still is, and something else would end such a wait at once: wait for a change.
+    WaitForChange,
+    /// The socket takes more: submit the rest.
     Again,
 }
 
@@ -157,9 +164,9 @@ impl OpTable {
                 stopping: false,
             },
             keep => State::Once {
+                phase: Phase::of(&keep, relaxed),
                 keep,
                 result: None,
-                relaxed,
             },
         };
         if let Some(index) = self.free.pop() {
@@ -205,7 +212,10 @@ impl OpTable {
             .is_some_and(|slot| {
                 matches!(
                     slot.state,
-                    State::Once { relaxed: true, .. } | State::Orphan { relaxed: true, .. }
+                    State::Once {
+                        phase: Phase::Relaxed,
+                        ..
+                    } | State::Orphan { relaxed: true, .. }
                 )
             })
     }
@@ -272,25 +282,16 @@ impl OpTable {
         let mut after = After::Nothing;
         match &mut slot.state {
             State::Once {
-                keep: Keep::Send(_, list),
-                relaxed: relaxed @ true,
-                ..
-            } if result == -libc::EAGAIN
-                || usize::try_from(result).is_ok_and(|sent| sent < list.bytes()) =>
-            {
-                *relaxed = false;
-                list.sent(usize::try_from(result).unwrap_or(0));
-                self.in_flight += 1;
-                return After::Again;
-            }
-            State::Once {
+                keep,
                 result: done,
-                relaxed,
-                ..
-            } => {
-                *relaxed = false;
-                *done = Some(result);
-            }
+                phase,
+            } => match phase.advance(keep, result, more) {
+                Ok(after) => {
+                    self.in_flight += usize::from(!more);
+                    return after;
+                }
+                Err(result) => *done = Some(result),
+            },
             State::Many {
                 queue,
                 ended,
@@ -377,8 +378,9 @@ impl OpTable {
             State::Once {
                 keep,
                 result: None,
-                relaxed,
+                phase,
             } => {
+                let relaxed = phase == Phase::Relaxed;
                 slot.state = State::Orphan { keep, relaxed };
                 true
             }

@@ -98,7 +98,6 @@ impl Settings {
         RuntimeConfig {
             backend: self.backend,
             busy_poll: self.busy_poll,
-            sockmap: self.short_cut.is_some(),
             ..RuntimeConfig::default()
         }
     }
@@ -538,10 +537,10 @@ mod tests {
         let node = ("REDIRECT_MODE", "node");
         let map = ("ZTUNNEL_LISTENER_MAP", "/sys/fs/bpf/listeners");
         let short_cut = with(&[node, map, ("SOCKMAP", "on")]).unwrap();
-        assert!(short_cut.runtime().sockmap && short_cut.proxy.short_cut.is_some());
+        assert!(short_cut.proxy.short_cut.is_some());
         assert!(!short_cut.proxy.same_node_tunnel);
         let plain = with(&[node, map]).unwrap();
-        assert!(!plain.runtime().sockmap && plain.proxy.short_cut.is_none());
+        assert!(plain.proxy.short_cut.is_none());
         let lacking = with(&[node, ("SOCKMAP", "on")]).unwrap_err().to_string();
         assert!(lacking.contains("ZTUNNEL_LISTENER_MAP"), "{lacking}");
         let tunnel = with(&[("REDIRECT_MODE", "node"), ("SAME_NODE_TUNNEL", "true")]);

@@ -283,13 +283,25 @@ fn a_slowdown_of_a_fifth_is_found() {
         eprintln!("skipped: {NAME}: this ztunnel is built without debug assertions");
         return;
     };
+    // Six trials of 0.3 s miss it now and then, on a machine that does something else as well.
+    for last in [false, false, true] {
+        match compare_with(&slowed, directory.path()) {
+            Ok(()) => return,
+            Err(what) if !last => eprintln!("{NAME}: {what}"),
+            Err(what) => panic!("{what}"),
+        }
+    }
+}
+
+/// Compares our ztunnel with the slowed one; what is wrong with the result.
+fn compare_with(slowed: &Path, directory: &Path) -> Result<(), String> {
     let options = CompareOptions {
         paths: vec!["ebpf".to_owned()],
         workloads: vec!["rr".to_owned()],
         trials: Some(6),
         duration: Some(0.3),
         quick: true,
-        out: Some(directory.path().join("report")),
+        out: Some(directory.join("report")),
         peers: vec![format!("slowed=shared:{}", slowed.display())],
         ..CompareOptions::default()
     };
@@ -308,16 +320,14 @@ fn a_slowdown_of_a_fifth_is_found() {
     let found = count(Verdict::Better) >= 1 && count(Verdict::Worse) == 0;
     let as_much = (0.7..0.95).contains(&median);
     let busy = document.settings.idle_busy_share;
-    // A row is missing if a trial of it had no request.
-    if busy > 0.3 && !(ratios.len() == 5 && found && as_much) {
-        eprintln!(
-            "skipped: {NAME}: other processes use {:.0} % of the CPUs",
-            busy * 100.0
-        );
-        return;
+    // A row is missing if a trial of it had no request. One workload is enough to find it; none may
+    // show the opposite.
+    if ratios.len() == 5 && found && as_much {
+        return Ok(());
     }
-    assert_eq!(ratios.len(), 5, "{ratios:#?}");
-    // One workload is enough to find it; none may show the opposite.
-    assert!(found, "{ratios:#?}");
-    assert!(as_much, "{median}");
+    let all = "of five ratios, one of them better, none worse, a median from 0.7 to 0.95";
+    Err(format!(
+        "not {all}: {median}, other processes use {:.0} % of the CPUs: {ratios:#?}",
+        busy * 100.0
+    ))
 }

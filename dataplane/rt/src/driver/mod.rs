@@ -90,13 +90,6 @@ impl Driver {
         })
     }
 
-    /// For sockets that sockmap redirects from; see [`Ring::tell_short_sends`].
-    pub(crate) fn tell_short_sends(&mut self) {
-        if let Engine::Ring(ring) = &mut self.engine {
-            ring.tell_short_sends();
-        }
-    }
-
     /// Before it sleeps the worker looks for news for at most `patience`, while that finds some.
     pub(crate) fn set_busy_poll(&mut self, patience: Duration) {
         self.spin = Spin::new(patience);

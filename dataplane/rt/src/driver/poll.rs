@@ -258,7 +258,7 @@ impl Epoll {
         match finish(books, id, result, buffer, more) {
             After::Close(fd) => close_fd(fd),
             After::Stop => self.cancel(id),
-            After::Again => self.tries.push_back(id),
+            After::Wait | After::WaitForChange | After::Again => self.tries.push_back(id),
             After::Nothing => {}
         }
     }

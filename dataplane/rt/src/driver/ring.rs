@@ -13,6 +13,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use super::{Books, close_fd, eventfd};
 use crate::buf::RING_GROUP;
+use crate::net::socket::Socket;
 use crate::op::{After, Keep, OpId, Readiness};
 
 const USER_DATA_IGNORE: u64 = u64::MAX;
@@ -57,17 +58,13 @@ pub(super) struct Ring {
     wake_fd: OwnedFd,
     /// Where the kernel puts the eventfd's counter; boxed so that its address is stable.
     wake_value: Box<u64>,
-    /// Multishot receives to stop after this turn; kept to reuse its memory.
-    stop: Vec<OpId>,
-    /// Sends that stopped half-way and go on as ordinary ones.
-    again: Vec<OpId>,
+    /// What is to be done after the completions of a turn; kept to reuse its memory.
+    next: Vec<(OpId, After)>,
     /// Relaxed sends that have gone out with no word of failure yet.
     relaxed: Vec<OpId>,
     /// Some of them are from an earlier turn.
     unsettled: bool,
     hurry: bool,
-    /// Short sends complete as such; see [`Ring::tell_short_sends`].
-    short_sends: bool,
 }
 
 impl Ring {
@@ -96,12 +93,10 @@ impl Ring {
             backlog: VecDeque::new(),
             wake_fd: eventfd(0)?,
             wake_value: Box::new(0),
-            stop: Vec::new(),
-            again: Vec::new(),
+            next: Vec::new(),
             relaxed: Vec::new(),
             unsettled: false,
             hurry: false,
-            short_sends: false,
         };
         this.arm_wake();
         Ok(this)
@@ -109,14 +104,6 @@ impl Ring {
 
     pub(super) fn wake_fd(&self) -> RawFd {
         self.wake_fd.as_raw_fd()
-    }
-
-    /// The kernel does not retry short sends from now on. Where sockmap has a hand in a send that
-    /// is short (`tcp_bpf_sendmsg`, Linux 6.18), more has been taken from the caller's vector than
-    /// was sent: the retry goes on behind what is missing, and what is sent again at the end is
-    /// there twice.
-    pub(super) fn tell_short_sends(&mut self) {
-        self.short_sends = true;
     }
 
     /// The next turn does not wait.
@@ -146,12 +133,19 @@ impl Ring {
 
     pub(super) fn submit(&mut self, id: OpId, books: &mut Books) {
         let relaxed = books.ops.is_relaxed(id);
-        let mut entry = entry(books.ops.keep_mut(id), relaxed, self.short_sends);
+        let mut entry = entry(books.ops.keep_mut(id));
         if relaxed {
             entry = entry.flags(squeue::Flags::SKIP_SUCCESS);
             self.relaxed.push(id);
         }
         self.push(entry.user_data(id.user_data()));
+    }
+
+    /// Waits until the socket of an operation takes more. With `change`, whatever ends a wait at
+    /// once is told and the wait goes on.
+    fn wait_for_room(&mut self, id: OpId, change: bool, books: &mut Books) {
+        let entry = poll(books.ops.keep_mut(id).socket(), Readiness::Write).multi(change);
+        self.push(entry.build().user_data(id.user_data()));
     }
 
     pub(super) fn cancel(&mut self, id: OpId) {
@@ -285,17 +279,21 @@ impl Ring {
             match books.ops.complete(id, result, buffer, more, &books.pool) {
                 After::Nothing => {}
                 After::Close(fd) => close_fd(fd),
-                After::Stop => self.stop.push(id),
-                After::Again => self.again.push(id),
+                after => self.next.push((id, after)),
             }
         }
         drop(queue);
-        while let Some(id) = self.stop.pop() {
-            self.cancel(id);
+        let mut next = std::mem::take(&mut self.next);
+        for (id, after) in next.drain(..) {
+            match after {
+                After::Stop => self.cancel(id),
+                After::Wait => self.wait_for_room(id, false, books),
+                After::WaitForChange => self.wait_for_room(id, true, books),
+                After::Again => self.submit(id, books),
+                After::Nothing | After::Close(_) => {}
+            }
         }
-        while let Some(id) = self.again.pop() {
-            self.submit(id, books);
-        }
+        self.next = next;
         if rearm_wake {
             self.arm_wake();
         }
@@ -396,8 +394,16 @@ fn register_ring_fd(fd: RawFd) -> Option<i32> {
     (registered == 1).then_some(update.offset as i32)
 }
 
+fn poll(socket: &Socket, readiness: Readiness) -> opcode::PollAdd {
+    let events = match readiness {
+        Readiness::Read => libc::POLLIN | libc::POLLRDHUP,
+        Readiness::Write => libc::POLLOUT,
+    };
+    opcode::PollAdd::new(Fd(socket.raw()), events as u32)
+}
+
 /// The submission queue entry of an operation.
-fn entry(keep: &mut Keep, relaxed: bool, short_sends: bool) -> squeue::Entry {
+fn entry(keep: &mut Keep) -> squeue::Entry {
     match keep {
         Keep::Accept(socket) => opcode::AcceptMulti::new(Fd(socket.raw()))
             .flags(libc::SOCK_CLOEXEC)
@@ -413,22 +419,13 @@ fn entry(keep: &mut Keep, relaxed: bool, short_sends: bool) -> squeue::Entry {
         Keep::Connect(socket, addr) => {
             opcode::Connect::new(Fd(socket.raw()), addr.as_ptr(), addr.len()).build()
         }
-        Keep::Ready(socket, readiness) => {
-            let events = match readiness {
-                Readiness::Read => libc::POLLIN | libc::POLLRDHUP,
-                Readiness::Write => libc::POLLOUT,
-            };
-            opcode::PollAdd::new(Fd(socket.raw()), events as u32).build()
-        }
+        Keep::Ready(socket, readiness) => poll(socket, *readiness).build(),
         Keep::Send(socket, list) => {
             let fd = Fd(socket.raw());
-            // WAITALL: the kernel retries short sends itself and completes once; with DONTWAIT a
-            // short send is a failure, so that it is told.
-            let flags = match (relaxed, short_sends) {
-                (true, _) => libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT,
-                (false, false) => libc::MSG_NOSIGNAL | libc::MSG_WAITALL,
-                (false, true) => libc::MSG_NOSIGNAL,
-            };
+            // DONTWAIT: waiting for room is ours (`op::phase`). The kernel's own also goes on at the
+            // wrong place of the vector where sockmap has a hand in a short send
+            // (`tcp_bpf_sendmsg`). WAITALL: a short send is a failure, so that a relaxed one tells.
+            let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT;
             if let Some((base, len)) = list.only_vector() {
                 return opcode::Send::new(fd, base, len).flags(flags).build();
             }

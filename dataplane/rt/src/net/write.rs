@@ -52,7 +52,7 @@ impl SendList {
     }
 
     /// Appends a buffer; one that follows the last in memory extends its vector.
-    fn push(&mut self, buf: Buf) {
+    pub(crate) fn push(&mut self, buf: Buf) {
         let base = buf.as_ptr().cast_mut();
         self.bytes += buf.len();
         match self.vectors.last_mut() {
@@ -239,11 +239,10 @@ impl WriteHalf {
                 driver.keep_list(list);
                 return Poll::Ready(Err(io::Error::from_raw_os_error(-result)));
             }
-            if list.sent(result as usize) {
-                driver.keep_list(list);
-            } else {
-                drop(driver);
-                self.submit(list, false);
+            let all = list.sent(result as usize);
+            driver.keep_list(list);
+            if !all {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
         }
         Poll::Ready(Ok(()))
