@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -34,7 +33,7 @@ impl ShortCut for Fake {
 }
 
 /// Relays [`BYTES`] to an echo server and back; returns how many were spliced.
-fn relayed(short_cut: Option<Arc<Fake>>) -> u64 {
+fn relayed(short_cut: Option<&Fake>) -> u64 {
     let (server, target) = listen();
     let echo = thread::spawn(move || {
         let (mut from, _) = server.accept().unwrap();
@@ -62,7 +61,7 @@ fn relayed(short_cut: Option<Arc<Fake>>) -> u64 {
         let client = Listener::from_std(listener).accept().await.unwrap();
         let server = connect(target, &ConnectOptions::default()).await.unwrap();
         let record = registry().opened(ConnectionInfo::new(Reporter::Source, addr, target));
-        let short_cut = short_cut.as_deref().map(|fake| fake as &dyn ShortCut);
+        let short_cut = short_cut.map(|fake| fake as &dyn ShortCut);
         relay::client_to_server(client, server, &[&record], None, short_cut)
             .await
             .unwrap();
@@ -78,21 +77,19 @@ fn relayed(short_cut: Option<Arc<Fake>>) -> u64 {
 
 #[test]
 fn nothing_is_spliced_before_both_sockets_are_plain() {
-    let fake = |plain_after| {
-        Arc::new(Fake {
-            asked: AtomicUsize::new(0),
-            plain_after,
-        })
+    let fake = |plain_after| Fake {
+        asked: AtomicUsize::new(0),
+        plain_after,
     };
     let never = fake(usize::MAX);
-    assert_eq!(relayed(Some(Arc::clone(&never))), 0);
+    assert_eq!(relayed(Some(&never)), 0);
     let asked = never.asked.load(Ordering::Relaxed);
     assert!(asked > 2, "it was not asked again: {asked}");
     let most = 2 * ((BYTES >> 20) + 1);
     assert!(asked <= most, "asked {asked} times, more than once per MiB");
     // Some of it: how much shows how fast the machine is.
     let soon = fake(3);
-    assert!(relayed(Some(Arc::clone(&soon))) > 0);
+    assert!(relayed(Some(&soon)) > 0);
     let asked = soon.asked.load(Ordering::Relaxed);
     assert!(asked <= most, "asked {asked} times");
 }
