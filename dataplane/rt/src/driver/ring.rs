@@ -422,9 +422,9 @@ fn entry(keep: &mut Keep) -> squeue::Entry {
         Keep::Ready(socket, readiness) => poll(socket, *readiness).build(),
         Keep::Send(socket, list) => {
             let fd = Fd(socket.raw());
-            // DONTWAIT: waiting for room is ours (`op::phase`). The kernel's own also goes on at the
-            // wrong place of the vector where sockmap has a hand in a short send
-            // (`tcp_bpf_sendmsg`). WAITALL: a short send is a failure, so that a relaxed one tells.
+            // DONTWAIT: waiting for room is ours (`op::phase`). The kernel's own also goes on at
+            // the wrong place of the vector where sockmap has a hand in a short send
+            // (`tcp_bpf_sendmsg`). WAITALL: a short send fails, so that a relaxed one tells.
             let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT;
             if let Some((base, len)) = list.only_vector() {
                 return opcode::Send::new(fd, base, len).flags(flags).build();

@@ -1,10 +1,11 @@
 //! The phases of an operation with one result. A send that the socket does not take whole waits
 //! for room and goes on, until all is sent or it fails.
 //!
-//! The wait is our own. That of the kernel's `IORING_OP_SEND` includes `POLLRDHUP`: after the peer's
-//! FIN it is over at once, and after 127 more attempts the kernel lets a thread of its own wait, or
-//! fails with `EAGAIN` if the socket has `O_NONBLOCK`. So does `IORING_OP_POLL_ADD` (Linux 6.18,
-//! `IO_POLL_UNMASK`); its multishot form tells of the FIN once and then of changes only.
+//! The wait is our own. That of the kernel's `IORING_OP_SEND` includes `POLLRDHUP`: after the
+//! peer's FIN it is over at once, and after 127 more attempts the kernel lets a thread of its own
+//! wait, or fails with `EAGAIN` if the socket has `O_NONBLOCK`. So does `IORING_OP_POLL_ADD`
+//! (Linux 6.18, `IO_POLL_UNMASK`); its multishot form tells of the FIN once and then of changes
+//! only.
 
 use super::{After, Keep, Readiness};
 

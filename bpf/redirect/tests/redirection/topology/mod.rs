@@ -78,6 +78,25 @@ pub(crate) fn inside<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> 
     })
 }
 
+/// Removes namespaces of tests that were killed.
+fn remove_leftovers() {
+    let Ok(names) = std::fs::read_dir("/run/netns") else {
+        return; // never was one
+    };
+    for name in names.filter_map(|entry| entry.ok()?.file_name().into_string().ok()) {
+        let owner = name
+            .strip_prefix("rd")
+            .and_then(|rest| rest.split_once('x'));
+        let Some(Ok(owner)) = owner.map(|(pid, _)| pid.parse::<u32>()) else {
+            continue;
+        };
+        if !Path::new("/proc").join(owner.to_string()).exists() {
+            // Another test program may have been quicker.
+            let _ = Command::new("ip").args(["netns", "del", &name]).status();
+        }
+    }
+}
+
 /// The namespaces, removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Topology {
@@ -89,6 +108,9 @@ impl Topology {
     pub(crate) fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        if number == 0 {
+            remove_leftovers();
+        }
         let prefix = format!("rd{}x{number}", std::process::id());
         let topology = Self {
             prefix,
