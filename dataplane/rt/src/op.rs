@@ -125,7 +125,8 @@ struct Slot {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum After {
     Nothing,
-    /// The queue of a multishot receive grew past its bound: stop it until its owner catches up.
+    /// Cancel it: the queue of a multishot receive grew past its bound, which its owner has to
+    /// catch up with first, or a wait for room was answered.
     Stop,
     /// A completion nobody owns carried a descriptor: close it.
     Close(i32),

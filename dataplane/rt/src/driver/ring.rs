@@ -276,21 +276,21 @@ impl Ring {
             }
             let buffer = cqueue::buffer_select(flags);
             let more = cqueue::more(flags);
-            match books.ops.complete(id, result, buffer, more, &books.pool) {
-                After::Nothing => {}
-                After::Close(fd) => close_fd(fd),
-                after => self.next.push((id, after)),
+            let after = books.ops.complete(id, result, buffer, more, &books.pool);
+            if after != After::Nothing {
+                self.next.push((id, after));
             }
         }
         drop(queue);
         let mut next = std::mem::take(&mut self.next);
         for (id, after) in next.drain(..) {
             match after {
+                After::Nothing => {}
+                After::Close(fd) => close_fd(fd),
                 After::Stop => self.cancel(id),
                 After::Wait => self.wait_for_room(id, false, books),
                 After::WaitForChange => self.wait_for_room(id, true, books),
                 After::Again => self.submit(id, books),
-                After::Nothing | After::Close(_) => {}
             }
         }
         self.next = next;

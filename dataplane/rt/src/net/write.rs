@@ -220,32 +220,30 @@ impl WriteHalf {
 
     /// Waits for the send under way.
     fn poll_in_flight(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
-        while let Some(InFlight { op, relaxed, .. }) = self.in_flight {
-            let mut driver = self.inner.driver.borrow_mut();
-            let (result, keep) = if relaxed {
-                let Some(failed) = ready!(driver.poll_relaxed(op, cx)) else {
-                    self.in_flight = None;
-                    break;
-                };
-                failed
-            } else {
-                ready!(driver.poll_once(op, cx))
-            };
-            self.in_flight = None;
-            let Keep::Send(_, mut list) = keep else {
-                unreachable!("a send keeps its list")
-            };
-            if result < 0 {
-                driver.keep_list(list);
-                return Poll::Ready(Err(io::Error::from_raw_os_error(-result)));
-            }
-            let all = list.sent(result as usize);
-            driver.keep_list(list);
-            if !all {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-        }
-        Poll::Ready(Ok(()))
+        let Some(InFlight { op, relaxed, .. }) = self.in_flight else {
+            return Poll::Ready(Ok(()));
+        };
+        let mut driver = self.inner.driver.borrow_mut();
+        let ended = if relaxed {
+            ready!(driver.poll_relaxed(op, cx))
+        } else {
+            Some(ready!(driver.poll_once(op, cx)))
+        };
+        self.in_flight = None;
+        let Some((result, keep)) = ended else {
+            return Poll::Ready(Ok(()));
+        };
+        let Keep::Send(_, mut list) = keep else {
+            unreachable!("a send keeps its list")
+        };
+        // The driver has sent on what fell short, except where the kernel took nothing at all.
+        let sent = match usize::try_from(result) {
+            Ok(bytes) if list.sent(bytes) => Ok(()),
+            Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+            Err(_) => Err(io::Error::from_raw_os_error(-result)),
+        };
+        driver.keep_list(list);
+        Poll::Ready(sent)
     }
 
     /// What to send next, taken out of the queue.
