@@ -1,6 +1,6 @@
 //! The proxy's settings, from upstream's environment variables and our own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -118,7 +118,8 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
     .ok_or(ConfigError::NoSource)?;
     let dedicated_to = dedicated_to(environment)?;
     let cpus = rt::available_cpus().map_or(1, |cpus| cpus.len());
-    let short_cut = short_cut(environment)?;
+    let listener_map = environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from);
+    let short_cut = short_cut(environment, listener_map.as_deref())?;
     let proxy = ProxyConfig {
         short_cut: short_cut.clone().map(|short_cut| short_cut as _),
         ..proxy_config(environment, dedicated_to.clone())?
@@ -140,7 +141,7 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
                 .unwrap_or(0),
         ),
         short_cut,
-        listener_map: environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from),
+        listener_map,
         ipv6: environment.boolean("IPV6_ENABLED")?.unwrap_or(true),
         drain: drain(environment)?,
     })
@@ -180,15 +181,17 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
 }
 
 /// The node agent's short-cut (`SOCKMAP=on`): its maps are pinned beside the listener map.
-fn short_cut(environment: &Environment<'_>) -> Result<Option<Arc<ShortCut>>, ConfigError> {
+fn short_cut(
+    environment: &Environment<'_>,
+    listener_map: Option<&Path>,
+) -> Result<Option<Arc<ShortCut>>, ConfigError> {
     let switch = [("off", false), ("on", true)];
     if environment.one_of("SOCKMAP", &switch)? != Some(true) {
         return Ok(None);
     }
-    let map = environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from);
-    let map = map.filter(|_| environment.text("REDIRECT_MODE").as_deref() == Some("node"));
-    match map {
-        Some(map) => Ok(Some(Arc::new(ShortCut::new(&map)))),
+    let node = environment.text("REDIRECT_MODE").as_deref() == Some("node");
+    match listener_map.filter(|_| node) {
+        Some(map) => Ok(Some(Arc::new(ShortCut::new(map)))),
         None => Err(ConfigError::Unsupported {
             name: "SOCKMAP",
             value: "on".to_owned(),
