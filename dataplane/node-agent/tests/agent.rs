@@ -430,7 +430,11 @@ impl Site {
 
 /// Others remove parts of it, one after the other; all come back and traffic is captured again.
 fn repairs(redirect: &'static str, damages: &[(&str, &str)]) {
-    let site = Site::new(redirect);
+    is_repaired(&Site::new(redirect), damages);
+}
+
+/// As [`repairs`], of a site that is configured.
+fn is_repaired(site: &Site, damages: &[(&str, &str)]) {
     let agent = site.run();
     let _ztunnel = site.listener();
     let _remote = Server::app(&site.topology.netns("remote"), 80);
@@ -557,24 +561,13 @@ fn removed_pins_are_noticed_at_once() {
     let config = site.config(&["app1", "app2"]);
     let config = config.replace("reconcile_s: 1\n", "reconcile_s: 3600\n");
     fs::write(site.config_path(), config).unwrap();
-    let agent = site.run();
-    let _ztunnel = site.listener();
-    let _remote = Server::app(&site.topology.netns("remote"), 80);
-    site.wait_until_answered_by("captured");
-    let whole = site.owned();
-    let bpffs = site.topology.settings().bpffs.display().to_string();
-    for pins in ["ztunnel_ingress", "app_outbound_*"] {
-        site.damage("node", &format!("find {bpffs} -name {pins} -delete"));
-        let deadline = Instant::now() + PATIENCE;
-        while !whole.is_subset(&site.owned()) {
-            assert!(Instant::now() < deadline, "{pins}: {:?}", site.owned());
-            thread::sleep(Duration::from_millis(200));
-        }
-        site.wait_until_answered_by("captured");
-    }
-    let (_, log) = agent.end(Signal::SIGTERM);
-    assert!(log.contains("removed by someone else"), "{log}");
-    site.cleanup();
+    is_repaired(
+        &site,
+        &[
+            ("node", "find BPFFS -name ztunnel_ingress -delete"),
+            ("node", "find BPFFS -name app_outbound_* -delete"),
+        ],
+    );
 }
 
 #[test]
