@@ -72,17 +72,16 @@ pub(super) fn ratio(
     metric: &str,
     (of, to): (&str, &str),
 ) -> String {
-    let ratio = document.ratios.iter().find(|r| {
-        r.cell() == *cell && r.metric == metric && (r.of.as_str(), r.to.as_str()) == (of, to)
-    });
-    ratio.map_or_else(String::new, |r| {
-        let verdict = match r.verdict {
-            Verdict::NoDifference => "–",
-            told => told.name(),
-        };
-        let [low, high] = r.ci95;
-        format!("{:.2} [{low:.2}, {high:.2}] {verdict}", r.ratio)
-    })
+    document
+        .ratio(cell, metric, (of, to))
+        .map_or_else(String::new, |r| {
+            let verdict = match r.verdict {
+                Verdict::NoDifference => "–",
+                told => told.name(),
+            };
+            let [low, high] = r.ci95;
+            format!("{:.2} [{low:.2}, {high:.2}] {verdict}", r.ratio)
+        })
 }
 
 #[cfg(test)]

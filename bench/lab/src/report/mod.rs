@@ -4,6 +4,7 @@ mod alone;
 mod curve;
 mod html;
 mod overview;
+mod parts;
 pub mod plot;
 pub mod readme;
 pub mod schema;
@@ -31,9 +32,10 @@ const OVERVIEW: &str = "overview.svg";
 pub fn render(directory: &Path) -> Result<()> {
     let document = read(directory)?;
     let picture = overview::picture(&document)?;
+    let short = text::markdown(&document) + &parts::markdown(directory)?;
     let files = [
         ("report.html", html::page(&document)?),
-        ("report.md", text::markdown(&document)),
+        ("report.md", short),
         ("trials.csv", text::trials_csv(&document)),
         ("ratios.csv", text::ratios_csv(&document)),
     ];

@@ -8,13 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use serde::Deserialize;
 
-use super::alone::{self, ratio};
-use super::schema::{
-    Cell, Document, Peer, Row, cpu_metrics, is_redirection_only, throughput_metric,
-};
-use super::units::with_unit;
+use super::schema::{Cell, Document, Verdict, cpu_metrics, throughput_metric};
 use super::{OVERVIEW, read, tally};
 
 const BEGIN: &str = "<!-- results:begin -->";
@@ -22,17 +17,19 @@ const END: &str = "<!-- results:end -->";
 /// The paths whose ratio is shown.
 const OF: &str = "ebpf";
 const TO: &str = "tunnel";
-/// What of the micro-benchmarks is shown, by the beginnings of names.
-const BENCHES: [&str; 3] = ["relay/", "hbone/", "tls/"];
-/// Latencies and rates of the relay are in `bench.json`; these say what it costs.
-const COSTS: [&str; 6] = [
-    "cpu_us_per_request",
-    "cpu_s_per_gb",
-    "cpu_us_per_connection",
-    "bytes_per_idle_connection",
-    "instructions",
-    "ns_per_record",
+/// What a reader wants to know first, in this order: scope, workload and connections.
+const HEADLINES: [(&str, &str, u32); 8] = [
+    ("cross-node", "rr", 1),
+    ("cross-node", "rr", 32),
+    ("cross-node", "rr", 256),
+    ("cross-node", "stream", 8),
+    ("cross-node", "connect", 16),
+    ("same-node", "rr", 32),
+    ("same-node", "stream", 8),
+    ("same-node", "connect", 16),
 ];
+/// Other proxies that have a column, of those that were measured; the report has all.
+const PEERS: [&str; 2] = ["conventional", "envoy-hbone"];
 
 /// Writes the results in `directory` between the markers of `readme`.
 ///
@@ -111,23 +108,16 @@ fn section(directory: &Path, link: &str) -> Result<String> {
         let _ = writeln!(text, "![Requests per second and CPU]({link}/{OVERVIEW})\n");
     }
     text.push_str(&about(&document, link));
-    ratios(&mut text, &document);
-    redirection_alone(&mut text, &document);
-    rivals(&mut text, &document);
-    medians(&mut text, &document);
-    let bench = directory.join("bench.json");
-    if bench.exists() {
-        benches(&mut text, &bench, link)?;
-    }
+    headlines(&mut text, &document);
     Ok(text)
 }
 
 fn about(document: &Document, link: &str) -> String {
     let (machine, settings) = (&document.machine, &document.settings);
     let mut text = format!(
-        "`{}` on {}, {} CPUs, Linux {}, commit {}{}; {} rounds of {} s per trial, paths \
-         interleaved.\nDetails and every trial: [report.html]({link}/report.html), \
-         [report.md]({link}/report.md), [{link}]({link}).\n",
+        "`{}` on {}, {} CPUs, Linux {}, commit {}{}: {} rounds of {} s per trial, paths \
+         interleaved.\n[report.md]({link}/report.md) has all workloads, paths, other proxies and \
+         parts; [{link}]({link}) every trial.\n",
         document.command,
         machine.cpu,
         machine.cores,
@@ -141,197 +131,97 @@ fn about(document: &Document, link: &str) -> String {
         settings.rounds,
         settings.duration_s,
     );
-    let _ = writeln!(
+    let _ = write!(
         text,
-        "\n`{OF}` against `{TO}`, open loops included: {}.",
+        "`{OF}` against `{TO}`: {}.",
         tally::sentence(document, OF, TO)
     );
     if let Some(itself) = &document.against_itself {
-        let _ = writeln!(
+        let _ = write!(
             text,
-            "`{}` against itself: no difference shown in {} of {} ratios.",
+            " `{}` against itself: no difference in {} of {}.",
             itself.path,
             itself.ratios - itself.differing,
             itself.ratios
         );
     }
+    text.push('\n');
     text
 }
 
-/// Closed loops: open ones are a plot of the report.
-fn cells(document: &Document) -> Vec<Cell<'_>> {
-    let cells = document.cells().into_iter();
-    cells.filter(|cell| cell.offered_per_s.is_none()).collect()
+/// Closed loops where the whole comparison ran; the rest is in the report.
+fn cell<'a>(document: &'a Document, headline: (&str, &str, u32)) -> Option<Cell<'a>> {
+    document.cells().into_iter().find(|cell| {
+        let plain = cell.offered_per_s.is_none() && cell.placement.is_none();
+        plain && (cell.scope, cell.workload, cell.connections) == headline
+    })
 }
 
-/// Those with ztunnels.
-fn meshed(document: &Document) -> Vec<Cell<'_>> {
-    let mut cells = cells(document);
-    cells.retain(|cell| !is_redirection_only(cell.workload));
-    cells
-}
-
-fn metrics(workload: &str) -> [&'static str; 5] {
-    let [ztunnel, machine] = cpu_metrics(workload);
-    let throughput = throughput_metric(workload);
-    [throughput, "p50_us", "p99_us", ztunnel, machine]
-}
-
-fn ratios(text: &mut String, document: &Document) {
-    let _ = write!(
-        text,
-        "\n**{OF} / {TO}**: median ratio of paired trials [95 % interval]; more throughput is \
-         better, less of the rest;\n`–`: no difference shown.\n\n\
-         | scope | workload | throughput | p50 | p99 | ztunnel CPU | machine CPU |\n\
-         | --- | --- | --- | --- | --- | --- | --- |\n"
-    );
-    for cell in meshed(document) {
-        let show = |metric: &str| ratio(document, &cell, metric, (OF, TO));
-        let shown = metrics(cell.workload).map(show);
-        if shown.iter().any(|text| !text.is_empty()) {
-            let (scope, label) = (cell.scope, cell.label());
-            let _ = writeln!(text, "| {scope} | {label} | {} |", shown.join(" | "));
+/// What ours is compared with: the head of the column and the two paths.
+fn columns(document: &Document) -> Vec<(String, String, String)> {
+    let column = |name: &str, of: &str, to: &str| (name.to_owned(), of.to_owned(), to.to_owned());
+    let mut columns = vec![
+        column("no mesh", OF, "none"),
+        column("the tunnel path", OF, TO),
+    ];
+    for peer in &document.peers {
+        if PEERS.contains(&peer.name.as_str()) {
+            columns.push(column(&peer.name, &peer.redirect, &peer.name));
         }
     }
+    columns
 }
 
-fn redirection_alone(text: &mut String, document: &Document) {
-    if let Some(table) = alone::Table::of(document) {
-        let about = alone::ABOUT;
-        let table = table.markdown();
-        let _ = write!(text, "\n**Redirection alone**: {about}\n\n{table}");
-    }
-}
-
-/// Ours against every other proxy, on the redirection that one runs on.
-fn rivals(text: &mut String, document: &Document) {
-    if document.peers.is_empty() {
-        return;
-    }
-    let ours = |peer: &Peer| peer.redirect.clone();
+fn headlines(text: &mut String, document: &Document) {
+    let columns = columns(document);
     text.push_str(
-        "\n**Ours / other proxies**, on the same redirection: throughput; CPU of the proxies per \
-         request, connection or GB.\n\n| scope | workload |",
+        "\nOurs against others, each on the same redirection: rate / p50 / CPU of the whole \
+         machine per request, connection or GB,\nas ratios of paired trials (`~`: no difference \
+         shown).\n\n| workload |",
     );
-    for peer in &document.peers {
-        let _ = write!(text, " {} / {} |", ours(peer), peer.name);
+    for (name, of, _) in &columns {
+        let _ = write!(text, " {of} / {name} |");
     }
-    text.push_str("\n| --- | --- |");
-    text.push_str(&" --- |".repeat(document.peers.len()));
+    text.push_str("\n| --- |");
+    text.push_str(&" --- |".repeat(columns.len()));
     text.push('\n');
-    for cell in meshed(document) {
-        let [throughput, .., cpu, _] = metrics(cell.workload);
-        let shown = document.peers.iter().map(|peer| {
-            let of = ours(peer);
-            let show = |metric| ratio(document, &cell, metric, (&of, &peer.name));
-            match (show(throughput), show(cpu)) {
-                (throughput, _) if throughput.is_empty() => String::new(),
-                (throughput, cpu) => format!("{throughput}; CPU {cpu}"),
-            }
+    for cell in HEADLINES.iter().filter_map(|name| cell(document, *name)) {
+        let shown = columns.iter().map(|(_, of, to)| {
+            let metrics = [
+                throughput_metric(cell.workload),
+                "p50_us",
+                cpu_metrics(cell.workload)[1],
+            ];
+            let ratios = metrics.map(|metric| short(document, &cell, metric, (of, to)));
+            let ratios: Vec<String> = ratios.into_iter().flatten().collect();
+            ratios.join(" / ")
         });
         let shown: Vec<String> = shown.collect();
-        if shown.iter().any(|text| !text.is_empty()) {
-            let (scope, label) = (cell.scope, cell.label());
-            let _ = writeln!(text, "| {scope} | {label} | {} |", shown.join(" | "));
-        }
+        let (scope, label) = (cell.scope, cell.label());
+        let _ = writeln!(text, "| {scope} {label} | {} |", shown.join(" | "));
     }
 }
 
-fn medians(text: &mut String, document: &Document) {
-    text.push_str(
-        "\n<details><summary>Medians of every path; CPU per request, connection or GB</summary>\n\n\
-         | scope | workload | path | throughput | p50 | p99 | ztunnel CPU | machine CPU |\n\
-         | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |\n",
-    );
-    for cell in cells(document) {
-        let paths = document.paths.iter();
-        for row in paths.filter_map(|path| document.row(path, &cell)) {
-            let show = |metric: &str| median(row, metric);
-            let shown = metrics(cell.workload).map(show).join(" | ");
-            let (scope, label) = (cell.scope, cell.label());
-            let _ = writeln!(text, "| {scope} | {label} | {} | {shown} |", row.path);
-        }
-    }
-    text.push_str("\n</details>\n");
-}
-
-fn median(row: &Row, metric: &str) -> String {
-    let value = row.median(metric);
-    value.map_or_else(String::new, |value| with_unit(metric, Some(value)))
-}
-
-/// What is read of `bench.json`.
-#[derive(Debug, Deserialize)]
-struct Benches {
-    #[serde(default)]
-    quick: bool,
-    rows: Vec<Bench>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Bench {
-    bench: String,
-    metric: String,
-    baseline: String,
-    subject_value: f64,
-    baseline_value: f64,
-    ratio: f64,
-}
-
-fn benches(text: &mut String, path: &Path, link: &str) -> Result<()> {
-    let read = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let benches: Benches =
-        serde_json::from_str(&read).with_context(|| format!("parsing {}", path.display()))?;
-    let shown: Vec<&Bench> = benches
-        .rows
-        .iter()
-        .filter(|row| BENCHES.iter().any(|name| row.bench.starts_with(name)))
-        .filter(|row| COSTS.contains(&row.metric.as_str()))
-        .collect();
-    let quick = if benches.quick {
-        " (a first look: BENCH_QUICK=1)"
-    } else {
-        ""
+/// A ratio with two decimals, marked if it shows no difference.
+fn short(
+    document: &Document,
+    cell: &Cell<'_>,
+    metric: &str,
+    (of, to): (&str, &str),
+) -> Option<String> {
+    let ratio = document.ratio(cell, metric, (of, to))?;
+    let mark = match ratio.verdict {
+        Verdict::NoDifference => "~",
+        Verdict::Better | Verdict::Worse => "",
     };
-    let _ = write!(
-        text,
-        "\n**Parts** (`make bench`){quick}: what ours costs, and what others do, with the ratio of \
-         ours to theirs;\n[bench.json]({link}/bench.json) has all of it.\n\n\
-         | bench | quantity | ours | others (ours / theirs) |\n| --- | --- | ---: | --- |\n"
-    );
-    let mut done = Vec::new();
-    for row in &shown {
-        let key = (&row.bench, &row.metric);
-        if done.contains(&key) {
-            continue;
-        }
-        done.push(key);
-        let others: Vec<String> = shown
-            .iter()
-            .filter(|other| (&other.bench, &other.metric) == key)
-            .map(|other| {
-                let value = with_unit("", Some(other.baseline_value));
-                format!("{} {value} ({:.2})", other.baseline, other.ratio)
-            })
-            .collect();
-        let _ = writeln!(
-            text,
-            "| {} | {} | {} | {} |",
-            row.bench,
-            row.metric,
-            with_unit("", Some(row.subject_value)),
-            others.join(", ")
-        );
-    }
-    Ok(())
+    Some(format!("{:.2}{mark}", ratio.ratio))
 }
 
 #[cfg(test)]
 mod tests {
     use std::process::Command;
 
-    use serde_json::json;
-
+    use super::super::schema::Peer;
     use super::super::tests::{example, redirection_alone};
     use super::*;
 
@@ -342,31 +232,24 @@ mod tests {
     }
 
     #[test]
-    fn the_section_has_ratios_medians_benches_and_links() {
+    fn the_section_is_a_short_table_of_ratios_with_links() {
         let root = tempfile::tempdir().unwrap();
         let (directory, readme) = (root.path().join("results/x"), root.path().join("README.md"));
-        let mut document = example();
-        document.peers.push(Peer {
-            name: "other".to_owned(),
-            binary: "other".to_owned(),
-            redirect: "ebpf".to_owned(),
-            mode: "shared".to_owned(),
-            about: Default::default(),
-        });
-        let mut against = document.ratios[0].clone();
-        "other".clone_into(&mut against.to);
-        document.ratios.push(against);
+        let mut document = redirection_alone();
+        for name in ["conventional", "haproxy"] {
+            document.peers.push(Peer {
+                name: name.to_owned(),
+                binary: name.to_owned(),
+                redirect: "ebpf".to_owned(),
+                mode: "shared".to_owned(),
+                about: Default::default(),
+            });
+            let mut against = document.ratios[0].clone();
+            name.clone_into(&mut against.to);
+            against.verdict = Verdict::NoDifference;
+            document.ratios.push(against);
+        }
         stored(&document, &directory);
-        let rows = json!([
-            {"bench": "relay/rr/32", "metric": "cpu_us_per_request", "subject": "rt",
-             "baseline": "tokio", "subject_value": 3.0, "baseline_value": 4.0, "ratio": 0.75},
-            {"bench": "relay/rr/32", "metric": "cpu_us_per_request", "subject": "rt",
-             "baseline": "monoio", "subject_value": 3.0, "baseline_value": 6.0, "ratio": 0.5},
-            {"bench": "mesh/lb/1", "metric": "ns_per_call", "subject": "mesh",
-             "baseline": "1 workload", "subject_value": 3.0, "baseline_value": 3.0, "ratio": 1.0},
-        ]);
-        let bench = json!({"schema": 1, "quick": true, "rows": rows}).to_string();
-        fs::write(directory.join("bench.json"), bench).unwrap();
         fs::write(&readme, format!("a\n{BEGIN}\nold\n{END}\nb\n")).unwrap();
         update(&directory, &readme).unwrap();
         let text = fs::read_to_string(&readme).unwrap();
@@ -374,18 +257,14 @@ mod tests {
             text.starts_with(&format!("a\n{BEGIN}\n")) && text.ends_with(&format!("{END}\nb\n"))
         );
         for wanted in [
-            "[report.html](results/x/report.html)",
-            "| cross-node | rr x32 | 1.30 [1.25, 1.35] better |",
-            "| cross-node | rr x32 | ebpf | 26.0k req/s | 1.23 ms |",
-            "| relay/rr/32 | cpu_us_per_request | 3.00 | tokio 4.00 (0.75), monoio 6.00 (0.50) |",
-            "| scope | workload | ebpf / other |\n| --- | --- | --- |\n\
-             | cross-node | rr x32 | 1.30 [1.25, 1.35] better; CPU  |",
-            "BENCH_QUICK=1",
+            "[report.md](results/x/report.md)",
+            "| workload | ebpf / no mesh | ebpf / the tunnel path | ebpf / conventional |\n",
+            "| cross-node rr x32 | 0.50 | 1.30 | 1.30~ |\n",
             "throughput better in 1, worse in 0 of 1",
         ] {
             assert!(text.contains(wanted), "{wanted}: {text}");
         }
-        for unwanted in ["old", "rr-open", "mesh/lb"] {
+        for unwanted in ["old", "rr-open", "redirect-rr", "haproxy |"] {
             assert!(!text.contains(unwanted), "{unwanted}: {text}");
         }
         // Once more changes nothing.
@@ -394,21 +273,10 @@ mod tests {
     }
 
     #[test]
-    fn redirection_alone_has_a_table_of_its_own_and_is_in_no_other_of_ratios() {
-        let root = tempfile::tempdir().unwrap();
-        let document = redirection_alone();
-        stored(&document, root.path());
-        let text = section(root.path(), "x").unwrap();
-        assert!(text.contains("**Redirection alone**: CPU time"), "{text}");
-        assert_eq!(
-            text.matches("0.70 [0.65, 0.75] better").count(),
-            1,
-            "{text}"
-        );
-        assert!(
-            text.contains("| same-node | redirect-rr x32 | ebpf |"),
-            "{text}"
-        );
+    fn the_readme_is_read_in_five_minutes() {
+        let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
+        let lines = fs::read_to_string(readme).unwrap().lines().count();
+        assert!(lines <= 120, "README.md has {lines} lines: at most 120");
     }
 
     #[test]

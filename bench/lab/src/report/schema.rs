@@ -270,6 +270,14 @@ impl Document {
             .find(|row| row.path == path && row.cell() == *cell)
     }
 
+    /// One path against another at one metric, if both were measured.
+    #[must_use]
+    pub fn ratio(&self, cell: &Cell<'_>, metric: &str, (of, to): (&str, &str)) -> Option<&Ratio> {
+        self.ratios.iter().find(|r| {
+            r.cell() == *cell && r.metric == metric && (r.of.as_str(), r.to.as_str()) == (of, to)
+        })
+    }
+
     /// The distinct cells of the rows, in their order.
     #[must_use]
     pub fn cells(&self) -> Vec<Cell<'_>> {
