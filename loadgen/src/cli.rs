@@ -1,6 +1,6 @@
 //! Arguments of the commands.
 
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -14,6 +14,7 @@ use loadgen::search::Objective;
 use loadgen::serve::{self, Mode};
 use loadgen::size::Sizes;
 use loadgen::stream::Direction;
+use loadgen::target::Target;
 use loadgen::worker::Client;
 use loadgen::{connect, idle, rr, stream};
 
@@ -89,9 +90,9 @@ impl ServeArgs {
 /// Arguments all clients share.
 #[derive(Args, Debug)]
 pub(crate) struct Common {
-    /// Server as ADDRESS:PORT or NAME:PORT.
-    #[arg(long, value_name = "ADDR", value_parser = address)]
-    to: SocketAddr,
+    /// Server as ADDRESS:PORT or NAME:PORT; of a name's addresses the first that answers.
+    #[arg(long, value_name = "ADDR")]
+    to: Target,
     /// Source address.
     #[arg(long, value_name = "IP")]
     bind: Option<IpAddr>,
@@ -131,7 +132,11 @@ impl Common {
     }
 
     fn client(&self, connections: usize, stop: Arc<AtomicBool>) -> Client {
-        let mut client = Client::new(self.to);
+        let (to, refused) = self.to.choose(self.bind, self.connect_timeout);
+        for failure in refused {
+            eprintln!("loadgen: {failure}");
+        }
+        let mut client = Client::new(to);
         client.bind = self.bind;
         client.connections = connections;
         client.threads = self.threads;
@@ -349,13 +354,4 @@ fn threads(text: &str) -> Result<usize, String> {
         Ok(n @ 1..=1024) => Ok(n),
         _ => Err("must be 1 to 1024".to_owned()),
     }
-}
-
-fn address(text: &str) -> Result<SocketAddr, String> {
-    let mut found = text.to_socket_addrs().map_err(|e| {
-        format!("must be ADDRESS:PORT ([ADDRESS]:PORT for IPv6) or a name that resolves: {e}")
-    })?;
-    found
-        .next()
-        .ok_or_else(|| "the name has no address".to_owned())
 }

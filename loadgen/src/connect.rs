@@ -134,6 +134,7 @@ impl<'w, 'r> Loop<'w, 'r> {
             let now = self.worker.clock.now();
             if !self.closing && (now >= self.window.until || self.worker.stopped()) {
                 self.closing = true;
+                self.worker.end_window(&mut self.window, now);
                 until = now + self.worker.client.grace.as_nanos() as u64;
             }
             let under_way = self.slots.iter().filter(|s| s.stream.is_some());
@@ -153,8 +154,10 @@ impl<'w, 'r> Loop<'w, 'r> {
             self.take(&events);
             self.worker.publish();
         }
-        for slot in &self.slots {
-            if slot.stream.is_some() && slot.begun >= self.window.from {
+        let now = self.worker.clock.now();
+        for i in 0..self.slots.len() {
+            if self.slots[i].stream.is_some() {
+                self.give_up(i, now);
                 self.worker.tally.fail(Kind::Unfinished);
             }
         }
@@ -218,9 +221,8 @@ impl<'w, 'r> Loop<'w, 'r> {
                 let now = self.worker.clock.now();
                 let slot = &mut self.slots[i];
                 slot.state = State::Exchanging;
-                if slot.begun >= self.window.from {
-                    self.worker.tally.connecting.record(now - slot.begun);
-                }
+                let measured = now >= self.window.from;
+                self.worker.tally.connect(now - slot.begun, measured);
                 self.push(i);
             }
             Ok(false) => {}
@@ -281,7 +283,8 @@ impl<'w, 'r> Loop<'w, 'r> {
         self.slots[i].stream = None;
         self.slots[i].state = State::Free;
         let now = self.worker.clock.now();
-        if self.slots[i].begun >= self.window.from {
+        // Also what began before the window: a stall that reaches into it is a stall in it.
+        if now >= self.window.from {
             self.worker.tally.latency.record(now - self.slots[i].begun);
             self.worker.tally.ok += 1;
         }
@@ -297,6 +300,19 @@ impl<'w, 'r> Loop<'w, 'r> {
         };
     }
 
+    /// Counts the age of an exchange that is given up, if it outlived the warm-up.
+    fn give_up(&mut self, i: usize, now: u64) {
+        let slot = &self.slots[i];
+        if now < self.window.from {
+            return;
+        }
+        let age = now - slot.begun;
+        self.worker.tally.give_up(age);
+        if slot.state == State::Connecting {
+            self.worker.tally.connecting.record(age);
+        }
+    }
+
     fn sweep(&mut self, now: u64) {
         let connect_timeout = self.worker.client.connect_timeout.as_nanos() as u64;
         let request_timeout = self.worker.client.request_timeout.as_nanos() as u64;
@@ -305,9 +321,11 @@ impl<'w, 'r> Loop<'w, 'r> {
             match slot.state {
                 State::Paused { until } if now >= until => self.begin(i),
                 State::Connecting if now >= slot.begun + connect_timeout => {
+                    self.give_up(i, now);
                     self.fail(i, Kind::ConnectTimeout);
                 }
                 State::Exchanging if now >= slot.begun + request_timeout => {
+                    self.give_up(i, now);
                     self.fail(i, Kind::Timeout);
                 }
                 _ => {}

@@ -38,7 +38,7 @@ pub fn run(options: &Options) -> Result<Report, Error> {
 
 fn hold(worker: &mut Worker<'_>, mut streams: Vec<Option<TcpStream>>) -> io::Result<()> {
     let established = streams.iter().flatten().count();
-    let Some(window) = worker.begin(established) else {
+    let Some(mut window) = worker.begin(established) else {
         return Ok(());
     };
     let mut events = worker.events();
@@ -56,6 +56,7 @@ fn hold(worker: &mut Worker<'_>, mut streams: Vec<Option<TcpStream>>) -> io::Res
         }
         worker.publish();
     }
+    worker.end_window(&mut window, worker.clock.now());
     for _ in streams.iter().flatten() {
         worker.tally.ok += 1;
         worker.tally.complete(true);

@@ -19,6 +19,11 @@
 //! In an **open** loop ([`pacing`]) requests have intended send times and latency counts from
 //! those. Every result says which loop it came from.
 //!
+//! What never finished counts as well: a request that was given up, or was due and never sent,
+//! enters the latencies with its age, which its latency would have exceeded; the metric
+//! `unfinished` says how many samples are such. Otherwise a stall that lasts to the end of a run
+//! would be in no figure at all.
+//!
 //! # Limits and failure
 //!
 //! A run is bounded in time by connect timeout + warm-up + duration + grace. A connection that
@@ -40,6 +45,7 @@ pub mod serve;
 pub mod size;
 pub mod stats;
 pub mod stream;
+pub mod target;
 pub mod worker;
 
 mod net;

@@ -88,13 +88,7 @@ fn show(report: &Report, output: &Output) -> Result<ExitCode, Error> {
         report.write_hgrm(path)?;
     }
     if report.ok() == 0 {
-        let kinds: Vec<&str> = report.errors_by_kind().keys().copied().collect();
-        let why = if kinds.is_empty() {
-            "nothing finished in time".to_owned()
-        } else {
-            kinds.join(", ")
-        };
-        eprintln!("loadgen: nothing succeeded ({why}); is the server listening there?");
+        eprintln!("loadgen: {}", report.nothing_succeeded());
         return Ok(ExitCode::from(1));
     }
     Ok(ExitCode::SUCCESS)

@@ -40,10 +40,23 @@ impl Pacing {
 /// due, and the latency of that request counts from it.
 #[derive(Clone, Debug)]
 pub(crate) struct Schedule {
-    next: u64,
+    /// With its fraction: at high rates an interval is a few ns, and cutting each to whole ones
+    /// would make the rate another one.
+    next: f64,
     interval: f64,
     poisson: Option<u64>,
 }
+
+/// Requests that were due and not sent: how many, and the span their times fill evenly.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Backlog {
+    pub(crate) count: u64,
+    pub(crate) from: u64,
+    pub(crate) until: u64,
+}
+
+/// Requests of a backlog that are told apart; the rest is counted by the mean interval.
+const COUNTED_ONE_BY_ONE: u64 = 1 << 16;
 
 impl Schedule {
     /// The schedule of connection `index` of `connections`, from `start` on.
@@ -56,13 +69,13 @@ impl Schedule {
     ) -> Self {
         let interval = 1e9 * connections as f64 / rate;
         let mut schedule = Self {
-            next: start,
+            next: start as f64,
             interval,
             poisson: None,
         };
         match arrivals {
             Arrivals::Constant => {
-                schedule.next += (interval * index as f64 / connections as f64) as u64;
+                schedule.next += interval * index as f64 / connections as f64;
             }
             Arrivals::Poisson => {
                 // Odd multiples of a large constant: distinct non-zero seeds, same in every run.
@@ -76,7 +89,37 @@ impl Schedule {
 
     /// The intended time of the next request.
     pub(crate) fn next(&self) -> u64 {
-        self.next
+        self.next as u64
+    }
+
+    /// Ends the schedule at `until`, telling of the times from `from` on that have come since the
+    /// last request. The work does not grow with the rate: what is beyond a number that can be
+    /// drawn one by one is counted by the mean interval.
+    pub(crate) fn end(mut self, from: u64, until: u64, mut tell: impl FnMut(Backlog)) {
+        if self.poisson.is_none() && self.next() < from {
+            // Straight to the first time in the span.
+            let steps = ((from as f64 - self.next) / self.interval).ceil();
+            self.next += steps * self.interval;
+        }
+        for _ in 0..COUNTED_ONE_BY_ONE {
+            let at = self.next();
+            if at >= until {
+                return;
+            }
+            if at >= from {
+                tell(Backlog {
+                    count: 1,
+                    from: at,
+                    until: at,
+                });
+            }
+            self.advance();
+        }
+        let from = self.next().max(from);
+        let count = (until.saturating_sub(from) as f64 / self.interval).ceil() as u64;
+        if count > 0 {
+            tell(Backlog { count, from, until });
+        }
     }
 
     /// Moves on to the request after the next one.
@@ -93,8 +136,7 @@ impl Schedule {
                 -unit.ln() * self.interval
             }
         };
-        // At least 1 ns, so that counting a backlog ends whatever the rate.
-        self.next += (gap as u64).max(1);
+        self.next += gap;
     }
 }
 
@@ -124,6 +166,40 @@ mod tests {
         all.sort_unstable();
         assert_eq!(all.len(), 1000);
         assert!(all.windows(2).all(|w| w[1] - w[0] == 1_000_000));
+    }
+
+    /// How many requests a schedule of `rate` has in the second from `FROM` on, by its end.
+    fn backlog(rate: f64, arrivals: Arrivals, connections: usize) -> u64 {
+        const FROM: u64 = 1_000_000_000;
+        let mut count = 0;
+        for i in 0..connections {
+            let schedule = Schedule::new(rate, arrivals, i, connections, 0);
+            schedule.end(FROM, 2 * FROM, |part| {
+                assert!(FROM <= part.from && part.from <= part.until && part.until <= 2 * FROM);
+                count += part.count;
+            });
+        }
+        count
+    }
+
+    #[test]
+    fn a_backlog_has_as_many_requests_as_the_rate_says_however_high_it_is() {
+        for rate in [1e3, 3e5, 7e7, 3e8, 1e9] {
+            for (arrivals, tolerance) in [(Arrivals::Constant, 1e-6), (Arrivals::Poisson, 0.1)] {
+                for connections in [1, 3] {
+                    let off = backlog(rate, arrivals, connections) as f64 / rate - 1.0;
+                    let least = connections as f64 / rate;
+                    assert!(off.abs() <= tolerance + least, "{rate} {arrivals:?}: {off}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn intervals_keep_their_fractions() {
+        // 3.33 ns: cut to 3 ns each, the rate would be a ninth higher.
+        let fast = times(Schedule::new(3e8, Arrivals::Constant, 0, 1, 0), 1_000_000);
+        assert_eq!(fast.len(), 300_000);
     }
 
     #[test]

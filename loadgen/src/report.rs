@@ -35,6 +35,10 @@ pub struct Report {
     skipped: u64,
     interrupted: bool,
     measured_s: f64,
+    /// Connections that were made, as far as they are told apart from requests.
+    established: u64,
+    /// Bytes sent and received in the whole run.
+    bytes_total: u64,
     latency: Option<Latency>,
     service: Option<Latency>,
     generator_cpu_s: f64,
@@ -53,6 +57,25 @@ impl Report {
     #[must_use]
     pub fn errors_by_kind(&self) -> &BTreeMap<&'static str, u64> {
         &self.errors
+    }
+
+    /// Why nothing succeeded and what to look at, for a run of which that is true.
+    #[must_use]
+    pub fn nothing_succeeded(&self) -> String {
+        let kinds: Vec<&str> = self.errors.keys().copied().collect();
+        let kinds = match kinds.is_empty() {
+            true => "nothing finished in time".to_owned(),
+            false => kinds.join(", "),
+        };
+        if self.established == 0 {
+            return format!("nothing succeeded ({kinds}); is the server listening there?");
+        }
+        let moved = self.bytes_total;
+        format!(
+            "nothing succeeded ({kinds}), although {} connections stood and {moved} bytes moved; \
+             does the server answer and close, as `loadgen serve` does?",
+            self.established
+        )
     }
 
     /// One of the metrics of the JSON output.
@@ -202,6 +225,10 @@ impl fmt::Display for Report {
         for (kind, count) in &self.errors {
             writeln!(f, "  {count:>12} {kind}")?;
         }
+        if let Some(unfinished) = self.metric("unfinished").filter(|&n| n > 0.0) {
+            let what = "never finished, in the latencies with their age";
+            writeln!(f, "  {unfinished:>12.0} {what}")?;
+        }
         if self.loop_kind == "open" {
             writeln!(f, "  {:>12} skipped (due, never sent)", self.skipped)?;
         }
@@ -291,6 +318,8 @@ fn base(command: &'static str, client: &Client, outcome: &Outcome) -> Report {
         skipped: tally.skipped,
         interrupted: outcome.interrupted,
         measured_s: outcome.measured_s,
+        established: tally.connected,
+        bytes_total: tally.sent_total + tally.received_total,
         latency: None,
         service: None,
         generator_cpu_s: outcome.cpu_s,
@@ -345,6 +374,7 @@ pub(crate) fn rr(options: &rr::Options, sizes: &Sizes, outcome: &Outcome) -> Rep
     report.set_rate("bytes_per_s", tally.sent + tally.received);
     report.set("reconnects", tally.reconnects as f64);
     report.set_latency("", &tally.latency);
+    report.set("unfinished", tally.unfinished as f64);
     if let Pacing::Open { rate, arrivals } = options.pacing {
         report.workload["rate"] = json!(rate);
         report.workload["arrivals"] = json!(match arrivals {
@@ -370,6 +400,7 @@ pub(crate) fn connect(options: &connect::Options, outcome: &Outcome) -> Report {
     report.workload["verify"] = json!(options.verify);
     report.set_rate("connections_per_s", tally.completed);
     report.set_latency("", &tally.latency);
+    report.set("unfinished", tally.unfinished as f64);
     report.set_latency("connect_", &tally.connecting);
     report.latency = Some(tally.latency.clone());
     report

@@ -211,7 +211,8 @@ impl<'w, 'r> Loop<'w, 'r> {
         loop {
             let now = self.worker.clock.now();
             if !self.closing && (now >= self.window.until || self.worker.stopped()) {
-                self.close(now);
+                self.closing = true;
+                self.worker.end_window(&mut self.window, now);
                 until = now + self.worker.client.grace.as_nanos() as u64;
             }
             if self.closing && (self.busy == 0 || now >= until) {
@@ -226,11 +227,7 @@ impl<'w, 'r> Loop<'w, 'r> {
             self.take(&events);
             self.worker.publish();
         }
-        for lane in &self.lanes {
-            if lane.state == State::Busy && lane.intended >= self.window.from {
-                self.worker.tally.fail(Kind::Unfinished);
-            }
-        }
+        self.give_up();
         Ok(())
     }
 
@@ -348,7 +345,7 @@ impl<'w, 'r> Loop<'w, 'r> {
         match net::established(stream) {
             Ok(true) => {
                 let now = self.worker.clock.now();
-                self.worker.tally.connecting.record(now - since);
+                self.worker.tally.connect(now - since, true);
                 self.lanes[i].state = State::Idle;
                 self.enqueue(i, now);
             }
@@ -400,14 +397,17 @@ impl<'w, 'r> Loop<'w, 'r> {
         }
         lane.state = State::Idle;
         self.busy -= 1;
-        if lane.intended >= self.window.from {
-            let tally = &mut self.worker.tally;
-            tally.latency.record(now - lane.intended);
-            tally.ok += 1;
+        // A closed loop has no time but that of sending, and a stall that began before the window
+        // is a stall in it. In an open loop what was due before the window stays out of the
+        // latencies, or a backlog of the warm-up would fill them.
+        let finished_in_time = now >= self.window.from;
+        if lane.intended >= self.window.from || (finished_in_time && lane.schedule.is_none()) {
+            self.worker.tally.latency.record(now - lane.intended);
             if lane.schedule.is_some() {
-                tally.service.record(now - lane.actual);
+                self.worker.tally.service.record(now - lane.actual);
             }
         }
+        self.worker.tally.ok += u64::from(finished_in_time);
         self.worker.tally.complete(self.window.contains(now));
         self.enqueue(i, now);
         true
@@ -434,9 +434,11 @@ impl<'w, 'r> Loop<'w, 'r> {
         for i in 0..self.lanes.len() {
             match self.lanes[i].state {
                 State::Busy if now >= self.lanes[i].actual + request_timeout => {
+                    self.give_up_lane(i, now);
                     self.fail(i, Kind::Timeout);
                 }
                 State::Connecting { since } if now >= since + connect_timeout => {
+                    self.worker.tally.connecting.record(now - since);
                     self.fail(i, Kind::ConnectTimeout);
                 }
                 State::Down { retry_at } if now >= retry_at && !self.closing => {
@@ -454,22 +456,43 @@ impl<'w, 'r> Loop<'w, 'r> {
         }
     }
 
-    /// Ends the sending; requests that were due by `now` and never sent are skipped ones.
-    fn close(&mut self, now: u64) {
-        self.closing = true;
-        let until = now.min(self.window.until);
-        for schedule in self
-            .lanes
-            .iter_mut()
-            .filter_map(|lane| lane.schedule.as_mut())
-        {
-            while schedule.next() < until {
-                if schedule.next() >= self.window.from {
-                    self.worker.tally.scheduled += 1;
-                    self.worker.tally.skipped += 1;
+    /// Accounts at the end for all that never finished, with the age it has now: requests under
+    /// way, and those that were due and never sent, which are the skipped ones.
+    fn give_up(&mut self) {
+        let now = self.worker.clock.now();
+        for i in 0..self.lanes.len() {
+            match self.lanes[i].state {
+                State::Busy => {
+                    self.give_up_lane(i, now);
+                    self.worker.tally.fail(Kind::Unfinished);
                 }
-                schedule.advance();
+                State::Connecting { since } => self.worker.tally.connecting.record(now - since),
+                State::Down { .. } | State::Idle => {}
             }
+            let Some(schedule) = self.lanes[i].schedule.take() else {
+                continue;
+            };
+            let tally = &mut self.worker.tally;
+            schedule.end(self.window.from, self.window.until, |part| {
+                tally.scheduled += part.count;
+                tally.skipped += part.count;
+                tally.unfinished += part.count;
+                let (youngest, oldest) = (now - part.until, now - part.from);
+                tally.latency.record_even(youngest, oldest, part.count);
+            });
+        }
+    }
+
+    /// Counts the age of the request under way on a lane.
+    fn give_up_lane(&mut self, i: usize, now: u64) {
+        let lane = &self.lanes[i];
+        // What was given up in the warm-up is part of that; what outlived it is not.
+        if now < self.window.from {
+            return;
+        }
+        self.worker.tally.give_up(now - lane.intended);
+        if lane.schedule.is_some() {
+            self.worker.tally.service.record(now - lane.actual);
         }
     }
 }

@@ -105,6 +105,10 @@ pub fn run(
     while steps.len() < PROBES_MAX && !options.client.stop.load(Ordering::Relaxed) {
         options.pacing = Pacing::Open { rate, arrivals };
         let report = rr::run_sized(&options, sizes)?;
+        if options.client.stop.load(Ordering::Relaxed) && !steps.is_empty() {
+            // A step that was cut short proves nothing.
+            break;
+        }
         let (value, holds) = objective.judge(&report);
         let verdict = if holds { "holds" } else { "does not hold" };
         let shown = value.map_or_else(|| "nothing".to_owned(), |us| format!("{us:.1} us"));

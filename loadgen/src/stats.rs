@@ -40,6 +40,19 @@ impl Latency {
         self.histogram.saturating_record(ns.max(1));
     }
 
+    /// Counts `count` latencies that fill the span from `shortest` to `longest` evenly, in ns.
+    pub(crate) fn record_even(&mut self, shortest: u64, longest: u64, count: u64) {
+        const PARTS: u64 = 1024;
+        let (parts, span) = (count.min(PARTS), longest.saturating_sub(shortest));
+        for part in 0..parts {
+            let at = |edge: u64| (u128::from(count) * u128::from(edge) / u128::from(parts)) as u64;
+            let middle = u128::from(span) * u128::from(2 * part + 1) / u128::from(2 * parts);
+            let ns = shortest + middle as u64;
+            let samples = at(part + 1) - at(part);
+            self.histogram.saturating_record_n(ns.max(1), samples);
+        }
+    }
+
     /// Adds another worker's counts.
     pub fn merge(&mut self, other: &Self) {
         // Cannot fail: both have the same constant bounds.
@@ -164,6 +177,10 @@ impl Latency {
 
 /// What a worker counts while it runs. Times and bytes refer to the measured window unless said
 /// otherwise.
+///
+/// A request that never finished has no latency, but it has an age, and its latency would have been
+/// at least that: it counts with its age when it was given up, or a stall that lasts to the end
+/// would not be in any figure.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     /// From the intended send time (in a closed loop the actual one) to the complete response.
@@ -174,6 +191,8 @@ pub struct Tally {
     pub connecting: Latency,
     /// Requests (or connections, or streams) that succeeded.
     pub ok: u64,
+    /// Samples in `latency` that are ages of requests which never finished.
+    pub unfinished: u64,
     /// What failed, the whole run.
     pub failures: Failures,
     /// Completions inside the window: the throughput's numerator.
@@ -196,6 +215,8 @@ pub struct Tally {
     pub late: u64,
     /// Connections dialled again after a failure.
     pub reconnects: u64,
+    /// Connections that were made, the whole run.
+    pub connected: u64,
 }
 
 impl Tally {
@@ -206,6 +227,7 @@ impl Tally {
         self.connecting.merge(&other.connecting);
         self.failures.merge(&other.failures);
         self.ok += other.ok;
+        self.unfinished += other.unfinished;
         self.completed += other.completed;
         self.completed_total += other.completed_total;
         self.sent += other.sent;
@@ -216,11 +238,26 @@ impl Tally {
         self.skipped += other.skipped;
         self.late += other.late;
         self.reconnects += other.reconnects;
+        self.connected += other.connected;
     }
 
     /// Counts a failure.
     pub(crate) fn fail(&mut self, kind: Kind) {
         self.failures.add(kind);
+    }
+
+    /// Counts a connection that was made in `ns`; whether its time counts is the caller's matter.
+    pub(crate) fn connect(&mut self, ns: u64, measured: bool) {
+        self.connected += 1;
+        if measured {
+            self.connecting.record(ns);
+        }
+    }
+
+    /// Counts the age, in ns, of a request that is given up.
+    pub(crate) fn give_up(&mut self, age: u64) {
+        self.latency.record(age);
+        self.unfinished += 1;
     }
 
     /// Counts a completion.
@@ -259,6 +296,24 @@ mod tests {
             );
         }
         assert!(latency.supports(0.99) && !latency.supports(0.999));
+    }
+
+    #[test]
+    fn an_even_span_is_counted_evenly_and_whole() {
+        for count in [0, 1, 5, 1024, 5000, 10_000_000_000] {
+            let mut latency = Latency::new();
+            latency.record_even(1_000_000, 3_000_000, count);
+            assert_eq!(latency.count(), count);
+            if count > 1000 {
+                for (quantile, us) in [(0.001, 1002.0), (0.5, 2000.0), (0.999, 2998.0)] {
+                    let value = latency.quantile_us(quantile);
+                    assert!(
+                        (value / us - 1.0).abs() < 5e-3,
+                        "{count} {quantile} {value}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

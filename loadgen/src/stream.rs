@@ -138,6 +138,7 @@ impl<'w, 'r> Loop<'w, 'r> {
         while self.open > 0 {
             let now = self.worker.clock.now();
             if !self.closing && (now >= self.window.until || self.worker.stopped()) {
+                self.worker.end_window(&mut self.window, now);
                 self.close();
                 until = now + self.worker.client.grace.as_nanos() as u64;
             } else if self.closing && now >= until {

@@ -150,6 +150,8 @@ struct Shared {
     barrier: Barrier,
     established: AtomicUsize,
     start: AtomicU64,
+    /// When the last worker ended its window, in ns of the clock; 0 before.
+    ended: AtomicU64,
     slots: Vec<Slot>,
 }
 
@@ -188,6 +190,13 @@ impl Worker<'_> {
             from,
             until,
         })
+    }
+
+    /// Ends the window at `now` if it lasts longer: nothing is begun after this, and what the
+    /// grace period still brings is no part of any rate.
+    pub(crate) fn end_window(&self, window: &mut Window, now: u64) {
+        window.until = window.until.min(now);
+        self.shared.ended.fetch_max(window.until, Ordering::SeqCst);
     }
 
     /// Whether the run was told to end early.
@@ -262,11 +271,14 @@ impl Worker<'_> {
                 };
                 let kind = match net::established(stream) {
                     Ok(true) => {
-                        self.tally.connecting.record(now - begun_at[i]);
+                        self.tally.connect(now - begun_at[i], true);
                         return false;
                     }
                     Ok(false) if now - begun_at[i] < timeout => return true,
-                    Ok(false) => Kind::ConnectTimeout,
+                    Ok(false) => {
+                        self.tally.connecting.record(now - begun_at[i]);
+                        Kind::ConnectTimeout
+                    }
                     Err(e) => Kind::of_connect(&e),
                 };
                 self.tally.fail(kind);
@@ -276,6 +288,9 @@ impl Worker<'_> {
         }
         // Only after Ctrl-C is anything left undecided.
         for i in pending {
+            let age = self.clock.now() - begun_at[i];
+            self.tally.connecting.record(age);
+            self.tally.fail(Kind::Unfinished);
             streams[i] = None;
         }
         Ok(streams)
@@ -313,6 +328,7 @@ where
         barrier: Barrier::new(threads),
         established: AtomicUsize::new(0),
         start: AtomicU64::new(0),
+        ended: AtomicU64::new(0),
         slots: (0..threads).map(|_| Slot::default()).collect(),
     };
     let cpu_before = process_cpu_s();
@@ -339,7 +355,8 @@ where
     let mut measured = client.duration;
     if interrupted {
         let start = shared.start.load(Ordering::SeqCst) + client.warmup.as_nanos() as u64;
-        let so_far = Duration::from_nanos(shared.clock.now().saturating_sub(start));
+        let ended = shared.ended.load(Ordering::SeqCst);
+        let so_far = Duration::from_nanos(ended.saturating_sub(start));
         measured = measured.min(so_far);
     }
     Ok(Outcome {

@@ -477,3 +477,160 @@ fn the_search_finds_what_a_server_can_serve() {
         assert_eq!(none.unwrap().metric("max_sustainable_per_s"), None);
     });
 }
+
+/// A server of 64-byte messages that stops answering `after` a connection was made.
+fn stalls_for_good(after: Duration) -> SocketAddr {
+    hand_made(move |_, stream| {
+        let begun = Instant::now();
+        echo_messages(stream, 64, |_, _| {
+            if begun.elapsed() > after {
+                thread::sleep(Duration::from_secs(60));
+            }
+        });
+    })
+}
+
+fn open_loop(mut options: rr::Options, rate: f64) -> rr::Options {
+    options.pacing = Pacing::Open {
+        rate,
+        arrivals: Arrivals::Constant,
+    };
+    options
+}
+
+#[test]
+fn a_stall_that_lasts_to_the_end_is_in_the_tail() {
+    let address = stalls_for_good(Duration::from_millis(400));
+    let mut client = client(address, 1);
+    client.grace = Duration::from_millis(300);
+    let report = rr::run(&open_loop(rr(client.clone(), 64), 1000.0)).unwrap();
+    // Due in the last 300 ms and never answered: half of all, each at least as old as the grace.
+    let (scheduled, unfinished) = (metric(&report, "scheduled"), metric(&report, "unfinished"));
+    assert_eq!(scheduled, 600.0);
+    assert!(unfinished >= 250.0, "{unfinished}");
+    assert_eq!(report.skipped() as f64 + 1.0, unfinished);
+    assert!(metric(&report, "count") >= scheduled, "each counts once");
+    for name in ["p90_us", "p99_us", "p999_us", "max_us", "service_max_us"] {
+        assert!(metric(&report, name) >= 300_000.0, "{name}");
+    }
+    let closed = rr::run(&rr(client, 64)).unwrap();
+    assert!(metric(&closed, "max_us") >= 590_000.0, "{}", closed.json());
+    assert_eq!(metric(&closed, "unfinished"), 1.0);
+}
+
+#[test]
+fn a_stall_that_begins_in_the_warm_up_is_in_the_figures() {
+    let address = stalls_for_good(Duration::ZERO);
+    let mut client = client(address, 2);
+    client.grace = Duration::from_millis(50);
+    let options = connect::Options {
+        client: client.clone(),
+        size: 64,
+        verify: false,
+    };
+    for report in [
+        rr::run(&rr(client, 64)).unwrap(),
+        connect::run(&options).unwrap(),
+    ] {
+        assert_eq!(report.ok(), 0);
+        assert_eq!(report.errors_by_kind()["unfinished"], 2);
+        assert_eq!(metric(&report, "unfinished"), 2.0);
+        assert!(metric(&report, "p50_us") >= 600_000.0);
+    }
+}
+
+#[test]
+fn requests_that_time_out_are_in_the_latencies() {
+    let address = stalls_for_good(Duration::ZERO);
+    let mut client = client(address, 2);
+    client.request_timeout = Duration::from_millis(200);
+    client.grace = Duration::from_millis(300);
+    let options = connect::Options {
+        client: client.clone(),
+        size: 64,
+        verify: false,
+    };
+    for report in [
+        rr::run(&rr(client, 64)).unwrap(),
+        connect::run(&options).unwrap(),
+    ] {
+        assert!(report.errors_by_kind()["timeout"] >= 2);
+        assert!(metric(&report, "p50_us") >= 200_000.0, "{}", report.json());
+    }
+}
+
+#[test]
+fn an_overloaded_run_ends_in_time_and_counts_what_was_served() {
+    let server = server(Mode::Echo);
+    for connections in [1, 4] {
+        for arrivals in [Arrivals::Constant, Arrivals::Poisson] {
+            let mut options = rr(client(server.address(), connections), 64);
+            options.pacing = Pacing::Open {
+                rate: 1e9,
+                arrivals,
+            };
+            let begun = Instant::now();
+            let report = rr::run(&options).unwrap();
+            // 0.7 s of load. Counting the backlog one by one took as many seconds as billions.
+            assert!(
+                begun.elapsed() < Duration::from_secs(10),
+                "{:?}",
+                begun.elapsed()
+            );
+            assert!(report.ok() > 0 && report.saturated());
+            assert!(metric(&report, "requests_per_s") > 0.0);
+            let scheduled = metric(&report, "scheduled");
+            assert!((5.9e8..6.1e8).contains(&scheduled), "{scheduled}");
+            // Nobody gets through: half of the requests have waited for half of the time.
+            let p50 = metric(&report, "p50_us");
+            assert!(p50 >= 290_000.0, "{p50}");
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_is_never_closed_does_not_ask_whether_anybody_listens() {
+    let address = hand_made(|_, mut stream| {
+        let mut buffer = [0; 65536];
+        while stream.read(&mut buffer).is_ok_and(|n| n > 0) {}
+        thread::sleep(Duration::from_secs(60));
+    });
+    let mut client = client(address, 2);
+    client.grace = Duration::from_millis(200);
+    let options = stream::Options {
+        client,
+        direction: Direction::Up,
+        verify: false,
+    };
+    let report = stream::run(&options).unwrap();
+    assert!(metric(&report, "bytes_up_per_s") > 0.0);
+    assert_eq!((report.ok(), report.errors_by_kind()["unfinished"]), (0, 2));
+    let told = report.nothing_succeeded();
+    assert!(
+        told.contains("2 connections stood") && !told.contains("listening"),
+        "{told}"
+    );
+}
+
+#[test]
+fn rates_of_an_interrupted_run_do_not_count_the_grace_period() {
+    let address = stalls_for_good(Duration::from_millis(150));
+    let mut client = client(address, 1);
+    client.warmup = Duration::ZERO;
+    client.duration = Duration::from_secs(30);
+    let stop = client.stop.clone();
+    thread::spawn(move || {
+        thread::sleep(Duration::from_millis(500));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let report = rr::run(&rr(client, 64)).unwrap();
+    // Stopped after 0.5 s, then 2 s of grace for the request that is stuck.
+    let measured = report.json()["measured_s"].as_f64().unwrap();
+    let rate = metric(&report, "requests_per_s");
+    assert!((rate * measured / report.ok() as f64 - 1.0).abs() < 0.01);
+    let age = metric(&report, "max_us") / 1e6;
+    assert!(
+        measured + 1.5 < age + 0.4,
+        "measured {measured} s, stuck for {age} s"
+    );
+}
