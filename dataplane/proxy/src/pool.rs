@@ -1,23 +1,24 @@
 //! Tunnels to other proxies, kept and shared by the connections of one worker.
 //!
 //! The key is upstream's: who we are, where we dial, whom we accept there, and the source address.
-//! While a tunnel is being set up others with the same key wait for it instead of opening more, and
-//! if it cannot be had they all fail with it instead of trying one after the other; when a tunnel
-//! carries as many streams as it may, the next connection opens another. Streams that end make room
-//! again. Unused tunnels are closed by [`Pool::close_unused`].
+//! When a tunnel carries as many streams as it may, the next connection opens another. Streams that
+//! end make room again. Unused tunnels are closed by [`Pool::close_unused`].
+//!
+//! Who finds no room waits in a queue of its key, first come, first served ([`queue`]): while a
+//! tunnel is being set up nobody opens one of its own, and if it cannot be had all who wait fail
+//! with it instead of trying one after the other.
+
+mod queue;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use hbone::{ConnectRequest, OpenError, Role};
 use mesh::Identity;
-use rt::sync::Broadcast;
 use telemetry::Happening;
 use tls::{ExpectedPeers, Handshake};
 
@@ -26,6 +27,8 @@ use crate::error::ProxyError;
 use crate::gate::Overload;
 use crate::inbound;
 use crate::tunnel::{self, ClientSide, Tunnel, TunnelStream};
+
+use queue::Entry;
 
 /// What connections must have in common to share a tunnel.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -39,51 +42,10 @@ pub(crate) struct Key {
     pub(crate) own: bool,
 }
 
-#[derive(Debug, Default)]
-struct Entry {
-    tunnels: Vec<Rc<Tunnel>>,
-    attempt: Option<Rc<Attempt>>,
-}
-
-/// A tunnel being set up, and those who wait for it.
-#[derive(Debug, Default)]
-struct Attempt {
-    over: Broadcast,
-    failure: RefCell<Option<Rc<ProxyError>>>,
-}
-
 /// One worker's tunnels by key.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    entries: RefCell<HashMap<Key, Entry>>,
-}
-
-enum Found {
-    Tunnel(Rc<Tunnel>),
-    /// It is this caller's turn to connect.
-    Connect(Rc<Attempt>),
-    /// Somebody else connects.
-    Wait(Rc<Attempt>),
-}
-
-/// Ends a caller's turn to connect, whatever happens to it.
-struct Turn<'a> {
-    pool: &'a Pool,
-    key: &'a Key,
-    attempt: Rc<Attempt>,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        let mut entries = self.pool.entries.borrow_mut();
-        if let Some(entry) = entries.get_mut(self.key) {
-            entry.attempt = None;
-            if entry.tunnels.is_empty() {
-                entries.remove(self.key);
-            }
-        }
-        self.attempt.over.notify();
-    }
+    entries: RefCell<HashMap<Key, Rc<Entry>>>,
 }
 
 impl Pool {
@@ -126,112 +88,59 @@ impl Pool {
         key: &Key,
         request: &ConnectRequest<'_>,
     ) -> Result<TunnelStream, ProxyError> {
+        let mut has_waited = false;
         loop {
-            let tunnel = match self.find(key) {
-                Found::Tunnel(tunnel) => tunnel,
-                Found::Wait(attempt) => {
-                    self.wait(key, &attempt).await;
-                    if let Some(failure) = &*attempt.failure.borrow() {
-                        return Err(ProxyError::Shared(Rc::clone(failure)));
-                    }
-                    continue;
-                }
-                Found::Connect(attempt) => {
-                    let turn = Turn {
-                        pool: self,
-                        key,
-                        attempt,
-                    };
-                    let tunnel = establish(context, key).await.map_err(|error| {
-                        if let Some(fault) = error.fault() {
-                            context.telemetry.hbone_error(fault);
-                        }
-                        let error = Rc::new(error);
-                        *turn.attempt.failure.borrow_mut() = Some(Rc::clone(&error));
-                        ProxyError::Shared(error)
-                    })?;
-                    let mut entries = self.entries.borrow_mut();
-                    entries
-                        .entry(key.clone())
-                        .or_default()
-                        .tunnels
-                        .push(Rc::clone(&tunnel));
-                    tunnel
+            let entry = self.entry(key);
+            let place = match entry.place() {
+                Some(place) => place,
+                None => {
+                    let place = entry.wait(context, key, has_waited).await?;
+                    has_waited = true;
+                    place
                 }
             };
-            match tunnel.open(request) {
+            match place.tunnel().open(request) {
                 Ok(stream) => return Ok(stream),
                 // It filled up or ended since it was found.
                 Err(OpenError::Exhausted { .. } | OpenError::GoingAway) => rt::yield_now().await,
-                Err(OpenError::IdsExhausted) => tunnel.shutdown_graceful(),
+                Err(OpenError::IdsExhausted) => place.tunnel().shutdown_graceful(),
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    fn find(&self, key: &Key) -> Found {
+    fn entry(&self, key: &Key) -> Rc<Entry> {
         let mut entries = self.entries.borrow_mut();
-        let Some(entry) = entries.get_mut(key) else {
-            let attempt = Rc::new(Attempt::default());
-            let entry = Entry {
-                tunnels: Vec::new(),
-                attempt: Some(Rc::clone(&attempt)),
-            };
-            entries.insert(key.clone(), entry);
-            return Found::Connect(attempt);
-        };
-        entry.tunnels.retain(|tunnel| tunnel.error().is_none());
-        if let Some(tunnel) = entry.tunnels.iter().find(|tunnel| tunnel.can_open()) {
-            return Found::Tunnel(Rc::clone(tunnel));
+        if let Some(entry) = entries.get(key) {
+            return Rc::clone(entry);
         }
-        if let Some(attempt) = &entry.attempt {
-            return Found::Wait(Rc::clone(attempt));
-        }
-        let attempt = entry.attempt.insert(Rc::default());
-        Found::Connect(Rc::clone(attempt))
+        Rc::clone(entries.entry(key.clone()).or_default())
     }
 
-    async fn wait(&self, key: &Key, attempt: &Attempt) {
-        let mut registered = false;
-        poll_fn(|cx| {
-            if registered {
-                return Poll::Ready(());
-            }
-            registered = true;
-            let entries = self.entries.borrow();
-            let Some(entry) = entries.get(key) else {
-                return Poll::Ready(());
-            };
-            attempt.over.register(cx);
-            for tunnel in &entry.tunnels {
-                tunnel.register_change(cx);
-            }
-            Poll::Pending
-        })
-        .await;
+    /// Forgets `key` if nothing is left of it.
+    fn forget_unused(&self, key: &Key) {
+        let mut entries = self.entries.borrow_mut();
+        if entries.get(key).is_some_and(|entry| entry.is_unused()) {
+            entries.remove(key);
+        }
     }
 
     /// Closes tunnels that no stream has used for `unused`.
     pub(crate) fn close_unused(&self, unused: Duration) {
+        let mut idle = Vec::new();
         self.entries.borrow_mut().retain(|_, entry| {
-            entry.tunnels.retain(|tunnel| {
-                let idle = tunnel
-                    .idle_since()
-                    .is_some_and(|since| since.elapsed() >= unused);
-                if idle {
-                    tunnel.shutdown_graceful();
-                }
-                !idle && tunnel.error().is_none()
-            });
-            entry.attempt.is_some() || !entry.tunnels.is_empty()
+            idle.extend(entry.take_idle(unused));
+            !entry.is_unused()
         });
+        for tunnel in idle {
+            tunnel.shutdown_graceful();
+        }
     }
 
     /// All tunnels that are kept.
     pub(crate) fn tunnels(&self) -> Vec<Rc<Tunnel>> {
         let entries = self.entries.borrow();
-        let tunnels = entries.values().flat_map(|entry| &entry.tunnels);
-        tunnels.cloned().collect()
+        entries.values().flat_map(|entry| entry.tunnels()).collect()
     }
 }
 

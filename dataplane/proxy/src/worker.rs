@@ -70,6 +70,10 @@ const POOL_SWEEP: Duration = Duration::from_secs(30);
 /// Pause after `accept(2)` failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Connections taken from a listener between two looks at the ring: setting one up costs tens of
+/// microseconds, and those that are established must not wait for a crowd.
+const ACCEPTS_PER_TURN: usize = 32;
+
 /// How long a draining listener is looked at for connections that came before the drain.
 const LAST_LOOK: Duration = Duration::from_millis(5);
 /// How long a drained worker waits for its tunnels to say goodbye.
@@ -134,7 +138,12 @@ where
 {
     let mut listener = context.listener(listener);
     let mut last_look = false;
+    let mut accepted_in_turn = 0;
     loop {
+        if accepted_in_turn == ACCEPTS_PER_TURN {
+            accepted_in_turn = 0;
+            rt::next_turn().await;
+        }
         let accepted = {
             let mut accepting = pin!(listener.accept());
             poll_fn(|cx| {
@@ -156,6 +165,7 @@ where
                 rt::time::sleep(LAST_LOOK).await; // one more turn of the ring
             }
             Some(Ok(stream)) => {
+                accepted_in_turn += 1;
                 rt::spawn(handle(Rc::clone(&context), stream, context.alive()));
             }
             Some(Err(error)) => {

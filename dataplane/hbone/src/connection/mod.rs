@@ -232,6 +232,14 @@ impl Connection {
         self.check_open().is_ok()
     }
 
+    /// Client: how many streams `open` would accept now.
+    pub fn room(&self) -> usize {
+        match self.check_open() {
+            Ok(()) => self.streams_max() - self.streams.len(),
+            Err(_) => 0,
+        }
+    }
+
     /// Whether streams that do not progress hold so much of a window all streams share that a new
     /// stream would have to wait for them. A client then does better to open a connection more.
     pub fn is_crowded(&self) -> bool {

@@ -253,15 +253,18 @@ impl Connection {
         if self.next_id > ID_MAX {
             return Err(OpenError::IdsExhausted);
         }
-        let max = self
-            .config
-            .max_concurrent_streams
-            .min(self.peer.max_concurrent_streams) as usize;
+        let max = self.streams_max();
         let active = self.streams.len();
         if active >= max {
             return Err(OpenError::Exhausted { active, max });
         }
         Ok(())
+    }
+
+    /// Streams that both sides allow at a time.
+    pub(super) fn streams_max(&self) -> usize {
+        let ours = self.config.max_concurrent_streams;
+        ours.min(self.peer.max_concurrent_streams) as usize
     }
 
     /// Adds an open stream. Until the peer has acknowledged our SETTINGS it may still go by the

@@ -10,6 +10,7 @@ mod handshakes;
 mod hostile;
 mod peer;
 mod pooling;
+mod queueing;
 mod records;
 mod relays;
 mod short_cut;

@@ -20,9 +20,9 @@ use crate::pool::Key;
 use crate::tunnel::{Tunnel, TunnelStream};
 
 /// A server's end of a tunnel whose HTTP/2 the test plays.
-struct Far {
-    peer: Peer,
-    codec: Connection,
+pub(super) struct Far {
+    pub(super) peer: Peer,
+    pub(super) codec: Connection,
     events: std::collections::VecDeque<Event>,
 }
 
@@ -35,14 +35,14 @@ impl Far {
         }
     }
 
-    fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         let plaintext = self.codec.output().to_vec();
         self.codec.consume_output(plaintext.len());
         let _ = self.peer.send(&plaintext); // the other end may have closed
     }
 
     /// The next event, answering PINGs and SETTINGS; none at the end.
-    fn event(&mut self) -> Option<Event> {
+    pub(super) fn event(&mut self) -> Option<Event> {
         loop {
             self.flush();
             if let Some(event) = self.events.pop_front() {
@@ -57,7 +57,7 @@ impl Far {
         }
     }
 
-    fn request(&mut self) -> StreamId {
+    pub(super) fn request(&mut self) -> StreamId {
         loop {
             if let Event::Request { id, .. } = self.event().expect("a request") {
                 return id;
@@ -65,20 +65,20 @@ impl Far {
         }
     }
 
-    fn accept_request(&mut self) -> StreamId {
+    pub(super) fn accept_request(&mut self) -> StreamId {
         let id = self.request();
         self.codec.respond(id, 200, None, false).unwrap();
         self.flush();
         id
     }
 
-    fn until_closed(&mut self) {
+    pub(super) fn until_closed(&mut self) {
         while self.event().is_some() {}
     }
 }
 
 /// Runs `near` against peers played by `far`, which gets each accepted connection's number.
-fn against<T>(
+pub(super) fn against<T>(
     change: impl FnOnce(&mut ProxyConfig),
     far: impl Fn(usize, Far) + Send + Sync + 'static,
     near: impl AsyncFnOnce(Rc<Context>, SocketAddr) -> T,
@@ -96,7 +96,7 @@ fn against<T>(
     run(near(context, addr))
 }
 
-async fn connect(context: &Rc<Context>, key: &Key) -> Result<TunnelStream, ProxyError> {
+pub(super) async fn connect(context: &Rc<Context>, key: &Key) -> Result<TunnelStream, ProxyError> {
     context.pool.connect(context, key, &request()).await
 }
 

@@ -444,7 +444,7 @@ impl Reader<'_> {
             Event::End { id } => with(id, &|stream| stream.end()),
             Event::Reset { id, code } => with(id, &|stream| stream.reset_by_peer(code)),
             Event::Writable { id } => with(id, &|stream| stream.writable()),
-            Event::GoAway { .. } | Event::Settings => tunnel.changed.notify(),
+            Event::GoAway { .. } | Event::Settings => tunnel.note_change(),
             Event::Pong(_) | Event::Data { .. } => {}
         }
     }

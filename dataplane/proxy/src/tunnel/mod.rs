@@ -16,13 +16,12 @@ mod io;
 mod outgoing;
 mod stream;
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::task::Context;
 use std::time::Instant;
 
 use hbone::{ConnectRequest, ErrorCode, RequestHead, StreamId};
@@ -120,8 +119,8 @@ pub(crate) struct Tunnel {
     codec: RefCell<hbone::Connection>,
     out: RefCell<Outgoing>,
     streams: RefCell<Streams>,
-    /// Client: asked once the peer's capacity or the tunnel's end changes who may open.
-    changed: Broadcast,
+    /// Client: told when there may be room for streams, and of the tunnel's end.
+    changed: OnceCell<Rc<Signal>>,
     /// The writer has something to do.
     flush: Signal,
     /// The reader shall look at `error`.
@@ -169,7 +168,7 @@ impl Tunnel {
             codec: RefCell::new(hbone::Connection::new(setup.role, setup.config)),
             out: RefCell::new(Outgoing::new(write)),
             streams: RefCell::default(),
-            changed: Broadcast::default(),
+            changed: OnceCell::new(),
             flush: Signal::default(),
             stop: Signal::default(),
             failed: Signal::default(),
@@ -224,9 +223,23 @@ impl Tunnel {
             .then(|| self.idle_since.get())
     }
 
-    /// Wakes the task of `cx` when a stream has ended or the tunnel has.
-    pub(crate) fn register_change(&self, cx: &Context<'_>) {
-        self.changed.register(cx);
+    /// How many streams could be opened now: [`Tunnel::can_open`] in numbers.
+    pub(crate) fn room(&self) -> usize {
+        match self.can_open() {
+            true => self.codec.borrow().room(),
+            false => 0,
+        }
+    }
+
+    /// Has `changed` set when a stream has ended, the peer takes more of them, or the tunnel ends.
+    pub(crate) fn tell_changes(&self, changed: Rc<Signal>) {
+        let _ = self.changed.set(changed); // a tunnel is added to one pool, once
+    }
+
+    fn note_change(&self) {
+        if let Some(changed) = self.changed.get() {
+            changed.set();
+        }
     }
 
     /// Client: opens a stream with a CONNECT request.
@@ -268,7 +281,7 @@ impl Tunnel {
             self.idle_since.set(Instant::now());
         }
         drop(streams);
-        self.changed.notify();
+        self.note_change();
         if self.codec.borrow().is_closed() {
             self.finish();
         }
@@ -302,7 +315,7 @@ impl Tunnel {
         for stream in self.streams.borrow().values() {
             stream.wake();
         }
-        self.changed.notify();
+        self.note_change();
         self.drained.notify();
         self.failed.set();
         self.finish();
