@@ -15,7 +15,7 @@ use tls::CertificateStore;
 
 use crate::config::{ProxyConfig, RedirectMode, ShortCut};
 use crate::error::ProxyError;
-use crate::gate::Handshakes;
+use crate::gate::{Handshakes, Place};
 use crate::pool::Pool;
 use crate::tunnel::{Setup, Tunnel};
 use crate::watch::Watches;
@@ -214,7 +214,7 @@ impl Context {
     }
 
     /// What a tunnel of this worker is run with.
-    pub(crate) fn tunnel_setup(&self, role: Role) -> Setup<'_> {
+    pub(crate) fn tunnel_setup<'a>(&'a self, role: Role, place: &'a Place) -> Setup<'a> {
         Setup {
             role,
             config: match role {
@@ -222,6 +222,7 @@ impl Context {
                 Role::Server => &self.config.server,
             },
             cpu: self.handshakes.cpu(),
+            place: Some(place),
             telemetry: &self.telemetry,
             ping: (self.config.ping_interval, self.config.ping_timeout),
         }

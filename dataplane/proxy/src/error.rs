@@ -168,6 +168,7 @@ impl SetupError {
         match self {
             Self::Io(_) => Fault::Io,
             Self::Closed => Fault::HandshakeClosed,
+            Self::Displaced(_) => Fault::HandshakeTimeout,
             Self::Tls(HandshakeError::Refused(_)) => Fault::TlsRefused,
             Self::Tls(HandshakeError::Alert(_)) => Fault::TlsAlert,
             Self::Tls(HandshakeError::Closed) => Fault::HandshakeClosed,

@@ -1,134 +1,57 @@
 //! What bounds handshakes on a worker: how many are under way, how many wait for their turn, and
 //! how much of the CPU they get in one go.
 //!
-//! A handshake costs some hundred microseconds of CPU in two or three steps. [`Handshakes`] lets
-//! each worker do one such step between two looks at its ring, so that established connections
-//! wait for one step at most, however many peers arrive at once. Each direction has its own bound:
-//! with a common one, two nodes whose outgoing handshakes hold all places would wait for each
-//! other's incoming ones.
+//! A handshake costs some hundred microseconds of CPU in two or three steps. [`Cpu`] lets each
+//! worker do one such step between two looks at its ring, so that established connections wait for
+//! one step at most, however many peers arrive at once.
 //!
-//! Places are given in order of arrival. The caller's timeout covers waiting and handshake.
+//! Nobody who only connects can keep others out:
+//!
+//! * A place ([`places`]) is only for a peer that has sent a whole ClientHello. Until then it waits
+//!   beside ([`silent`]), and costs a descriptor and no more.
+//! * While places or room to wait are short, whoever has been silent for [`SHORT_PATIENCE`] goes,
+//!   the one that has been longest first, and never one that has just come.
+//! * One address gets half of all places while nobody else wants them, and a quarter of what there
+//!   is otherwise. Those who wait are served by address in turn.
+//!
+//! Each direction has its own bound: with a common one, two nodes whose outgoing handshakes hold
+//! all places would wait for each other's incoming ones. The caller's timeout covers waiting and
+//! handshake.
 
-use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
-use std::future::poll_fn;
+mod cpu;
+mod places;
+mod silent;
+
+use std::net::IpAddr;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
 
-/// A number of places, given out in order of arrival.
-#[derive(Debug)]
-struct Places {
-    free: Cell<usize>,
-    waiting: RefCell<VecDeque<Rc<Waiter>>>,
-    waiting_max: usize,
-}
+pub(crate) use cpu::Cpu;
+pub(crate) use places::{Overload, Place};
+pub(crate) use silent::Displaced;
 
-#[derive(Debug, Default)]
-struct Waiter {
-    state: Cell<Wait>,
-    waker: RefCell<Option<Waker>>,
-}
+use places::Places;
+use silent::Silent;
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Wait {
-    #[default]
-    Waiting,
-    /// A place is reserved for this waiter.
-    Granted,
-    /// It does not want one any more.
-    Left,
-}
+/// How long a client may be silent while others wait for what it holds.
+const SHORT_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a server may be: it has a queue of handshakes, too.
+const SERVER_PATIENCE: Duration = Duration::from_secs(5);
 
-/// All places are taken and as many wait as may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Overload;
+/// Peers that have not sent their ClientHello, for each place that there is.
+const SILENT_PER_PLACE: usize = 4;
 
-/// A place. Given back when dropped.
-#[derive(Debug)]
-pub(crate) struct Place(Rc<Places>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.release();
-    }
-}
-
-/// A waiter on its way; gives up what it was granted if nobody takes it.
-struct Waiting {
-    places: Rc<Places>,
-    waiter: Rc<Waiter>,
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if self.waiter.state.replace(Wait::Left) == Wait::Granted {
-            self.places.release();
-        }
-    }
-}
-
-impl Places {
-    fn new(count: usize, waiting_max: usize) -> Rc<Self> {
-        Rc::new(Self {
-            free: Cell::new(count),
-            waiting: RefCell::default(),
-            waiting_max,
-        })
-    }
-
-    async fn take(self: &Rc<Self>) -> Result<Place, Overload> {
-        if self.free.get() > 0 {
-            self.free.set(self.free.get() - 1);
-            return Ok(Place(Rc::clone(self)));
-        }
-        let waiter = Rc::new(Waiter::default());
-        {
-            let mut waiting = self.waiting.borrow_mut();
-            if waiting.len() >= self.waiting_max {
-                waiting.retain(|waiter| waiter.state.get() == Wait::Waiting);
-            }
-            if waiting.len() >= self.waiting_max {
-                return Err(Overload);
-            }
-            waiting.push_back(Rc::clone(&waiter));
-        }
-        let waiting = Waiting {
-            places: Rc::clone(self),
-            waiter,
-        };
-        poll_fn(|cx| {
-            if waiting.waiter.state.get() == Wait::Granted {
-                return Poll::Ready(());
-            }
-            *waiting.waiter.waker.borrow_mut() = Some(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
-        // Taken: dropping `waiting` must not give it back.
-        waiting.waiter.state.set(Wait::Left);
-        Ok(Place(Rc::clone(self)))
-    }
-
-    fn release(&self) {
-        loop {
-            let Some(waiter) = self.waiting.borrow_mut().pop_front() else {
-                self.free.set(self.free.get() + 1);
-                return;
-            };
-            if waiter.state.get() == Wait::Waiting {
-                waiter.state.set(Wait::Granted);
-                if let Some(waker) = waiter.waker.take() {
-                    waker.wake();
-                }
-                return;
-            }
-        }
-    }
+/// One address's part of what is short.
+const fn share(of: usize) -> usize {
+    if of < 4 { 1 } else { of / 4 }
 }
 
 /// One worker's handshakes.
 #[derive(Debug)]
 pub(crate) struct Handshakes {
+    /// Accepted, and without ClientHello.
+    arrived: Silent,
+    arrived_max: usize,
     incoming: Rc<Places>,
     outgoing: Rc<Places>,
     cpu: Cpu,
@@ -138,20 +61,49 @@ impl Handshakes {
     /// At most `max` under way in each direction, and as many waiting.
     pub(crate) fn new(max: usize) -> Self {
         Self {
-            incoming: Places::new(max, max),
-            outgoing: Places::new(max, max),
+            arrived: Silent::default(),
+            arrived_max: max * SILENT_PER_PLACE,
+            incoming: Places::new(max, SHORT_PATIENCE),
+            outgoing: Places::new(max, SERVER_PATIENCE),
             cpu: Cpu::default(),
         }
     }
 
-    /// Waits for a place for the handshake of an accepted connection.
-    pub(crate) async fn incoming(&self) -> Result<Place, Overload> {
-        self.incoming.take().await
+    /// Waits for `hello`, the first message of a connection from `peer` that has been accepted.
+    pub(crate) async fn arrival<T>(
+        &self,
+        peer: IpAddr,
+        hello: impl Future<Output = T>,
+    ) -> Result<T, Displaced> {
+        self.make_room(peer);
+        self.arrived.listen(peer, Instant::now(), None, hello).await
     }
 
-    /// Waits for a place for the handshake of a connection of ours.
-    pub(crate) async fn outgoing(&self) -> Result<Place, Overload> {
-        self.outgoing.take().await
+    /// Sends away who has been silent too long where there are many.
+    fn make_room(&self, peer: IpAddr) {
+        let arrived = &self.arrived;
+        if arrived.len() < self.arrived_max / 2 {
+            return;
+        }
+        while arrived.oldest().is_some_and(|age| age >= SHORT_PATIENCE) {
+            arrived.displace_oldest();
+        }
+        if arrived.of(peer) >= share(self.arrived_max) {
+            arrived.displace_oldest_of(peer);
+        }
+        if arrived.len() >= self.arrived_max {
+            arrived.displace_oldest();
+        }
+    }
+
+    /// Waits for a place for the handshake of an accepted connection from `peer`.
+    pub(crate) async fn incoming(&self, peer: IpAddr) -> Result<Place, Overload> {
+        self.incoming.take(peer).await
+    }
+
+    /// Waits for a place for the handshake of a connection of ours to `peer`.
+    pub(crate) async fn outgoing(&self, peer: IpAddr) -> Result<Place, Overload> {
+        self.outgoing.take(peer).await
     }
 
     /// Whose turn it is to compute.
@@ -160,92 +112,60 @@ impl Handshakes {
     }
 }
 
-/// Lets one step of all handshakes run between two looks at the ring. Clones share it.
-#[derive(Clone, Debug)]
-pub(crate) struct Cpu(Rc<Places>);
-
-impl Default for Cpu {
-    fn default() -> Self {
-        Self(Places::new(1, usize::MAX))
-    }
-}
-
-impl Cpu {
-    /// Runs `step` when it is its turn.
-    pub(crate) async fn step<T>(&self, step: impl FnOnce() -> T) -> T {
-        // No overload: as many steps wait as handshakes have places.
-        let turn = self.0.take().await;
-        let result = step();
-        rt::spawn(async move {
-            rt::next_turn().await;
-            drop(turn);
-        });
-        result
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::pin::pin;
-    use std::task::Context;
+    use std::future::pending;
+    use std::net::Ipv4Addr;
+    use std::pin::{Pin, pin};
+    use std::task::{Context, Poll, Waker};
 
     use super::*;
 
-    fn poll<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+    fn poll<T>(future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
         future.poll(&mut Context::from_waker(Waker::noop()))
     }
 
-    #[test]
-    fn places_go_round_in_order_and_none_is_lost() {
-        let places = Places::new(1, 2);
-        let Poll::Ready(Ok(first)) = poll(pin!(places.take())) else {
-            panic!("one is free")
-        };
-        let mut second = Box::pin(places.take());
-        let mut third = Box::pin(places.take());
-        assert!(poll(second.as_mut()).is_pending() && poll(third.as_mut()).is_pending());
-        assert!(matches!(
-            poll(pin!(places.take())),
-            Poll::Ready(Err(Overload))
-        ));
-        drop(first);
-        assert!(poll(third.as_mut()).is_pending(), "not its turn");
-        // The one whose turn it is gives up: the next one gets it.
-        drop(second);
-        let Poll::Ready(Ok(place)) = poll(third.as_mut()) else {
-            panic!("granted")
-        };
-        assert_eq!(places.free.get(), 0);
-        // One that leaves before its turn makes room at once.
-        let mut fourth = Box::pin(places.take());
-        assert!(poll(fourth.as_mut()).is_pending());
-        drop(fourth);
-        let mut waiting: Vec<_> = (0..2).map(|_| Box::pin(places.take())).collect();
-        assert!(
-            waiting
-                .iter_mut()
-                .all(|waiter| poll(waiter.as_mut()).is_pending())
-        );
-        drop((waiting, third, place));
-        assert_eq!(places.free.get(), 1);
+    fn address(last: u8) -> IpAddr {
+        Ipv4Addr::new(10, 0, 0, last).into()
     }
 
     #[test]
-    fn the_ring_is_looked_at_between_two_steps() {
-        crate::tests::run(async {
-            let cpu = Cpu::default();
-            let order: Rc<RefCell<Vec<char>>> = Rc::default();
-            for _ in 0..3 {
-                let (cpu, order) = (cpu.clone(), Rc::clone(&order));
-                rt::spawn(async move { cpu.step(|| order.borrow_mut().push('h')).await });
-            }
-            let count = |what| order.borrow().iter().filter(|c| **c == what).count();
-            while count('h') < 3 {
-                order.borrow_mut().push('t');
-                rt::next_turn().await;
-            }
-            let order: String = order.borrow().iter().collect();
-            assert!(!order.contains("hh"), "{order}");
-        });
+    fn of_those_who_say_nothing_the_oldest_goes_and_never_the_newest() {
+        let handshakes = Handshakes::new(4); // room for 16 that are silent
+        let silent = |last| Box::pin(handshakes.arrival(address(last), pending::<()>()));
+        let mut all: Vec<_> = (0..16).map(silent).collect();
+        for one in &mut all {
+            assert!(poll(one.as_mut()).is_pending());
+        }
+        let mut newest = silent(200);
+        assert!(poll(newest.as_mut()).is_pending());
+        assert_eq!(poll(all[0].as_mut()), Poll::Ready(Err(Displaced)));
+        assert!(poll(all[1].as_mut()).is_pending());
+        assert!(poll(newest.as_mut()).is_pending());
+        // One that speaks is let through, however full it is.
+        let spoken = pin!(handshakes.arrival(address(201), async { 7 }));
+        assert_eq!(poll(spoken), Poll::Ready(Ok(7)));
+        drop((all, newest));
+        assert_eq!(handshakes.arrived.len(), 0);
+    }
+
+    #[test]
+    fn an_address_with_more_than_its_share_makes_room_by_itself() {
+        let handshakes = Handshakes::new(4);
+        let silent = |last| Box::pin(handshakes.arrival(address(last), pending::<()>()));
+        let mut others: Vec<_> = (0..6).map(silent).collect();
+        for other in &mut others {
+            assert!(poll(other.as_mut()).is_pending());
+        }
+        let mut greedy: Vec<_> = (0..40).map(|_| silent(100)).collect();
+        for one in &mut greedy {
+            assert!(poll(one.as_mut()).is_pending());
+        }
+        assert!(handshakes.arrived.of(address(100)) <= share(16));
+        assert!(
+            others
+                .iter_mut()
+                .all(|other| poll(other.as_mut()).is_pending())
+        );
     }
 }

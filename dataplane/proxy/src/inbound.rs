@@ -6,7 +6,6 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Instant;
 
 use hbone::{RequestHead, Role};
 use mesh::{ConnectionFacts, Identity, Workload};
@@ -17,10 +16,9 @@ use tls::Handshake;
 use crate::baggage::baggage;
 use crate::context::{Alive, Context};
 use crate::error::ProxyError;
-use crate::gate::Overload;
 use crate::pool::Key;
 use crate::relay;
-use crate::tunnel::{self, Tunnel, TunnelOwner, TunnelStream};
+use crate::tunnel::{self, Transport, Tunnel, TunnelOwner, TunnelStream};
 use crate::watch::Watch;
 
 /// Accepts one tunnel. The tunnel's own tasks go on after this returns.
@@ -79,40 +77,49 @@ async fn accept(
     src: SocketAddr,
     dst: SocketAddr,
 ) -> Result<Rc<Tunnel>, ProxyError> {
-    let max = context.config.handshakes_max;
-    let deadline = Instant::now() + context.config.handshake_timeout;
-    let place = rt::time::timeout(
-        context.config.handshake_timeout,
-        context.handshakes.incoming(),
-    );
-    let _place = match place.await {
-        Ok(Ok(place)) => place,
-        Ok(Err(Overload)) => {
-            let _ = client.reset_on_close(); // the client may be gone already
-            return Err(ProxyError::HandshakeOverload { addr: src, max });
-        }
-        Err(_) => return Err(ProxyError::HandshakeTimeout { addr: src }),
-    };
     let Some(workload) = context.local_workload(dst.ip()) else {
         let _ = client.reset_on_close(); // the client may be gone already
         let node = (*context.config.node.node).into();
         return Err(ProxyError::UnknownDestination { ip: dst.ip(), node });
     };
-    let tls = context.certificates.get(&workload.identity())?;
-    let failed = |error: tunnel::SetupError| ProxyError::Setup { addr: src, error };
-    let handshake = Handshake::server(&tls.server).map_err(|error| failed(error.into()))?;
     let owner = Box::new(Inbound {
         context: Rc::clone(context),
         dst,
         workload,
     });
-    let setup = context.tunnel_setup(Role::Server);
-    let tunnel = tunnel::run(client, src, handshake, &setup, owner);
-    let left = deadline.saturating_duration_since(Instant::now());
-    match rt::time::timeout(left, tunnel).await {
-        Ok(result) => result.map_err(failed),
+    let tunnel = shake_hands(context, client, src, owner);
+    match rt::time::timeout(context.config.handshake_timeout, tunnel).await {
+        Ok(result) => result,
         Err(_) => Err(ProxyError::HandshakeTimeout { addr: src }),
     }
+}
+
+/// The tunnel of a client that means it: nothing is spent on one that only connects.
+async fn shake_hands(
+    context: &Rc<Context>,
+    client: TcpStream,
+    src: SocketAddr,
+    owner: Box<Inbound>,
+) -> Result<Rc<Tunnel>, ProxyError> {
+    let failed = |error: tunnel::SetupError| ProxyError::Setup { addr: src, error };
+    let mut transport = Transport::from(client);
+    let hello = context
+        .handshakes
+        .arrival(src.ip(), transport.client_hello())
+        .await;
+    hello
+        .map_err(|displaced| failed(displaced.into()))?
+        .map_err(failed)?;
+    let Ok(place) = context.handshakes.incoming(src.ip()).await else {
+        transport.reset();
+        let max = context.config.handshakes_max;
+        return Err(ProxyError::HandshakeOverload { addr: src, max });
+    };
+    let tls = context.certificates.get(&owner.workload.identity())?;
+    let handshake = Handshake::server(&tls.server).map_err(|error| failed(error.into()))?;
+    let setup = context.tunnel_setup(Role::Server, &place);
+    let tunnel = tunnel::run(transport, src, handshake, &setup, owner);
+    tunnel.await.map_err(failed)
 }
 
 /// What the streams of one accepted tunnel share.

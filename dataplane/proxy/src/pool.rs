@@ -160,11 +160,11 @@ async fn establish(context: &Rc<Context>, key: &Key) -> Result<Rc<Tunnel>, Proxy
         Err(ProxyError::ConnectTimeout { addr }) => return Err(ProxyError::HboneTimeout { addr }),
         other => other?,
     };
-    let setup = context.tunnel_setup(Role::Client);
     let max = context.config.handshakes_max;
     let tunnel = async {
-        let place = context.handshakes.outgoing().await;
-        let _place = place.map_err(|Overload| ProxyError::HandshakeOverload { addr, max })?;
+        let place = context.handshakes.outgoing(addr.ip()).await;
+        let place = place.map_err(|Overload| ProxyError::HandshakeOverload { addr, max })?;
+        let setup = context.tunnel_setup(Role::Client, &place);
         let owner = Box::new(ClientSide);
         let tunnel = tunnel::run(stream, addr, handshake, &setup, owner);
         tunnel.await.map_err(failed)

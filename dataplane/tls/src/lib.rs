@@ -26,6 +26,7 @@
 pub mod authority;
 pub mod certificate;
 pub mod handshake;
+mod hello;
 pub mod peer;
 mod provider;
 pub mod record;
@@ -37,6 +38,7 @@ mod verify;
 pub use authority::{Authority, AuthorityError};
 pub use certificate::{CertificateError, CertificateInfo, WorkloadCertificate};
 pub use handshake::{Handshake, HandshakeError, Progress};
+pub use hello::ClientHelloWatch;
 pub use peer::{ExpectedPeers, Peer, PeerRefused};
 pub use record::RecordPath;
 pub use session::{OpenError, Opened, SealError, Session};

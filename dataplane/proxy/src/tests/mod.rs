@@ -199,6 +199,7 @@ fn setup<'a>(role: Role, config: &'a Config, telemetry: &'a WorkerTelemetry) -> 
         role,
         config,
         cpu: CPU.with(|cpu| *cpu),
+        place: None,
         telemetry,
         ping: (Duration::from_secs(10), Duration::from_secs(20)),
     }

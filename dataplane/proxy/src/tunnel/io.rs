@@ -14,9 +14,9 @@ use hbone::{ErrorCode, Event, Role, StreamId};
 use rt::buf::{Buf, Pool};
 use rt::net::{Placement, ReadHalf, TcpStream, WriteHalf};
 use telemetry::{Fault, WorkerTelemetry};
-use tls::{Handshake, HandshakeError, OpenError, Opened, SealError, Session};
+use tls::{ClientHelloWatch, Handshake, HandshakeError, OpenError, Opened, SealError, Session};
 
-use crate::gate::Cpu;
+use crate::gate::{Cpu, Displaced, Place};
 
 use super::{SEND_LOW, Tunnel, TunnelError, TunnelOwner};
 
@@ -39,6 +39,9 @@ pub(crate) enum SetupError {
     /// The peer ended the transport during the handshake.
     #[error("tls error: connection closed during the handshake")]
     Closed,
+    /// Others needed its place.
+    #[error("tls error: the handshake was given up: {0}")]
+    Displaced(#[from] Displaced),
 }
 
 /// What a worker gives its tunnels.
@@ -50,24 +53,82 @@ pub(crate) struct Setup<'a> {
     pub(crate) config: &'a hbone::Config,
     /// The handshake computes when it is its turn.
     pub(crate) cpu: &'a Cpu,
+    /// What the handshake holds, and may lose while the peer is silent.
+    pub(crate) place: Option<&'a Place>,
     /// Where errors are counted.
     pub(crate) telemetry: &'a WorkerTelemetry,
     /// Silence after which the peer is asked for a sign of life, and the one that is too long.
     pub(crate) ping: (Duration, Duration),
 }
 
-/// Shakes hands over `stream` and starts the tunnel's tasks.
+/// An established connection, and what has been read of it already.
+#[derive(Debug)]
+pub(crate) struct Transport {
+    read: ReadHalf,
+    write: WriteHalf,
+    early: VecDeque<Buf>,
+}
+
+impl From<TcpStream> for Transport {
+    fn from(stream: TcpStream) -> Self {
+        let (mut read, write) = stream.split();
+        read.set_placement(Placement::Parsed);
+        Self {
+            read,
+            write,
+            early: VecDeque::new(),
+        }
+    }
+}
+
+impl Transport {
+    /// Reads until a whole ClientHello is there. However small the pieces it comes in, it takes no
+    /// more memory than its bytes and one block.
+    pub(crate) async fn client_hello(&mut self) -> Result<(), SetupError> {
+        let mut watch = ClientHelloWatch::default();
+        let mut pieces = Vec::new();
+        loop {
+            if self.read.recv(&mut self.early).await? == 0 {
+                return Err(SetupError::Closed);
+            }
+            let mut whole = false;
+            for buf in &self.early {
+                whole = whole || watch.advance(buf);
+            }
+            if whole && pieces.is_empty() {
+                return Ok(());
+            }
+            for buf in self.early.drain(..) {
+                pieces.extend_from_slice(&buf);
+            }
+            if whole {
+                let pool = self.write.pool().clone();
+                pool.copy_from(&pieces, |buf| self.early.push_back(buf));
+                return Ok(());
+            }
+        }
+    }
+
+    /// Ends it by a reset.
+    pub(crate) fn reset(self) {
+        let _ = self.write.reset_on_close(); // the peer may be gone already
+    }
+}
+
+/// Shakes hands over `transport` and starts the tunnel's tasks.
 pub(crate) async fn run(
-    stream: TcpStream,
+    transport: impl Into<Transport>,
     peer_addr: SocketAddr,
     handshake: Handshake,
     setup: &Setup<'_>,
     owner: Box<dyn TunnelOwner>,
 ) -> Result<Rc<Tunnel>, SetupError> {
-    let (mut read, mut write) = stream.split();
-    read.set_placement(Placement::Parsed);
-    let mut early = VecDeque::new();
-    let shaken = shake(&mut read, &mut write, handshake, &mut early, setup.cpu).await;
+    let Transport {
+        mut read,
+        mut write,
+        mut early,
+    } = transport.into();
+    let shaken = shake(&mut read, &mut write, handshake, &mut early, setup).await;
     let session = match shaken {
         Ok(session) => session,
         Err(error) => {
@@ -110,7 +171,7 @@ async fn shake(
     write: &mut WriteHalf,
     mut handshake: Handshake,
     early: &mut VecDeque<Buf>,
-    cpu: &Cpu,
+    &Setup { cpu, place, .. }: &Setup<'_>,
 ) -> Result<Session, SetupError> {
     let mut output = Vec::new();
     let mut progress = cpu.step(|| handshake.advance(&[], &mut output)).await;
@@ -123,8 +184,14 @@ async fn shake(
         if let Some(session) = progress?.established {
             return Ok(session);
         }
-        if early.is_empty() && read.recv(early).await? == 0 {
-            return Err(SetupError::Closed);
+        if early.is_empty() {
+            let received = match place {
+                Some(place) => place.listen(read.recv(early)).await??,
+                None => read.recv(early).await?,
+            };
+            if received == 0 {
+                return Err(SetupError::Closed);
+            }
         }
         let Some(mut buf) = early.pop_front() else {
             return Err(SetupError::Closed);

@@ -30,7 +30,7 @@ use rt::sync::{Broadcast, Signal};
 use telemetry::WorkerTelemetry;
 use tls::Session;
 
-pub(crate) use io::{Setup, SetupError, run};
+pub(crate) use io::{Setup, SetupError, Transport, run};
 use outgoing::Outgoing;
 use stream::StreamShared;
 pub(crate) use stream::{StreamFailure, TunnelStream};
