@@ -242,9 +242,7 @@ fn measure(
 }
 
 fn finish(document: &Document, directory: &Path) -> Result<()> {
-    let json = serde_json::to_string_pretty(document).context("encoding report.json")?;
-    let path = directory.join("report.json");
-    fs::write(&path, json + "\n").with_context(|| format!("writing {}", path.display()))?;
+    report::store(document, directory)?;
     report::render(directory)?;
     println!("{}", report::table::render(document));
     println!("report: {}", directory.join("report.html").display());

@@ -18,6 +18,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
+use serde_json::Value;
+
 use schema::{Document, SCHEMA};
 
 /// File name of the README's picture.
@@ -44,6 +46,36 @@ pub fn render(directory: &Path) -> Result<()> {
         fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
+}
+
+/// Writes `document` as the `report.json` in `directory`.
+///
+/// Figures have six digits, which is more than any of them is known to, and nothing is spaced out:
+/// runs are kept in the repository.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn store(document: &Document, directory: &Path) -> Result<()> {
+    let json = serde_json::to_value(document).context("encoding report.json")?;
+    let path = directory.join("report.json");
+    let text = rounded(json).to_string() + "\n";
+    fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+}
+
+fn rounded(value: Value) -> Value {
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let figure = number.as_f64().unwrap_or(0.0);
+            let short = format!("{figure:.5e}").parse().unwrap_or(figure);
+            Value::from(short)
+        }
+        Value::Array(values) => values.into_iter().map(rounded).collect(),
+        Value::Object(fields) => fields
+            .into_iter()
+            .map(|(name, value)| (name, rounded(value)))
+            .collect(),
+        other => other,
+    }
 }
 
 /// Reads the `report.json` in `directory`.
@@ -227,6 +259,23 @@ mod tests {
         render(directory.path()).unwrap();
         let html = fs::read_to_string(directory.path().join("report.html")).unwrap();
         assert!(html.contains("0123456789ab"));
+    }
+
+    #[test]
+    fn what_is_stored_is_read_again_to_six_digits() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut document = example();
+        document.ratios[0].ratio = 1.234_567_89;
+        document.machine.memory_bytes = 1_234_567_890_123;
+        document.rows[0]
+            .metrics
+            .insert("errors".to_owned(), estimate(1e-9 / 3.0));
+        store(&document, directory.path()).unwrap();
+        let read = read(directory.path()).unwrap();
+        assert_eq!(read.ratios[0].ratio, 1.234_57);
+        assert_eq!(read.machine.memory_bytes, 1_234_567_890_123);
+        assert_eq!(read.rows[0].metrics["errors"].median, 3.333_33e-10);
+        assert_eq!(read.rows.len(), document.rows.len());
     }
 
     #[test]
