@@ -5,6 +5,7 @@
 //! becomes an orphan that keeps its resources until the kernel's last completion for it.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
@@ -17,29 +18,29 @@ mod phase;
 
 use phase::Phase;
 
-/// Name of an operation: slot and generation.
+/// Name of an operation: slot and generation, which is never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct OpId(u64);
+pub(crate) struct OpId(NonZeroU64);
 
 impl OpId {
     fn new(slot: usize, generation: u32) -> Self {
-        Self(u64::from(generation) << 32 | slot as u64)
+        Self::from_user_data(u64::from(generation) << 32 | slot as u64)
     }
 
     pub(crate) fn from_user_data(user_data: u64) -> Self {
-        Self(user_data)
+        Self(NonZeroU64::new(user_data).unwrap_or(NonZeroU64::MAX)) // nobody's
     }
 
     pub(crate) fn user_data(self) -> u64 {
-        self.0
+        self.0.get()
     }
 
     fn slot(self) -> usize {
-        (self.0 & 0xffff_ffff) as usize
+        (self.user_data() & 0xffff_ffff) as usize
     }
 
     fn generation(self) -> u32 {
-        (self.0 >> 32) as u32
+        (self.user_data() >> 32) as u32
     }
 }
 
@@ -48,6 +49,9 @@ impl OpId {
 pub(crate) enum Readiness {
     Read,
     Write,
+    /// The connection has failed; the end of what the peer sends is none. What is found is noted in
+    /// the socket.
+    Failure,
 }
 
 /// What to do, and what the operation owns while the kernel works on it. The socket is always
@@ -80,6 +84,18 @@ impl Keep {
             | Self::RecvMsg(socket, _)
             | Self::Connect(socket, _)
             | Self::Ready(socket, _) => socket,
+        }
+    }
+
+    /// Tells the socket of an error, whoever started the operation and whether or not that is
+    /// still there: the kernel tells it once.
+    fn note(&self, result: i32) {
+        if let Self::Receive(socket)
+        | Self::Recv(socket, _)
+        | Self::RecvMsg(socket, _)
+        | Self::Send(socket, _) = self
+        {
+            socket.note(result);
         }
     }
 }
@@ -259,7 +275,7 @@ impl OpTable {
 
     fn vacate(&mut self, id: OpId) -> State {
         let slot = &mut self.slots[id.slot()];
-        slot.generation = slot.generation.wrapping_add(1) & 0x7fff_ffff;
+        slot.generation = (slot.generation.wrapping_add(1) & 0x7fff_ffff).max(1);
         slot.waker = None;
         self.free.push(id.slot() as u32);
         std::mem::replace(&mut slot.state, State::Vacant)
@@ -291,14 +307,18 @@ impl OpTable {
                     self.in_flight += usize::from(!more);
                     return after;
                 }
-                Err(result) => *done = Some(result),
+                Err(result) => {
+                    keep.note(result);
+                    *done = Some(result);
+                }
             },
             State::Many {
+                keep,
                 queue,
                 ended,
                 stopping,
-                ..
             } => {
+                keep.note(result);
                 queue.push_back(Completion { result, buffer });
                 *ended = !more;
                 if queue.len() >= QUEUE_MAX && more && !*stopping {
@@ -307,6 +327,7 @@ impl OpTable {
                 }
             }
             State::Orphan { keep, .. } => {
+                keep.note(result);
                 if let Some(bid) = buffer {
                     pool.discard_ring(bid);
                 }

@@ -109,6 +109,8 @@ fn wildcard(ipv6: bool) -> IpAddr {
 fn socket(addr: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
+    // Before it listens: the runtime sets it, too, but later than the first connections come.
+    socket.set_out_of_band_inline(true)?;
     if addr.is_ipv6() {
         socket.set_only_v6(false)?;
     }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::{Books, close_fd, eventfd};
 use crate::buf::Pool;
-use crate::net::set_nonblocking;
+use crate::net::socket::{Socket, poll_now, set_nonblocking};
 use crate::op::{After, Keep, OpId, Readiness};
 
 /// Results one multishot operation may yield before others have their turn.
@@ -27,8 +27,11 @@ const RESULTS_PER_TRY: usize = 16;
 const EVENTS: usize = 256;
 const WAKE: u64 = u64::MAX;
 /// Bits of an event after which reading tells something new.
-const READ_EDGE: u32 = (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) as u32;
-const WRITE_EDGE: u32 = (libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR) as u32;
+const READ_EDGE: u32 = END | (libc::EPOLLIN | libc::EPOLLPRI) as u32;
+const WRITE_EDGE: u32 = FAILURE_EDGE | libc::EPOLLOUT as u32;
+const FAILURE_EDGE: u32 = (libc::EPOLLHUP | libc::EPOLLERR) as u32;
+/// Of the sides of a socket, in their order.
+const EDGES: [u32; 3] = [READ_EDGE, WRITE_EDGE, FAILURE_EDGE];
 
 /// A socket's place in the table of registered sockets; frees it when dropped.
 pub(crate) struct Watch {
@@ -48,22 +51,18 @@ impl Drop for Watch {
     }
 }
 
-/// One direction of a registered socket.
-#[derive(Debug, Clone, Copy, Default)]
-struct Side {
-    waiting: Option<OpId>,
-    /// An edge has come since the last attempt that found nothing.
-    ready: bool,
-    /// An edge told of the end of the stream or of an error.
-    over: bool,
-}
-
 /// Bits of an event that tell of an end.
 const END: u32 = (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) as u32;
 
+/// A registered socket. Each of its directions is a side, and the wait for its failure is one.
 #[derive(Debug, Clone, Copy, Default)]
 struct Watched {
-    sides: [Side; 2],
+    waiting: [Option<OpId>; EDGES.len()],
+    /// An edge has come since the last attempt that found nothing.
+    ready: [bool; EDGES.len()],
+    /// A receive may stop short of what is there: an edge told of the end of the stream, of an
+    /// error, or of urgent data, at which receives stop.
+    stops: bool,
 }
 
 pub(super) struct Epoll {
@@ -187,14 +186,14 @@ impl Epoll {
             let Some(watched) = self.watched.get_mut(data as usize) else {
                 continue;
             };
-            for (side, edge) in watched.sides.iter_mut().zip([READ_EDGE, WRITE_EDGE]) {
+            watched.stops |= bits & (END | libc::EPOLLPRI as u32) != 0;
+            for (side, edge) in EDGES.into_iter().enumerate() {
                 if bits & edge == 0 {
                     continue;
                 }
-                side.over |= bits & END != 0;
-                match side.waiting.take() {
+                match watched.waiting[side].take() {
                     Some(id) => self.tries.push_back(id),
-                    None => side.ready = true,
+                    None => watched.ready[side] = true,
                 }
             }
         }
@@ -240,7 +239,7 @@ impl Epoll {
                 return;
             }
             // A receive that did not fill its block has emptied the socket: an edge comes next.
-            if short && !self.is_over(id, books) && self.wait_for_edge(id, books) == Ok(true) {
+            if short && !self.stops_short(id, books) && self.wait_for_edge(id, books) == Ok(true) {
                 return;
             }
         }
@@ -266,17 +265,18 @@ impl Epoll {
     /// Registers the socket if need be. False: an edge came that nobody has answered, try again.
     fn wait_for_edge(&mut self, id: OpId, books: &mut Books) -> Result<bool, i32> {
         let keep = books.ops.keep_mut(id);
-        let side = usize::from(matches!(
-            keep,
-            Keep::Send(..) | Keep::Connect(..) | Keep::Ready(_, Readiness::Write)
-        ));
+        let side = match keep {
+            Keep::Send(..) | Keep::Connect(..) | Keep::Ready(_, Readiness::Write) => 1,
+            Keep::Ready(_, Readiness::Failure) => 2,
+            _ => 0,
+        };
         let socket = Rc::clone(keep.socket());
         let index = if let Some(watch) = socket.watch() {
             watch.index as usize
         } else {
             let index = self.vacant();
-            let bits = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
-            if let Err(error) = add(&self.epoll, socket.raw(), bits as u32, index as u64) {
+            let bits = READ_EDGE | WRITE_EDGE | libc::EPOLLET as u32;
+            if let Err(error) = add(&self.epoll, socket.raw(), bits, index as u64) {
                 self.freed.borrow_mut().push(index as u32);
                 return Err(error.raw_os_error().unwrap_or(libc::EIO));
             }
@@ -285,19 +285,19 @@ impl Epoll {
             socket.set_watch(Watch { index, freed });
             index as usize
         };
-        let side = &mut self.watched[index].sides[side];
-        if std::mem::take(&mut side.ready) {
+        let watched = &mut self.watched[index];
+        if std::mem::take(&mut watched.ready[side]) {
             return Ok(false);
         }
-        side.waiting = Some(id);
+        watched.waiting[side] = Some(id);
         Ok(true)
     }
 
-    /// Whether the end of the stream may follow without another edge.
-    fn is_over(&self, id: OpId, books: &mut Books) -> bool {
+    /// Whether more, or the end of the stream, may follow a short receive without another edge.
+    fn stops_short(&self, id: OpId, books: &mut Books) -> bool {
         let keep = books.ops.keep_if_pending(id);
         let watch = keep.and_then(|keep| Some(keep.socket().watch()?.index));
-        watch.is_none_or(|index| self.watched[index as usize].sides[0].over)
+        watch.is_none_or(|index| self.watched[index as usize].stops)
     }
 
     fn vacant(&mut self) -> usize {
@@ -356,7 +356,7 @@ fn perform(keep: &mut Keep, pool: &Pool) -> (i32, Option<u16>) {
             let rc = unsafe { libc::connect(socket.raw(), addr.as_ptr(), addr.len()) };
             rc as isize
         }
-        Keep::Ready(socket, readiness) => return (is_ready(socket.raw(), *readiness), None),
+        Keep::Ready(socket, readiness) => return (is_ready(socket, *readiness), None),
     };
     if result >= 0 {
         return (result as i32, None);
@@ -388,22 +388,23 @@ fn receive(fd: RawFd, pool: &Pool) -> (i32, Option<u16>) {
     (-code.unwrap_or(libc::EIO), None)
 }
 
-fn is_ready(fd: RawFd, readiness: Readiness) -> i32 {
+fn is_ready(socket: &Socket, readiness: Readiness) -> i32 {
     let events = match readiness {
         Readiness::Read => libc::POLLIN | libc::POLLRDHUP,
         Readiness::Write => libc::POLLOUT,
+        Readiness::Failure => {
+            socket.look_for_failure();
+            let found = socket.failure().is_some();
+            return if found {
+                libc::POLLERR.into()
+            } else {
+                -libc::EAGAIN
+            };
+        }
     };
-    let mut poll = libc::pollfd {
-        fd,
-        events,
-        revents: 0,
-    };
-    // SAFETY: one structure is passed, which lives across the call.
-    match unsafe { libc::poll(&raw mut poll, 1, 0) } {
-        0 => -libc::EAGAIN,
-        1.. => i32::from(poll.revents),
-        _ => -io::Error::last_os_error()
-            .raw_os_error()
-            .unwrap_or(libc::EIO),
+    match poll_now(socket.raw(), events) {
+        Ok(0) => -libc::EAGAIN,
+        Ok(told) => i32::from(told),
+        Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
     }
 }

@@ -141,10 +141,15 @@ impl Ring {
         self.push(entry.user_data(id.user_data()));
     }
 
-    /// Waits until the socket of an operation takes more. With `change`, whatever ends a wait at
-    /// once is told and the wait goes on.
+    /// Waits until the socket of an operation takes more, or for what else it waits. With `change`,
+    /// whatever ends a wait at once is told and the wait goes on.
     fn wait_for_room(&mut self, id: OpId, change: bool, books: &mut Books) {
-        let entry = poll(books.ops.keep_mut(id).socket(), Readiness::Write).multi(change);
+        let keep = books.ops.keep_mut(id);
+        let readiness = match keep {
+            Keep::Ready(_, readiness) => *readiness,
+            _ => Readiness::Write,
+        };
+        let entry = poll(keep.socket(), readiness).multi(change);
         self.push(entry.build().user_data(id.user_data()));
     }
 
@@ -398,6 +403,7 @@ fn poll(socket: &Socket, readiness: Readiness) -> opcode::PollAdd {
     let events = match readiness {
         Readiness::Read => libc::POLLIN | libc::POLLRDHUP,
         Readiness::Write => libc::POLLOUT,
+        Readiness::Failure => 0, // errors are always told of
     };
     opcode::PollAdd::new(Fd(socket.raw()), events as u32)
 }
@@ -419,7 +425,11 @@ fn entry(keep: &mut Keep) -> squeue::Entry {
         Keep::Connect(socket, addr) => {
             opcode::Connect::new(Fd(socket.raw()), addr.as_ptr(), addr.len()).build()
         }
-        Keep::Ready(socket, readiness) => poll(socket, *readiness).build(),
+        // io_uring tells of the end of what the peer sends as well, and may do so at once: of the
+        // wait for a failure only changes are of interest.
+        Keep::Ready(socket, readiness) => poll(socket, *readiness)
+            .multi(*readiness == Readiness::Failure)
+            .build(),
         Keep::Send(socket, list) => {
             let fd = Fd(socket.raw());
             // DONTWAIT: waiting for room is ours (`op::phase`). The kernel's own also goes on at

@@ -6,10 +6,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
+use super::error::{take_error, take_queued_errors};
 use super::sockaddr::{RawAddr, set_option};
-use super::socket::{Keepalive, Socket, TcpStream};
+use super::socket::{Keepalive, Socket, TcpStream, keep_urgent_inline, peer_addr, poll_now};
 use crate::exec::{Inner, current};
-use crate::op::{Keep, OpId};
+use crate::op::{Keep, OpId, Readiness};
 
 /// Options of an outgoing connection.
 #[derive(Debug, Clone, Copy, Default)]
@@ -22,7 +23,8 @@ pub struct ConnectOptions {
     pub keepalive: Option<Keepalive>,
 }
 
-/// Connects a TCP socket with `TCP_NODELAY`. Cancel safe: a dropped connect is cancelled.
+/// Connects a TCP socket with `TCP_NODELAY` and `SO_OOBINLINE`. Cancel safe: a dropped connect is
+/// cancelled.
 ///
 /// # Errors
 /// Those of `socket(2)`, `setsockopt(2)`, `bind(2)` and `connect(2)`; `EPERM` from a foreign source
@@ -44,19 +46,57 @@ pub async fn connect_prepared(
     prepare(socket.as_fd());
     let socket = Rc::new(Socket::new(socket));
     let inner = current();
-    let keep = Keep::Connect(Rc::clone(&socket), Box::new(RawAddr::new(to)));
+    let addr = Box::new(RawAddr::new(to));
+    perform(&inner, Keep::Connect(Rc::clone(&socket), addr)).await?;
+    // io_uring says that it is done when an ICMP error has answered the SYN while connect(2) ran;
+    // the kernel goes on sending SYNs, and the next answer decides.
+    let mut told = None;
+    while !is_connected(&socket, &mut told)? {
+        let wait = Keep::Ready(Rc::clone(&socket), Readiness::Write);
+        perform(&inner, wait).await?;
+    }
+    Ok(TcpStream::from_socket(socket))
+}
+
+/// Does one operation. Cancelled when dropped.
+async fn perform(inner: &Rc<Inner>, keep: Keep) -> io::Result<()> {
     let op = inner.driver.borrow_mut().start(keep);
     let mut guard = Guard {
-        inner: &inner,
+        inner,
         op: Some(op),
     };
-    let (result, keep) = poll_fn(|cx| inner.driver.borrow_mut().poll_once(op, cx)).await;
+    let (result, _) = poll_fn(|cx| inner.driver.borrow_mut().poll_once(op, cx)).await;
     guard.op = None;
-    drop(keep);
     if result < 0 {
         return Err(io::Error::from_raw_os_error(-result));
     }
-    Ok(TcpStream::from_socket(socket))
+    Ok(())
+}
+
+/// Whether a socket that was told to connect is connected; false while it still tries. One system
+/// call where all is well. Leaves no error in the socket's queue, which would end every wait at
+/// once; `told` is the last of them.
+fn is_connected(socket: &Socket, told: &mut Option<i32>) -> io::Result<bool> {
+    let fd = socket.raw();
+    let state = poll_now(fd, libc::POLLOUT)?;
+    if state == libc::POLLOUT {
+        return Ok(true);
+    }
+    let closed = state & libc::POLLHUP != 0;
+    // Before the queue is emptied, which takes it away as well. While the socket still tries it is
+    // one that the kernel has passed over, and so do we.
+    let error = if closed { take_error(fd)? } else { 0 };
+    *told = take_queued_errors(fd).or(*told);
+    if closed {
+        let code = Some(error).filter(|code| *code != 0);
+        let code = code.or(*told).unwrap_or(libc::ECONNABORTED);
+        return Err(io::Error::from_raw_os_error(code));
+    }
+    match peer_addr(fd) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 struct Guard<'a> {
@@ -86,6 +126,7 @@ fn make(to: SocketAddr, options: &ConnectOptions) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor was just created and nobody else owns it.
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
+    keep_urgent_inline(fd);
     if let Some(mark) = options.mark {
         set_option(fd, libc::SOL_SOCKET, libc::SO_MARK, mark.cast_signed())?;
     }

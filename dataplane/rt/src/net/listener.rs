@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::task::{Poll, ready};
 
 use super::sockaddr::set_option;
-use super::socket::{Keepalive, Socket, TcpStream};
+use super::socket::{Keepalive, Socket, TcpStream, keep_urgent_inline};
 use crate::exec::{Inner, current};
 use crate::op::{Keep, OpId};
 
@@ -20,13 +20,15 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Takes over a listening standard socket (blocking mode).
+    /// Takes over a listening standard socket (blocking mode). Urgent data of the connections it
+    /// accepts stay in their place among the others (`SO_OOBINLINE`, which they inherit).
     ///
     /// # Panics
     /// Outside [`crate::Runtime::run`].
     #[must_use]
     pub fn from_std(listener: std::net::TcpListener) -> Self {
         let socket = Rc::new(Socket::new(OwnedFd::from(listener)));
+        keep_urgent_inline(socket.raw());
         Self {
             socket,
             inner: current(),

@@ -5,7 +5,9 @@
 //! half and the last operation are gone.
 
 mod connect;
+mod error;
 mod listener;
+mod observer;
 mod read;
 pub(crate) mod sockaddr;
 pub(crate) mod socket;
@@ -14,9 +16,9 @@ mod write;
 
 pub use connect::{ConnectOptions, connect, connect_prepared};
 pub use listener::Listener;
+pub use observer::{Observer, Sent};
 pub(crate) use read::MessageHeader;
 pub use read::{Placement, ReadHalf};
-pub(crate) use socket::set_nonblocking;
 pub use socket::{Keepalive, TcpStream};
 pub use splice::{Splice, Spliced};
 pub(crate) use write::SendList;

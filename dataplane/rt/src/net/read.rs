@@ -60,7 +60,7 @@ pub struct ReadHalf {
     starved: bool,
     short: u8,
     eof: bool,
-    /// An error that came behind data in one wake-up; told by the next receive.
+    /// What ended it, if that was an error; told by every later receive.
     error: Option<i32>,
     header: Option<Box<MessageHeader>>,
 }
@@ -125,7 +125,8 @@ impl ReadHalf {
     /// Waits for the first byte only. Cancel safe: nothing received is lost.
     ///
     /// # Errors
-    /// Those of `recv(2)`, such as `ECONNRESET`.
+    /// Those of `recv(2)`, such as `ECONNRESET`. A connection that has failed fails for good, also
+    /// if it was a send that was told.
     pub async fn recv(&mut self, out: &mut VecDeque<Buf>) -> io::Result<usize> {
         poll_fn(|cx| self.poll_recv(cx, out, &mut None)).await
     }
@@ -147,7 +148,11 @@ impl ReadHalf {
                 return Poll::Ready(Err(io::Error::from_raw_os_error(code)));
             }
             if self.eof {
-                return Poll::Ready(Ok(0));
+                // Not an end if the error was told to another operation.
+                let failure = self.socket.failure();
+                return Poll::Ready(
+                    failure.map_or(Ok(0), |code| Err(io::Error::from_raw_os_error(code))),
+                );
             }
             match self.mode {
                 Mode::Idle => self.start(carry),
@@ -229,6 +234,7 @@ impl ReadHalf {
             if let Keep::Recv(_, buf) = keep {
                 *carry = (!buf.is_empty()).then_some(buf);
             }
+            self.error = Some(-result);
             return Err(io::Error::from_raw_os_error(-result));
         }
         let received = result as usize;
@@ -299,10 +305,10 @@ impl ReadHalf {
                         0 => self.eof = true,
                         libc::ENOBUFS => self.starved = true,
                         libc::ECANCELED => {}
-                        code if received == 0 => {
-                            return Poll::Ready(Some(Err(io::Error::from_raw_os_error(code))));
-                        }
                         code => self.error = Some(code),
+                    }
+                    if (self.eof || self.error.is_some()) && received == 0 {
+                        return Poll::Ready(None); // `poll_recv` tells
                     }
                     if self.eof {
                         break;

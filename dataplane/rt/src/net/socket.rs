@@ -1,12 +1,14 @@
 //! One connected TCP descriptor, its options and addresses.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
+use std::task::Waker;
 use std::time::Duration;
 
+use super::error::take_error;
 use super::read::ReadHalf;
 use super::sockaddr::{RawAddr, set_option};
 use super::write::WriteHalf;
@@ -17,14 +19,68 @@ use crate::exec::current;
 #[derive(Debug)]
 pub(crate) struct Socket {
     fd: OwnedFd,
+    /// The first error that the kernel has told; 0: none. The kernel tells an error once, to
+    /// whatever asks first, and from then on it looks like an end.
+    failed: Cell<i32>,
     /// Its registration with epoll, where that is the back end.
     watch: OnceCell<Watch>,
+    /// Woken by the first error.
+    waiter: Waiter,
+}
+
+/// At most one waker.
+#[derive(Default)]
+struct Waiter(Cell<Option<Waker>>);
+
+impl std::fmt::Debug for Waiter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Waiter")
+    }
 }
 
 impl Socket {
     pub(crate) fn new(fd: OwnedFd) -> Self {
-        let watch = OnceCell::new();
-        Self { fd, watch }
+        Self {
+            fd,
+            failed: Cell::new(0),
+            watch: OnceCell::new(),
+            waiter: Waiter::default(),
+        }
+    }
+
+    /// The error that has ended this connection, if one has.
+    pub(crate) fn failure(&self) -> Option<i32> {
+        Some(self.failed.get()).filter(|code| *code != 0)
+    }
+
+    /// Notes an error that the kernel has told of this connection.
+    pub(crate) fn fail(&self, code: i32) {
+        if self.failed.get() == 0 {
+            self.failed.set(code);
+        }
+        if let Some(waker) = self.waiter.0.take() {
+            waker.wake();
+        }
+    }
+
+    /// Notes the error in an operation's result, if it is one of the connection.
+    pub(crate) fn note(&self, result: i32) {
+        match -result {
+            ..=0 | libc::ECANCELED | libc::EAGAIN | libc::EINTR | libc::ENOBUFS => {}
+            code => self.fail(code),
+        }
+    }
+
+    /// Asks the kernel for an error that nothing has been told yet.
+    pub(crate) fn look_for_failure(&self) {
+        if let Ok(code) = take_error(self.raw()) {
+            self.note(-code);
+        }
+    }
+
+    /// Wakes `waker` when the connection fails.
+    pub(crate) fn wake_on_failure(&self, waker: &Waker) {
+        self.waiter.0.set(Some(waker.clone()));
     }
 
     pub(crate) fn raw(&self) -> RawFd {
@@ -103,10 +159,16 @@ impl TcpStream {
         Self(socket)
     }
 
-    /// Takes over a connected, *blocking-mode* standard socket.
+    /// Takes over a connected, *blocking-mode* standard socket, as [`super::Listener::from_std`]
+    /// does.
     #[must_use]
     pub fn from_std(stream: std::net::TcpStream) -> Self {
+        keep_urgent_inline(stream.as_raw_fd());
         Self::from_fd(stream.into())
+    }
+
+    pub(crate) fn socket(&self) -> &Rc<Socket> {
+        &self.0
     }
 
     /// Splits into halves that live in different tasks or futures of this worker.
@@ -125,9 +187,7 @@ impl TcpStream {
     /// # Errors
     /// `ENOTCONN` once the connection is reset.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        let fd = self.0.raw();
-        // SAFETY: `fill` passes storage and length that are valid for writes.
-        RawAddr::fill(|addr, len| unsafe { libc::getpeername(fd, addr, len) })
+        peer_addr(self.0.raw())
     }
 
     /// Address of this end. On a transparent listener's connection: the original destination.
@@ -170,6 +230,36 @@ impl TcpStream {
     /// That of `setsockopt(2)`.
     pub fn reset_on_close(&self) -> io::Result<()> {
         reset_on_close(&self.0)
+    }
+}
+
+/// A byte that its sender calls urgent is received in its place. Without this it is taken out of
+/// the stream (`tcp(7)`), and a relay that does not ask for it loses it.
+pub(crate) fn keep_urgent_inline(fd: RawFd) {
+    // Every TCP socket has the option.
+    let set = set_option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
+    debug_assert!(set.is_ok(), "{set:?}");
+}
+
+/// Address of the other end; `ENOTCONN` where there is none (yet, or any more).
+pub(crate) fn peer_addr(fd: RawFd) -> io::Result<SocketAddr> {
+    // SAFETY: `fill` passes storage and length that are valid for writes.
+    RawAddr::fill(|addr, len| unsafe { libc::getpeername(fd, addr, len) })
+}
+
+/// What a socket is ready for now, of `events` and of what `poll(2)` always tells (`POLLERR`,
+/// `POLLHUP`).
+pub(crate) fn poll_now(fd: RawFd, events: i16) -> io::Result<i16> {
+    let mut poll = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    // SAFETY: one structure is passed, which lives across the call.
+    if unsafe { libc::poll(&raw mut poll, 1, 0) } < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(poll.revents)
     }
 }
 

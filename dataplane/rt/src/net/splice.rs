@@ -36,7 +36,8 @@ const SMALL_BATCH: usize = 4 * 1024;
 pub enum Spliced {
     /// The sender has ended its stream, and everything has been passed on.
     End,
-    /// The flow is small now; everything has been passed on.
+    /// The flow is small now, or has come to urgent data, which splice(2) does not pass; everything
+    /// before has been passed on.
     Small,
 }
 
@@ -108,6 +109,7 @@ impl Splice {
             target,
             waiting: None,
             small: 0,
+            promised: false,
         };
         let result = poll_fn(|cx| transfer.poll(cx, &mut moved)).await;
         if !matches!(result, Ok(Spliced::End)) {
@@ -125,6 +127,8 @@ struct Transfer<'a> {
     target: Rc<Socket>,
     waiting: Option<OpId>,
     small: u8,
+    /// The source has said that there is something, and nothing has been found yet.
+    promised: bool,
 }
 
 impl Transfer<'_> {
@@ -139,6 +143,7 @@ impl Transfer<'_> {
             if let Some(op) = self.waiting {
                 let (result, _) = ready!(self.inner.driver.borrow_mut().poll_once(op, cx));
                 self.waiting = None;
+                self.promised = self.pipe.inside == 0;
                 if result < 0 {
                     return Poll::Ready(Err(io::Error::from_raw_os_error(-result)));
                 }
@@ -154,7 +159,7 @@ impl Transfer<'_> {
                         moved(n);
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(error) => return Poll::Ready(Err(error)),
+                    Err(error) => return Poll::Ready(Err(noted(&self.target, error))),
                 }
             }
             if self.pipe.inside > 0 {
@@ -173,22 +178,29 @@ impl Transfer<'_> {
             }
             let ends = (self.source.raw(), self.pipe.writer.as_raw_fd());
             match splice(ends.0, ends.1, SPLICE_BYTES) {
-                Ok(0) => ended = true,
+                Ok(0) => match has_ended(&self.source) {
+                    Ok(true) => ended = true,
+                    Ok(false) => return Poll::Ready(Ok(Spliced::Small)),
+                    Err(error) => return Poll::Ready(Err(error)),
+                },
                 Ok(n) => {
+                    self.promised = false;
                     self.pipe.inside = n;
                     self.small = if n < SMALL_BATCH { self.small + 1 } else { 0 };
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait(Readiness::Read);
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Poll::Ready(Err(noted(&self.source, error)));
                 }
-                Err(error) => return Poll::Ready(Err(error)),
+                // Ready and nothing to take: splice(2) stops at urgent data and stays there.
+                Err(_) if self.promised => return Poll::Ready(Ok(Spliced::Small)),
+                Err(_) => self.wait(Readiness::Read),
             }
         }
     }
 
     fn wait(&mut self, readiness: Readiness) {
         let socket = match readiness {
-            Readiness::Read => &self.source,
+            Readiness::Read | Readiness::Failure => &self.source,
             Readiness::Write => &self.target,
         };
         let keep = Keep::Ready(Rc::clone(socket), readiness);
@@ -204,6 +216,28 @@ impl Drop for Transfer<'_> {
         if self.pipe.inside > 0 {
             let _ = super::socket::reset_on_close(&self.target); // it may be gone already
         }
+    }
+}
+
+/// The error, which the kernel tells once, noted for the connection's other half.
+fn noted(socket: &Socket, error: io::Error) -> io::Error {
+    socket.note(-error.raw_os_error().unwrap_or(0));
+    error
+}
+
+/// Whether a source of which splice(2) says that nothing more comes has ended its stream. It says
+/// so too where urgent data and then FIN are next, and after an error that something else was told.
+fn has_ended(source: &Socket) -> io::Result<bool> {
+    let mut byte = 0_u8;
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: one byte is written to a live local at most.
+    let n = unsafe { libc::recv(source.raw(), (&raw mut byte).cast(), 1, flags) };
+    if n < 0 {
+        return Err(noted(source, io::Error::last_os_error()));
+    }
+    match source.failure() {
+        Some(code) if n == 0 => Err(io::Error::from_raw_os_error(code)),
+        _ => Ok(n == 0),
     }
 }
 

@@ -26,7 +26,7 @@ impl Phase {
     pub(super) fn of(keep: &Keep, relaxed: bool) -> Self {
         match keep {
             _ if relaxed => Self::Relaxed,
-            Keep::Ready(_, Readiness::Write) => Self::Waiting,
+            Keep::Ready(_, Readiness::Write | Readiness::Failure) => Self::Waiting,
             _ => Self::Doing,
         }
     }
@@ -48,8 +48,10 @@ impl Phase {
                 Err(result)
             }
             Self::Waiting if result < 0 => Err(result),
-            Self::Waiting if !has_room(result) && more => Ok(After::Nothing),
-            Self::Waiting if !has_room(result) => Ok(After::WaitForChange),
+            Self::Waiting if !is_answered(keep, result) => Ok(match more {
+                true => After::Nothing,
+                false => After::WaitForChange,
+            }),
             Self::Waiting | Self::Waited if more => {
                 let first = std::mem::replace(self, Self::Waited) == Self::Waiting;
                 Ok(if first { After::Stop } else { After::Nothing })
@@ -61,6 +63,17 @@ impl Phase {
             Self::Waiting | Self::Waited => Err(i32::from(libc::POLLOUT)),
         }
     }
+}
+
+/// Whether the result of a wait is what was waited for.
+fn is_answered(keep: &Keep, result: i32) -> bool {
+    let Keep::Ready(socket, Readiness::Failure) = keep else {
+        return has_room(result);
+    };
+    if result & i32::from(libc::POLLERR | libc::POLLHUP) != 0 {
+        socket.look_for_failure();
+    }
+    socket.failure().is_some() // not if both sides have ended in order
 }
 
 /// Whether the result of a wait tells of room, or of an error that ends all waiting. The end of

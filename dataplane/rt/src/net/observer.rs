@@ -1,0 +1,131 @@
+//! A look at a connection from beside its halves: whether it has failed, and whether what was sent
+//! gets there.
+
+use std::future::Future as _;
+use std::io;
+use std::os::fd::RawFd;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use super::socket::{Socket, TcpStream};
+use crate::exec::{Inner, current};
+use crate::op::{Keep, OpId, Readiness};
+use crate::time::{Sleep, sleep};
+
+/// Times in which nobody receives are short as a rule. The kernel is asked to tell of a failure
+/// only after this one, so that a message that waits a moment for room costs no operation.
+const GRACE: Duration = Duration::from_millis(200);
+
+/// Sees what happens to a connection. It keeps the descriptor open: drop it with the halves.
+#[derive(Debug)]
+pub struct Observer {
+    socket: Rc<Socket>,
+    inner: Rc<Inner>,
+    vigil: Option<Box<Vigil>>,
+}
+
+/// A wait for the failure of a connection. Once begun it goes on: a flow that waits for room again
+/// and again has one operation for all of these times.
+#[derive(Debug)]
+enum Vigil {
+    Later(Sleep),
+    Armed(OpId),
+}
+
+/// How far a connection has come with what was handed to its socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// Bytes the peer has acknowledged (`tcpi_bytes_acked`).
+    pub acknowledged: u64,
+    /// Bytes it has not, FIN included (`SIOCOUTQ`).
+    pub left: usize,
+}
+
+impl TcpStream {
+    /// Looks at this connection from outside.
+    ///
+    /// # Panics
+    /// Outside [`crate::Runtime::run`].
+    #[must_use]
+    pub fn observer(&self) -> Observer {
+        Observer {
+            socket: Rc::clone(self.socket()),
+            inner: current(),
+            vigil: None,
+        }
+    }
+}
+
+impl Observer {
+    /// The error that has ended the connection, if one has and any operation was told: a reset, or
+    /// a peer that does not answer. The end of what the peer sends is none.
+    #[must_use]
+    pub fn failure(&self) -> Option<io::Error> {
+        let code = self.socket.failure();
+        code.map(io::Error::from_raw_os_error)
+    }
+
+    /// Ready once the connection has failed. For the times in which nothing is received from it:
+    /// because what was received waits for somebody else, or because the peer has ended its
+    /// stream. Later calls cost next to nothing.
+    pub fn poll_failure(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.socket.failure().is_none() {
+            self.socket.wake_on_failure(cx.waker());
+            self.keep_vigil(cx);
+        }
+        match self.socket.failure() {
+            Some(_) => Poll::Ready(()),
+            None => Poll::Pending,
+        }
+    }
+
+    fn keep_vigil(&mut self, cx: &mut Context<'_>) {
+        let begin = || Box::new(Vigil::Later(sleep(GRACE)));
+        let vigil = self.vigil.get_or_insert_with(begin);
+        if let Vigil::Later(sleep) = &mut **vigil
+            && Pin::new(sleep).poll(cx).is_ready()
+        {
+            let keep = Keep::Ready(Rc::clone(&self.socket), Readiness::Failure);
+            let op = self.inner.driver.borrow_mut().start(keep);
+            **vigil = Vigil::Armed(op);
+        }
+    }
+
+    /// How far what was sent has come; none once the connection is gone.
+    #[must_use]
+    pub fn sent(&self) -> Option<Sent> {
+        let acknowledged = bytes_acknowledged(self.socket.raw())?;
+        let mut left = 0_i32;
+        // SAFETY: the call writes one integer to a live local.
+        let rc = unsafe { libc::ioctl(self.socket.raw(), libc::TIOCOUTQ, &raw mut left) };
+        (rc == 0).then_some(Sent {
+            acknowledged,
+            left: left.max(0) as usize,
+        })
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        if let Some(vigil) = self.vigil.take()
+            && let Vigil::Armed(op) = *vigil
+        {
+            self.inner.driver.borrow_mut().abandon(op);
+        }
+    }
+}
+
+/// `tcpi_bytes_acked` of `struct tcp_info` (`linux/tcp.h`, Linux 4.1).
+fn bytes_acknowledged(fd: RawFd) -> Option<u64> {
+    const WORDS: usize = 16;
+    let mut info = [0_u64; WORDS];
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    let value = info.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `len` bytes to the array, which lives across the call.
+    let rc =
+        unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, value, &raw mut len) };
+    // Behind 8 bytes of flags, 24 words of 32 bits, and two rates of 64 bits.
+    (rc == 0 && len as usize == size_of_val(&info)).then(|| info[(8 + 24 * 4 + 16) / 8])
+}
