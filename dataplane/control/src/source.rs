@@ -1,15 +1,17 @@
 //! The newest configuration, and who wants to know of it.
 //!
-//! Publishing swaps a pointer; readers never wait. Callbacks run on the publishing thread, one
+//! For the control thread and the endpoints: a lock holds the pointer. Workers do not come here,
+//! they are told by a callback that puts the newest snapshot where each of them looks. Callbacks
+//! run on the publishing thread, one
 //! publication at a time and in order, so a callback sees generations rise.
 
 use std::fmt;
+use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::ArcSwap;
 use mesh::Snapshot;
 
-/// Called with every new snapshot. Must return quickly (post to a mailbox) and must not call
+/// Called with every new snapshot. Must return quickly (put it into a cell) and must not call
 /// back into the [`ConfigSource`].
 pub type OnChange = Box<dyn Fn(Arc<Snapshot>) + Send>;
 
@@ -27,12 +29,11 @@ pub struct Status {
 /// Publishes snapshots. Clones share everything.
 #[derive(Clone)]
 pub struct ConfigSource {
-    current: Arc<ArcSwap<Snapshot>>,
     shared: Arc<Mutex<Shared>>,
 }
 
-#[derive(Default)]
 struct Shared {
+    current: Arc<Snapshot>,
     status: Status,
     callbacks: Vec<OnChange>,
     /// Replaced snapshots that a worker may still hold.
@@ -47,10 +48,11 @@ impl ConfigSource {
             ..Status::default()
         };
         Self {
-            current: Arc::new(ArcSwap::from_pointee(first)),
             shared: Arc::new(Mutex::new(Shared {
+                current: Arc::new(first),
                 status,
-                ..Shared::default()
+                callbacks: Vec::new(),
+                replaced: Vec::new(),
             })),
         }
     }
@@ -62,7 +64,7 @@ impl ConfigSource {
         let mut shared = self.lock();
         shared.status.generation += 1;
         shared.status.last_error = None;
-        let replaced = self.current.swap(snapshot.clone());
+        let replaced = mem::replace(&mut shared.current, snapshot.clone());
         shared.replaced.push(replaced);
         for callback in &shared.callbacks {
             callback(snapshot.clone());
@@ -79,13 +81,7 @@ impl ConfigSource {
 
     /// The newest snapshot.
     pub fn snapshot(&self) -> Arc<Snapshot> {
-        self.current.load_full()
-    }
-
-    /// The place the newest snapshot is found in, for readers that keep an
-    /// [`arc_swap::Cache`] of it.
-    pub fn handle(&self) -> Arc<ArcSwap<Snapshot>> {
-        self.current.clone()
+        self.lock().current.clone()
     }
 
     /// Registers a callback for every later publication and returns the snapshot that was the
@@ -93,7 +89,7 @@ impl ConfigSource {
     pub fn on_change(&self, callback: OnChange) -> Arc<Snapshot> {
         let mut shared = self.lock();
         shared.callbacks.push(callback);
-        self.current.load_full()
+        shared.current.clone()
     }
 
     /// Frees replaced snapshots that no worker holds any longer. A large mesh takes long to
@@ -140,7 +136,6 @@ mod tests {
         assert_eq!(seen.len(), 2);
         assert!(!Arc::ptr_eq(&seen[0], &seen[1]));
         assert!(Arc::ptr_eq(&seen[1], &source.snapshot()));
-        assert!(Arc::ptr_eq(&seen[1], &source.handle().load()));
     }
 
     #[test]

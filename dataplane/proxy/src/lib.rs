@@ -1,8 +1,10 @@
 //! The data path of the node proxy: what happens to a connection between accept and close.
 //!
 //! A connection lives its whole life on the worker that accepted it. Each worker has its own
-//! listeners ([`Listeners`]), HBONE tunnels, counters and copy of the configuration; nothing here
-//! takes a lock or hops to another core.
+//! listeners ([`Listeners`]), HBONE tunnels, counters and copy of the configuration. Bytes of an
+//! established connection meet no lock and no other core. Setting one up may: certificates are in a
+//! store all workers share (`tls::CertificateStore`), and the first tunnel of an identity makes its
+//! key and has its certificate signed there, on the worker and with the lock held.
 //!
 //! * outbound (15001): captured from a local pod; tunnelled, sent plain, or passed through;
 //! * inbound HBONE (15008): tunnels from other nodes, authorized and connected to the local pod;

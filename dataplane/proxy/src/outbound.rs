@@ -201,7 +201,9 @@ impl Connection<'_> {
             expected,
             names: extra_sans,
             source: match context.config.mode {
-                RedirectMode::Node => Some(self.src.ip()),
+                // Not the socket's but what this proxy tells itself.
+                RedirectMode::Node if own => Some(self.src.ip()),
+                RedirectMode::Node => context.source_for(self.src.ip()),
                 RedirectMode::InPod => None,
             },
             own,

@@ -10,7 +10,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use mesh::Snapshot;
-use rt::mailbox::Receiver;
+use rt::mailbox::{LatestReceiver, Receiver};
 use rt::net::TcpStream;
 use telemetry::WorkerTelemetry;
 use tls::CertificateStore;
@@ -33,8 +33,6 @@ pub struct Listeners {
 /// Orders from the control thread.
 #[derive(Debug, Clone)]
 pub enum Command {
-    /// Use this configuration from now on.
-    Snapshot(Arc<Snapshot>),
     /// Stop accepting, let connections finish for this long, then end.
     Drain(Duration),
 }
@@ -51,6 +49,8 @@ pub struct WorkerSetup {
     pub certificates: Arc<CertificateStore>,
     /// Its counters and log.
     pub telemetry: WorkerTelemetry,
+    /// Every later configuration: the newest counts.
+    pub snapshots: LatestReceiver<Arc<Snapshot>>,
     /// Its orders.
     pub commands: Receiver<Command>,
     /// Seed of its random numbers (load balancing, trace ids).
@@ -87,6 +87,7 @@ pub async fn serve(setup: WorkerSetup) {
         snapshot,
         certificates,
         telemetry,
+        snapshots,
         mut commands,
         seed,
     } = setup;
@@ -113,19 +114,22 @@ pub async fn serve(setup: WorkerSetup) {
         inbound::handle,
     ));
     rt::spawn(sweep(Rc::clone(&context)));
+    rt::spawn(follow(Rc::clone(&context), snapshots));
+    let Command::Drain(patience) = commands.recv().await;
+    context.begin_drain();
+    let ended = rt::time::timeout(patience, all_ended(&context)).await;
+    context.end_drain();
+    if ended.is_ok() {
+        let _ = rt::time::timeout(FAREWELL, farewells(&context)).await;
+    }
+}
+
+/// Uses the newest configuration, to the end: a policy also ends connections that a drain lets
+/// finish.
+async fn follow(context: Rc<Context>, mut snapshots: LatestReceiver<Arc<Snapshot>>) {
     loop {
-        match commands.recv().await {
-            Command::Snapshot(snapshot) => context.replace_snapshot(snapshot),
-            Command::Drain(patience) => {
-                context.begin_drain();
-                let ended = rt::time::timeout(patience, all_ended(&context)).await;
-                context.end_drain();
-                if ended.is_ok() {
-                    let _ = rt::time::timeout(FAREWELL, farewells(&context)).await;
-                }
-                return;
-            }
-        }
+        let snapshot = snapshots.recv().await;
+        context.replace_snapshot(snapshot);
     }
 }
 

@@ -1,12 +1,16 @@
-//! A channel from any thread into a worker: configuration, drain and stop commands.
+//! Channels from any thread into a worker, in two shapes.
 //!
-//! Not for the data path. Bounded: a worker that does not read makes [`Sender::send`] fail rather
-//! than grow memory.
+//! * [`channel`]: a queue of orders, each of which counts (drain, stop). Bounded: a worker that does
+//!   not read makes [`Sender::send`] fail rather than grow memory.
+//! * [`latest`]: a cell whose newest value alone counts (configuration). It is never full: what a
+//!   worker has not read yet is replaced, and what it reads is always the newest.
+//!
+//! Not for the data path: both take a lock, for as long as a value takes to move.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::poll_fn;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 struct Shared<T> {
@@ -107,6 +111,98 @@ impl<T> Drop for Receiver<T> {
     }
 }
 
+struct Cell<T> {
+    value: Option<T>,
+    waker: Option<Waker>,
+    closed: bool,
+}
+
+fn lock<T>(cell: &Mutex<Cell<T>>) -> MutexGuard<'_, Cell<T>> {
+    cell.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where the newest value is put; clone it freely.
+pub struct LatestSender<T>(Arc<Mutex<Cell<T>>>);
+
+/// Where the worker finds it.
+pub struct LatestReceiver<T>(Arc<Mutex<Cell<T>>>);
+
+/// Creates an empty cell.
+#[must_use]
+pub fn latest<T: Send>() -> (LatestSender<T>, LatestReceiver<T>) {
+    let cell = Arc::new(Mutex::new(Cell {
+        value: None,
+        waker: None,
+        closed: false,
+    }));
+    (LatestSender(Arc::clone(&cell)), LatestReceiver(cell))
+}
+
+impl<T> LatestSender<T> {
+    /// Puts `value` in place of one that was not read, which is dropped here, and wakes the worker.
+    ///
+    /// # Errors
+    /// [`SendError::Closed`] when the worker has ended.
+    pub fn send(&self, value: T) -> Result<(), SendError> {
+        let (replaced, waker) = {
+            let mut cell = lock(&self.0);
+            if cell.closed {
+                return Err(SendError::Closed);
+            }
+            (cell.value.replace(value), cell.waker.take())
+        };
+        drop(replaced); // it may take long, so not under the lock
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        Ok(())
+    }
+}
+
+impl<T> Clone for LatestSender<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T> LatestReceiver<T> {
+    /// Waits for a value newer than the last one.
+    pub async fn recv(&mut self) -> T {
+        poll_fn(|cx| {
+            let mut cell = lock(&self.0);
+            if let Some(value) = cell.value.take() {
+                return Poll::Ready(value);
+            }
+            cell.waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl<T> Drop for LatestReceiver<T> {
+    fn drop(&mut self) {
+        let unread = {
+            let mut cell = lock(&self.0);
+            cell.closed = true;
+            cell.value.take()
+        };
+        drop(unread);
+    }
+}
+
+impl<T> fmt::Debug for LatestSender<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LatestSender").finish_non_exhaustive()
+    }
+}
+
+impl<T> fmt::Debug for LatestReceiver<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LatestReceiver").finish_non_exhaustive()
+    }
+}
+
 impl<T> fmt::Debug for Sender<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sender").finish_non_exhaustive()
@@ -158,5 +254,38 @@ mod tests {
         assert_eq!(pin!(receiver.recv()).poll(&mut cx), Poll::Ready(2));
         drop(receiver);
         assert_eq!(sender.send(5), Err(SendError::Closed));
+    }
+
+    /// However much is sent while the worker does not read: the newest arrives, and only that.
+    #[test]
+    fn a_cell_is_never_full_and_holds_the_newest() {
+        let (sender, mut receiver) = latest();
+        let wakes = Arc::new(Count::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        let mut cx = Context::from_waker(&waker);
+        assert!(pin!(receiver.recv()).poll(&mut cx).is_pending());
+        let values: Vec<_> = (0..10_000).map(Arc::new).collect();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for value in &values {
+                    sender.send(Arc::clone(value)).unwrap();
+                }
+            });
+        });
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert!(
+            values[..9_999]
+                .iter()
+                .all(|value| Arc::strong_count(value) == 1)
+        );
+        assert_eq!(
+            pin!(receiver.recv()).poll(&mut cx),
+            Poll::Ready(Arc::new(9_999))
+        );
+        assert!(pin!(receiver.recv()).poll(&mut cx).is_pending());
+        sender.send(Arc::clone(&values[0])).unwrap();
+        drop(receiver);
+        assert_eq!(Arc::strong_count(&values[0]), 1, "nobody reads it");
+        assert_eq!(sender.send(Arc::clone(&values[1])), Err(SendError::Closed));
     }
 }

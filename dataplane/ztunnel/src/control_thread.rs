@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use control::{ConfigSource, Watcher};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use proxy::Command;
 use telemetry::{Admin, HttpLimits, Logging, LoggingError, MetricKind, Ready, Registry, Shutdown};
 use tls::{Authority, AuthorityError, CertificateStore, LocalIssuer};
 use tokio::signal::unix::{SignalKind, signal};
@@ -233,12 +232,10 @@ impl Control {
     }
 
     fn publish_to_workers(&self) {
-        let senders = self.workers.commands();
+        let workers = self.workers.snapshots();
         self.source.on_change(Box::new(move |snapshot| {
-            for (worker, sender) in senders.iter().enumerate() {
-                if let Err(error) = sender.send(Command::Snapshot(Arc::clone(&snapshot))) {
-                    tracing::error!("worker {worker} keeps its old configuration: {error}");
-                }
+            for worker in &workers {
+                let _ = worker.send(Arc::clone(&snapshot)); // fails for one that has drained
             }
         }));
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh::Snapshot;
 use proxy::{Command, Listeners, ProxyConfig, WorkerSetup};
-use rt::mailbox::{self, Sender};
+use rt::mailbox::{self, LatestReceiver, LatestSender, Sender};
 use rt::{Backend, Runtime, RuntimeConfig, RuntimeError, SharedCounters};
 use telemetry::{Logging, MetricKind, Registry};
 use tls::CertificateStore;
@@ -38,10 +38,11 @@ pub(crate) struct Common {
 pub(crate) struct Workers {
     threads: Vec<JoinHandle<()>>,
     commands: Vec<Sender<Command>>,
+    snapshots: Vec<LatestSender<Arc<Snapshot>>>,
 }
 
-/// Commands a worker may lag behind by.
-const MAILBOX: usize = 256;
+/// Commands a worker may lag behind by. It gets one, at its end.
+const MAILBOX: usize = 4;
 
 /// Starts one worker per set of listeners and waits until each has its ring.
 pub(crate) fn start(
@@ -53,9 +54,11 @@ pub(crate) fn start(
     let mut workers = Workers {
         threads: Vec::new(),
         commands: Vec::new(),
+        snapshots: Vec::new(),
     };
     for (worker, listeners) in listeners.into_iter().enumerate() {
         let (sender, commands) = mailbox::channel(MAILBOX);
+        let (snapshot_sender, snapshots) = mailbox::latest();
         let (started, start) = mpsc::channel();
         let common = common.clone();
         let cpu = cpus.get(worker).copied();
@@ -64,13 +67,18 @@ pub(crate) fn start(
             cpu,
             runtime,
         };
-        let body = move || run(&place, &common, listeners, commands, &started);
+        let inbox = Inbox {
+            snapshots,
+            commands,
+        };
+        let body = move || run(&place, &common, listeners, inbox, &started);
         let thread = std::thread::Builder::new()
             .name(format!("ztunnel-{worker}"))
             .spawn(body)
             .map_err(|error| StartError::Thread { worker, error })?;
         workers.threads.push(thread);
         workers.commands.push(sender);
+        workers.snapshots.push(snapshot_sender);
         match start.recv() {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(StartError::Runtime { worker, error }),
@@ -87,11 +95,17 @@ struct Place {
     runtime: RuntimeConfig,
 }
 
+/// What a worker is sent.
+struct Inbox {
+    snapshots: LatestReceiver<Arc<Snapshot>>,
+    commands: mailbox::Receiver<Command>,
+}
+
 fn run(
     place: &Place,
     common: &Common,
     listeners: Listeners,
-    commands: mailbox::Receiver<Command>,
+    inbox: Inbox,
     started: &mpsc::Sender<Result<(), RuntimeError>>,
 ) {
     let worker = place.worker;
@@ -115,7 +129,8 @@ fn run(
         snapshot: Arc::clone(&common.snapshot),
         certificates: Arc::clone(&common.certificates),
         telemetry: common.registry.worker(common.logging.access_log()),
-        commands,
+        snapshots: inbox.snapshots,
+        commands: inbox.commands,
         seed: seed(worker),
     };
     let _ = started.send(Ok(()));
@@ -236,9 +251,9 @@ fn export_counters(worker: usize, registry: &Registry, counters: &Arc<SharedCoun
 }
 
 impl Workers {
-    /// Senders of the workers' mailboxes.
-    pub(crate) fn commands(&self) -> Vec<Sender<Command>> {
-        self.commands.clone()
+    /// Where each worker's newest configuration is put.
+    pub(crate) fn snapshots(&self) -> Vec<LatestSender<Arc<Snapshot>>> {
+        self.snapshots.clone()
     }
 
     /// Lets connections finish for `patience`, then ends all workers.

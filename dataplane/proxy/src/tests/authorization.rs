@@ -45,7 +45,7 @@ fn ends_what_is_no_longer_allowed(worker: Worker, port: u16) {
     assert_eq!(&exchange(&mut kept).unwrap(), b"hello");
     let reload = |policies| {
         let snapshot = snapshot(&mesh(worker.outbound, port, policies));
-        worker.commands.send(Command::Snapshot(snapshot)).unwrap();
+        worker.snapshots.send(snapshot).unwrap();
     };
     // Dry runs and changes elsewhere end nothing.
     reload(ONLY_CLIENT);
@@ -62,6 +62,80 @@ fn ends_what_is_no_longer_allowed(worker: Worker, port: u16) {
     worker.drain();
 }
 
+/// More configurations than any queue would hold, and the last one forbids: it counts, also for
+/// a connection that a drain lets finish.
+#[test]
+fn the_newest_policy_arrives_however_many_there_were_and_in_a_drain() {
+    let (port, _) = echo();
+    let worker = worker(port, "");
+    let reload = |policies| {
+        let snapshot = snapshot(&mesh(worker.outbound, port, policies));
+        worker.snapshots.send(snapshot).unwrap();
+    };
+    let connected = || {
+        let mut stream = worker.connect(CLIENT);
+        stream.write_all(b"a").unwrap();
+        stream.read_exact(&mut [0; 1]).unwrap();
+        stream
+    };
+    let mut first = connected();
+    for _ in 0..1_000 {
+        reload(ONLY_CLIENT);
+    }
+    reload(NOBODY);
+    let error = first.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    reload("");
+    let mut second = loop {
+        let mut stream = worker.connect(CLIENT);
+        let echoed = stream
+            .write_all(b"a")
+            .and_then(|()| stream.read_exact(&mut [0; 1]));
+        if echoed.is_ok() {
+            break stream;
+        }
+    };
+    worker.commands.send(Command::Drain(HANG)).unwrap();
+    // The listener's end shows that the drain has begun.
+    while std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, worker.outbound)).is_ok() {}
+    reload(NOBODY);
+    let error = second.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    worker.join();
+}
+
+/// The source of the proxy's own sockets is the pod's address only where that is asked for.
+#[test]
+fn a_tunnel_has_the_pods_address_only_with_original_source() {
+    for original in [true, false] {
+        let far = std::net::TcpListener::bind("127.0.0.3:0").unwrap();
+        let hbone = far.local_addr().unwrap().port();
+        let mesh = mesh(1, 1, "").replace("node: node, network: ''", "node: NODE, network: ''");
+        let mesh = mesh.replacen("NODE", "node", 1).replace("NODE", "other");
+        let seen = std::thread::spawn(move || far.accept().unwrap().1.ip());
+        run(async {
+            let context = context(&mesh, |config| {
+                config.mode = RedirectMode::Node;
+                config.original_source = original;
+                config.node.hbone_port = hbone;
+            });
+            let captured = std::net::TcpListener::bind("127.0.0.3:0").unwrap();
+            let to = captured.local_addr().unwrap();
+            let mut captured = rt::net::Listener::from_std(captured);
+            let options = rt::net::ConnectOptions {
+                source: Some(CLIENT),
+                ..Default::default()
+            };
+            let _client = rt::net::connect(to, &options).await.unwrap();
+            let stream = captured.accept().await.unwrap();
+            let alive = context.alive();
+            crate::outbound::handle(Rc::clone(&context), stream, alive).await;
+        });
+        let source = seen.join().unwrap();
+        assert_eq!(source == CLIENT, original, "{source}");
+    }
+}
+
 /// A workload that has left the configuration keeps its connections: its pod may still be ending.
 #[test]
 fn connections_outlive_their_workload() {
@@ -71,7 +145,7 @@ fn connections_outlive_their_workload() {
     stream.write_all(b"a").unwrap();
     stream.read_exact(&mut [0; 1]).unwrap();
     let empty = snapshot("workloads: []\nservices: []\n");
-    worker.commands.send(Command::Snapshot(empty)).unwrap();
+    worker.snapshots.send(empty).unwrap();
     let mut late = worker.connect(CLIENT);
     assert!(late.read(&mut [0; 1]).is_err());
     stream.write_all(b"b").unwrap();
@@ -117,7 +191,7 @@ fn metrics_name_the_server_that_answered() {
         "hostname: s.local, subjectAltNames: [spiffe://cluster.local/ns/default/sa/former],";
     let mesh = mesh(worker.outbound, port, "").replace("hostname: s.local,", listed);
     let snapshot = snapshot(&mesh);
-    worker.commands.send(Command::Snapshot(snapshot)).unwrap();
+    worker.snapshots.send(snapshot).unwrap();
     let mut stream = worker.connect(CLIENT);
     stream.write_all(b"a").unwrap();
     stream.read_exact(&mut [0; 1]).unwrap();

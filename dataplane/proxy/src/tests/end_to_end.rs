@@ -8,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hbone::ConnectRequest;
-use rt::mailbox::Sender;
+use mesh::Snapshot;
+use rt::mailbox::{LatestSender, Sender};
 use rt::{Runtime, RuntimeConfig};
 use telemetry::{Exposition, Registry};
 use tls::CertificateStore;
@@ -54,6 +55,7 @@ pub(super) struct Worker {
     pub(super) outbound: u16,
     pub(super) hbone: u16,
     pub(super) commands: Sender<Command>,
+    pub(super) snapshots: LatestSender<Arc<Snapshot>>,
     pub(super) certificates: Arc<CertificateStore>,
     metrics: Registry,
     thread: thread::JoinHandle<()>,
@@ -96,6 +98,7 @@ pub(super) fn worker_with(
     let outbound = port(&listeners.outbound);
     let hbone = port(&listeners.inbound_hbone);
     let (commands, receiver) = rt::mailbox::channel(4);
+    let (snapshots, cell) = rt::mailbox::latest();
     let metrics = Registry::new("test");
     let thread = thread::spawn({
         let (certificates, metrics) = (Arc::clone(&certificates), metrics.clone());
@@ -109,6 +112,7 @@ pub(super) fn worker_with(
                 snapshot: snapshot(&mesh(outbound, server, policies)),
                 certificates,
                 telemetry: metrics.worker(access_log()),
+                snapshots: cell,
                 commands: receiver,
                 seed: 1,
             };
@@ -120,6 +124,7 @@ pub(super) fn worker_with(
         outbound,
         hbone,
         commands,
+        snapshots,
         certificates,
         metrics,
         thread,
@@ -159,6 +164,11 @@ impl Worker {
             assert!(started.elapsed() < HANG, "{name} is {}", self.metric(name));
             thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Waits for its end, which it has been asked for.
+    pub(super) fn join(self) {
+        self.thread.join().unwrap();
     }
 
     pub(super) fn drain(self) -> Duration {
