@@ -11,7 +11,9 @@ use rt::net::Keepalive;
 /// How traffic reaches the proxy (`REDIRECT_MODE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RedirectMode {
-    /// Sockets live in each pod's network namespace; netfilter redirects inside the pod.
+    /// Sockets live in the namespace this process runs in, where netfilter redirects: that of the
+    /// one pod it serves (dedicated mode). Sockets in the namespaces of other pods, which Istio's
+    /// agent asks for, are not built: this mode is the default because upstream's is.
     InPod,
     /// Sockets live in the proxy's own namespace; packets of all pods of the node come here.
     Node,

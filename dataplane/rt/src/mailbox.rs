@@ -1,7 +1,7 @@
 //! Channels from any thread into a worker, in two shapes.
 //!
-//! * [`channel`]: a queue of orders, each of which counts (drain, stop). Bounded: a worker that does
-//!   not read makes [`Sender::send`] fail rather than grow memory.
+//! * [`channel`]: a queue of orders, each of which counts (drain, stop). Bounded: a worker that
+//!   does not read makes [`Sender::send`] fail rather than grow memory.
 //! * [`latest`]: a cell whose newest value alone counts (configuration). It is never full: what a
 //!   worker has not read yet is replaced, and what it reads is always the newest.
 //!
