@@ -48,6 +48,7 @@ run ip iproute2
 run tc iproute2
 run iptables iptables
 run ipset ipset
+run nft nftables
 run sysctl procps
 run mount mount
 run bpftool bpftool

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::network::namespace::HostCommand;
 use crate::network::{has_ipv6, netns_path};
 use crate::state::{Redirect, State, directory};
-use crate::topology::{Host, Node, Role, UNDERLAY_INTERFACE};
+use crate::topology::{Host, Node, OUTSIDE_INTERFACE, Role, UNDERLAY_INTERFACE};
 
 /// How long installing a redirection may take.
 const READY_LIMIT: Duration = Duration::from_secs(20);
@@ -83,7 +83,7 @@ fn config(state: &State, node: Node) -> Value {
         "redirect": state.redirect.name(),
         "variant": state.variant.name(),
         "node": {
-            "interfaces": [UNDERLAY_INTERFACE],
+            "interfaces": [UNDERLAY_INTERFACE, OUTSIDE_INTERFACE],
             "address": node.gateway(),
             "pod_cidrs": cidrs,
         },

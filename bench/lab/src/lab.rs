@@ -19,6 +19,7 @@ use crate::mesh_file::{TRUST_DOMAIN, default_mesh};
 use crate::network::namespace::HostCommand;
 use crate::network::{self, namespace, netns_path};
 use crate::peers::ProxyKind;
+use crate::services::{self, Services};
 use crate::state::{Phase, Redirect, State, Variant, check_name, directory};
 use crate::status::{self, Status};
 use crate::steering;
@@ -35,6 +36,8 @@ pub struct LabOptions {
     pub redirect: Redirect,
     /// Whether ztunnel uses sockmap short-cuts.
     pub sockmap: bool,
+    /// Whose rules for services the nodes have.
+    pub services: Services,
     /// Mesh file instead of the generated one.
     pub mesh: Option<PathBuf>,
     /// ztunnel binary instead of the workspace's, or the program of another kind of proxy.
@@ -51,6 +54,7 @@ impl Default for LabOptions {
             name: Self::DEFAULT_NAME.to_owned(),
             redirect: Redirect::default(),
             sockmap: false,
+            services: Services::None,
             mesh: None,
             ztunnel: None,
             proxy: ProxyKind::default(),
@@ -145,6 +149,12 @@ impl Lab {
     #[must_use]
     pub fn redirect(&self) -> Redirect {
         self.state.redirect
+    }
+
+    /// Whose rules for services the nodes have.
+    #[must_use]
+    pub fn services(&self) -> Services {
+        self.state.services
     }
 
     /// `geneve` or `vxlan` on the `tunnel` path.
@@ -285,6 +295,7 @@ impl Lab {
         fs::create_dir_all(&directory).map_err(Error::io("creating", &directory))?;
         self.state.save()?;
         network::build(self.name(), lock)?;
+        services::install(self.name(), self.state.services)?;
         if options.redirect != Redirect::None {
             self.write_files(options)?;
             self.start_agents()?;
@@ -357,6 +368,7 @@ fn initial_state(options: &LabOptions) -> Result<State> {
         redirect: options.redirect,
         variant: options.variant,
         sockmap: options.sockmap,
+        services: options.services,
         proxy: options.proxy,
         ztunnel,
         node_agent: redirected
@@ -370,11 +382,12 @@ fn initial_state(options: &LabOptions) -> Result<State> {
 /// Refuses before anything is made what cannot work.
 fn preflight(options: &LabOptions) -> Result<()> {
     require_root()?;
-    if !in_path("ip") {
-        return Err(Error::MissingProgram {
-            program: "ip",
-            package: "iproute2",
-        });
+    let ip = ("ip", "iproute2");
+    let needed = [ip].into_iter().chain(options.services.programs());
+    for (program, package) in needed {
+        if !in_path(program) {
+            return Err(Error::MissingProgram { program, package });
+        }
     }
     if options.redirect == Redirect::None {
         let useless = [

@@ -12,14 +12,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use lab::compare::{self, CompareOptions};
 use lab::network::namespace;
 use lab::peers::ProxyKind;
-use lab::{Lab, LabOptions, Redirect, Variant, listener, report};
+use lab::{Lab, LabOptions, Redirect, Services, Variant, listener, report};
 
 /// A two-node Istio ambient network on this machine, in network namespaces.
 ///
 /// Hosts: node-a, node-b (nodes); ztunnel-a, ztunnel-b; client-a and server-a (mesh pods on node
-/// A); server-b (mesh pod on node B); plain-b (pod outside the mesh); waypoint-b. Needs root and
-/// iproute2; nothing outside of the lab's own namespaces is touched. Binaries `ztunnel` and
-/// `node-agent` are taken from LAB_BIN_DIR or from beside this program.
+/// A); server-b (mesh pod on node B); plain-b (pod outside the mesh); waypoint-b; outside (host
+/// outside the cluster). Needs root and iproute2; nothing outside of the lab's own namespaces is
+/// touched. Binaries `ztunnel` and `node-agent` are taken from LAB_BIN_DIR or from beside this
+/// program.
 #[derive(Debug, Parser)]
 #[command(name = "lab", version, max_term_width = 100)]
 struct Cli {
@@ -90,6 +91,9 @@ struct UpArgs {
     /// Socket short-cuts between applications and ztunnel
     #[arg(long, value_enum, default_value = "off")]
     sockmap: Switch,
+    /// Rules for services on the nodes, as kube-proxy makes them: iptables, nftables or none
+    #[arg(long, default_value = Services::None.name())]
+    services: Services,
     /// Mesh file (LOCAL_XDS_PATH format) instead of the generated one
     #[arg(long, value_name = "MESH.yaml")]
     config: Option<PathBuf>,
@@ -173,6 +177,7 @@ fn up(args: UpArgs) -> Result<()> {
         name: args.lab.name,
         redirect: args.redirect,
         sockmap: args.sockmap == Switch::On,
+        services: args.services,
         mesh: args.config,
         ztunnel: args.ztunnel,
         proxy: args.proxy,

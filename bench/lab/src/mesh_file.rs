@@ -7,15 +7,16 @@ use crate::topology::{Host, Role};
 
 /// Ports of the services in front of the servers: (service port, target port). 80 differs from
 /// its target on purpose, so that port mapping is exercised.
-const PORTS: &[(u16, u16)] = &[(80, 8080), (8080, 8080), (9000, 9000), (6379, 6379)];
+pub(crate) const PORTS: &[(u16, u16)] = &[(80, 8080), (8080, 8080), (9000, 9000), (6379, 6379)];
 
 const NAMESPACE: &str = "default";
 
 /// Trust domain of every identity in the lab.
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
 
-/// The default mesh as YAML.
-pub(crate) fn default_mesh() -> String {
+/// The default mesh as YAML: what a lab gets without `--config`.
+#[must_use]
+pub fn default_mesh() -> String {
     let mut text = String::from("# Written by `lab up`. Pass your own with `lab up --config`.\n");
     text.push_str("workloads:\n");
     for host in Host::ALL {
@@ -51,8 +52,8 @@ fn workload(text: &mut String, host: Host) {
     let protocol = match host.role() {
         Role::MeshPod | Role::Waypoint => "HBONE",
         Role::PlainPod => "TCP",
-        // Nodes and ztunnels are no workloads: what they send is passed through.
-        Role::Node | Role::Ztunnel => return,
+        // Nodes, ztunnels and what is outside are no workloads: what they send is passed through.
+        Role::Node | Role::Ztunnel | Role::Outside => return,
     };
     let services = match host.service_address() {
         Some(_) => format!("{{\"{NAMESPACE}/{}\": {}}}", hostname(host), ports()),
@@ -82,7 +83,8 @@ fn workload(text: &mut String, host: Host) {
 }
 
 fn service(text: &mut String, host: Host) {
-    let Some(address) = host.service_address() else {
+    let (Some(address), Some(address_v6)) = (host.service_address(), host.service_address_v6())
+    else {
         return;
     };
     let _ = write!(
@@ -90,7 +92,7 @@ fn service(text: &mut String, host: Host) {
         "- name: {host}\n  \
            namespace: {NAMESPACE}\n  \
            hostname: {}\n  \
-           vips: [\"/{address}\"]\n  \
+           vips: [\"/{address}\", \"/{address_v6}\"]\n  \
            ports: {}\n  \
            canonical: true\n",
         hostname(host),
@@ -144,7 +146,7 @@ mod tests {
             assert_eq!(workload.protocol == "TCP", host == Host::PlainB);
         }
         assert_eq!(mesh.services.len(), 2);
-        assert_eq!(mesh.services[1].vips, ["/10.96.0.12"]);
+        assert_eq!(mesh.services[1].vips, ["/10.96.0.12", "/fd00:96::12"]);
         assert_eq!(mesh.services[1].ports[&80], 8080);
         assert_eq!(
             mesh.workloads[2].services["default/server-b.default.svc.cluster.local"][&80],

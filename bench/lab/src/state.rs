@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::lock::ROOT;
 use crate::peers::ProxyKind;
 use crate::process::Process;
+use crate::services::Services;
 
 /// Which path captured traffic takes to ztunnel.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -114,6 +115,9 @@ pub(crate) struct State {
     pub(crate) redirect: Redirect,
     pub(crate) variant: Variant,
     pub(crate) sockmap: bool,
+    /// Whose rules for services the nodes have.
+    #[serde(default)]
+    pub(crate) services: Services,
     /// What stands in ztunnel's place.
     #[serde(default)]
     pub(crate) proxy: ProxyKind,
@@ -188,6 +192,7 @@ impl State {
             redirect: Redirect::Tunnel,
             variant: Variant::Hardened,
             sockmap: false,
+            services: Services::None,
             proxy,
             ztunnel: None,
             node_agent: None,

@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use crate::network::{has_ipv6, namespace, netns_path};
 use crate::process;
+use crate::services::Services;
 use crate::state::{Redirect, State};
-use crate::topology::{Host, Node};
+use crate::topology::{Host, Node, Role};
 use crate::ztunnel;
 
 /// State of a lab; serialises to what `lab status --json` prints.
@@ -22,6 +23,8 @@ pub struct Status {
     pub redirect: Redirect,
     /// Whether ztunnel was asked to use sockmap short-cuts.
     pub sockmap: bool,
+    /// Whose rules for services the nodes have.
+    pub services: Services,
     /// `geneve` or `vxlan` on the `tunnel` path.
     pub tunnel_driver: Option<String>,
     /// Whether all namespaces exist and, with a redirection, every agent runs and every ztunnel
@@ -36,7 +39,7 @@ pub struct Status {
 pub struct HostStatus {
     /// Name of the host.
     pub name: &'static str,
-    /// The node it is, or runs on.
+    /// The node it is, or runs on; `-` outside the cluster.
     pub node: &'static str,
     /// Its addresses; a node's underlay address first, then what its pods see it as; IPv6 last.
     pub addresses: Vec<IpAddr>,
@@ -52,7 +55,10 @@ pub(crate) fn observe(state: &State) -> Status {
     let processes = process::inside(lab);
     let hosts = Host::ALL.map(|host| HostStatus {
         name: host.name(),
-        node: host.node().name(),
+        node: match host.role() {
+            Role::Outside => "-",
+            _ => host.node().name(),
+        },
         addresses: addresses(host),
         netns: crate::network::netns_name(lab, host),
         pids: processes
@@ -67,6 +73,7 @@ pub(crate) fn observe(state: &State) -> Status {
         hosts: hosts.into(),
         redirect: state.redirect,
         sockmap: state.sockmap,
+        services: state.services,
         tunnel_driver: state.tunnel_driver.clone(),
         ready: missing.is_empty(),
         missing,
@@ -114,8 +121,8 @@ impl fmt::Display for Status {
         let sockmap = if self.sockmap { "on" } else { "off" };
         write!(
             f,
-            "lab {}: redirect {}, sockmap {sockmap}",
-            self.name, self.redirect
+            "lab {}: redirect {}, sockmap {sockmap}, services {}",
+            self.name, self.redirect, self.services
         )?;
         if let Some(driver) = &self.tunnel_driver {
             write!(f, ", tunnel driver {driver}")?;

@@ -9,6 +9,9 @@ use crate::error::Error;
 /// Name of the underlay interface inside each node's namespace.
 pub const UNDERLAY_INTERFACE: &str = "und";
 
+/// Name of the interface inside each node's namespace that leads out of the cluster.
+pub const OUTSIDE_INTERFACE: &str = "ext";
+
 /// One of the two nodes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Node {
@@ -92,7 +95,7 @@ impl Node {
     pub fn pods(self) -> impl Iterator<Item = Host> {
         Host::ALL
             .into_iter()
-            .filter(move |host| host.node() == self && host.role() != Role::Node)
+            .filter(move |host| host.node() == self && host.role().is_pod())
     }
 
     fn number(self) -> u8 {
@@ -116,6 +119,16 @@ pub enum Role {
     PlainPod,
     /// A waypoint: has a mesh identity and speaks HBONE itself, so it is not captured.
     Waypoint,
+    /// A machine outside the cluster.
+    Outside,
+}
+
+impl Role {
+    /// Whether a host of this role is a pod of a node.
+    #[must_use]
+    pub fn is_pod(self) -> bool {
+        !matches!(self, Self::Node | Self::Outside)
+    }
 }
 
 /// A host of the lab; each has a network namespace of its own.
@@ -139,11 +152,13 @@ pub enum Host {
     PlainB,
     /// Waypoint on node B.
     WaypointB,
+    /// A machine outside the cluster, with a link of its own to each node.
+    Outside,
 }
 
 impl Host {
-    /// Every host: nodes first, then pods.
-    pub const ALL: [Self; 9] = [
+    /// Every host: nodes first, then pods, then what is outside.
+    pub const ALL: [Self; 10] = [
         Self::NodeA,
         Self::NodeB,
         Self::ZtunnelA,
@@ -153,6 +168,7 @@ impl Host {
         Self::ServerB,
         Self::PlainB,
         Self::WaypointB,
+        Self::Outside,
     ];
 
     /// The host's name on the command line.
@@ -168,14 +184,15 @@ impl Host {
             Self::ServerB => "server-b",
             Self::PlainB => "plain-b",
             Self::WaypointB => "waypoint-b",
+            Self::Outside => "outside",
         }
     }
 
-    /// The node the host is, or runs on.
+    /// The node the host is, or runs on; for the host outside the one that is the first on its way.
     #[must_use]
     pub fn node(self) -> Node {
         match self {
-            Self::NodeA | Self::ZtunnelA | Self::ClientA | Self::ServerA => Node::A,
+            Self::NodeA | Self::ZtunnelA | Self::ClientA | Self::ServerA | Self::Outside => Node::A,
             Self::NodeB | Self::ZtunnelB | Self::ServerB | Self::PlainB | Self::WaypointB => {
                 Node::B
             }
@@ -191,10 +208,12 @@ impl Host {
             Self::ClientA | Self::ServerA | Self::ServerB => Role::MeshPod,
             Self::PlainB => Role::PlainPod,
             Self::WaypointB => Role::Waypoint,
+            Self::Outside => Role::Outside,
         }
     }
 
-    /// The host's address: a pod's own, a node's on the underlay.
+    /// The host's address: a pod's own, a node's on the underlay; outside one of TEST-NET-1
+    /// (RFC 5737).
     #[must_use]
     pub fn address(self) -> IpAddr {
         let last = match self {
@@ -203,6 +222,7 @@ impl Host {
             Self::ClientA | Self::ServerB => 11,
             Self::ServerA | Self::PlainB => 12,
             Self::WaypointB => 13,
+            Self::Outside => return Ipv4Addr::new(192, 0, 2, 10).into(),
         };
         let [a, b, c, _] = self.node().gateway().octets();
         Ipv4Addr::new(a, b, c, last).into()
@@ -213,11 +233,13 @@ impl Host {
     #[must_use]
     pub fn address_v6(self) -> Ipv6Addr {
         let node = self.node();
+        if self == Self::Outside {
+            return Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
+        }
         match self.address() {
             IpAddr::V4(own) if self != node.host() => {
                 // As it reads: 10.244.1.11 is fd00:244:1::11.
-                let last = own.octets()[3];
-                let last = u16::from(last / 10) * 16 + u16::from(last % 10);
+                let last = as_it_reads(own.octets()[3]);
                 Ipv6Addr::new(0xfd00, 0x244, node.number().into(), 0, 0, 0, 0, last)
             }
             _ => node.underlay_v6(),
@@ -234,7 +256,17 @@ impl Host {
         }
     }
 
-    /// Name of the pod's interface on the node's side; the node's underlay interface for a node.
+    /// Virtual IPv6 address of that service. Ends as its IPv4 address does.
+    #[must_use]
+    pub fn service_address_v6(self) -> Option<Ipv6Addr> {
+        match self.service_address()? {
+            IpAddr::V4(v4) => Some(service_v6(v4.octets()[3])),
+            IpAddr::V6(v6) => Some(v6),
+        }
+    }
+
+    /// Name of the pod's interface on the node's side; the node's underlay interface for a node,
+    /// and the one that leads out of the cluster for the host outside.
     #[must_use]
     pub fn host_interface(self) -> &'static str {
         match self {
@@ -245,8 +277,19 @@ impl Host {
             Self::ServerB => "vb1",
             Self::PlainB => "vb2",
             Self::WaypointB => "vb3",
+            Self::Outside => OUTSIDE_INTERFACE,
         }
     }
+}
+
+/// The virtual IPv6 address that ends as it reads: 12 is `fd00:96::12`.
+pub(crate) fn service_v6(last: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, as_it_reads(last))
+}
+
+/// Hexadecimal digits that read as the decimal ones of a number below 100.
+fn as_it_reads(last: u8) -> u16 {
+    u16::from(last / 10) * 16 + u16::from(last % 10)
 }
 
 impl fmt::Display for Host {
@@ -282,7 +325,7 @@ mod tests {
         }
         let error = "server-c".parse::<Host>().unwrap_err().to_string();
         assert!(
-            error.contains("server-c") && error.contains("waypoint-b"),
+            error.contains("server-c") && error.contains("outside"),
             "{error}"
         );
     }

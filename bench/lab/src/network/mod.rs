@@ -3,7 +3,9 @@
 //! Pod wiring is point to point, as cloud CNIs do it: the pod has a /32 on `eth0` and a default
 //! route through its end of a veth pair; the node has a /32 route per pod and carries the gateway
 //! address on every pod link. Pairs are created inside the namespaces they end in. IPv6 is wired
-//! alike, with fe80::1 as every pod's gateway, unless the machine has none.
+//! alike, with fe80::1 as every pod's gateway, unless the machine has none. A host outside the
+//! cluster has a link to each node and reaches pods through their node, as in networks that route
+//! pods' addresses.
 
 pub mod namespace;
 pub mod sysctl;
@@ -15,13 +17,21 @@ use std::process::{Command, Stdio};
 
 use crate::error::{Error, Result};
 use crate::lock::Lock;
-use crate::topology::{Host, Node, Role, UNDERLAY_INTERFACE};
+use crate::topology::{Host, Node, OUTSIDE_INTERFACE, UNDERLAY_INTERFACE};
 
 /// MTU of every link, in bytes.
 pub const MTU: u32 = 1500;
 
-/// The pods' IPv6 gateway, on every pod link.
+/// The pods' IPv6 gateway, on every pod link; also the nodes' address on the link that leads out.
 const GATEWAY_V6: &str = "fe80::1";
+
+/// The outside host's interface to a node.
+fn outside_link(node: Node) -> &'static str {
+    match node {
+        Node::A => "eth0",
+        Node::B => "eth1",
+    }
+}
 
 /// Whether this kernel has IPv6.
 #[must_use]
@@ -66,10 +76,7 @@ pub(crate) fn build(lab: &str, lock: &Lock) -> Result<()> {
             &[node_batch(lab, node), if_ipv6(|| node_batch_v6(node))].concat(),
         )?;
     }
-    for host in Host::ALL
-        .into_iter()
-        .filter(|host| host.role() != Role::Node)
-    {
+    for host in Host::ALL.into_iter().filter(|host| host.role().is_pod()) {
         let netns = netns_name(lab, host);
         ip(
             lock,
@@ -78,6 +85,13 @@ pub(crate) fn build(lab: &str, lock: &Lock) -> Result<()> {
             &[pod_batch(host), if_ipv6(|| pod_batch_v6(host))].concat(),
         )?;
     }
+    let outside = netns_name(lab, Host::Outside);
+    ip(
+        lock,
+        &format!("wiring {outside}"),
+        Some(&outside),
+        &[outside_batch(), if_ipv6(outside_batch_v6)].concat(),
+    )?;
     for node in Node::ALL {
         let netns = netns_name(lab, node.host());
         ip(
@@ -145,6 +159,24 @@ fn node_batch(lab: &str, node: Node) -> String {
         format_args!("addr add {underlay}/24 dev {UNDERLAY_INTERFACE}"),
     );
     line(&mut batch, format_args!("link set {UNDERLAY_INTERFACE} up"));
+    let (outside, peer) = (Host::Outside.address(), netns_name(lab, Host::Outside));
+    let link = outside_link(node);
+    line(
+        &mut batch,
+        format_args!(
+            "link add {OUTSIDE_INTERFACE} mtu {MTU} type veth \
+             peer name {link} mtu {MTU} netns {peer}"
+        ),
+    );
+    line(
+        &mut batch,
+        format_args!("addr add {underlay}/32 dev {OUTSIDE_INTERFACE}"),
+    );
+    line(&mut batch, format_args!("link set {OUTSIDE_INTERFACE} up"));
+    line(
+        &mut batch,
+        format_args!("route add {outside}/32 dev {OUTSIDE_INTERFACE} src {underlay}"),
+    );
     for pod in node.pods() {
         let (interface, peer) = (pod.host_interface(), netns_name(lab, pod));
         line(
@@ -177,6 +209,17 @@ fn node_batch_v6(node: Node) -> String {
     line(
         &mut batch,
         format_args!("addr add {underlay}/64 dev {UNDERLAY_INTERFACE} nodad"),
+    );
+    line(
+        &mut batch,
+        format_args!("addr add {GATEWAY_V6}/64 dev {OUTSIDE_INTERFACE} nodad"),
+    );
+    line(
+        &mut batch,
+        format_args!(
+            "route add {}/128 dev {OUTSIDE_INTERFACE} src {underlay}",
+            Host::Outside.address_v6()
+        ),
     );
     for pod in node.pods() {
         let (interface, address) = (pod.host_interface(), pod.address_v6());
@@ -229,6 +272,43 @@ fn pod_batch(pod: Host) -> String {
         &mut batch,
         format_args!("route add default via {gateway} dev eth0 onlink"),
     );
+    batch
+}
+
+/// Commands in the outside host's namespace.
+fn outside_batch() -> String {
+    let mut batch = String::from("link set lo up\n");
+    let address = Host::Outside.address();
+    for node in Node::ALL {
+        let (link, underlay) = (outside_link(node), node.underlay());
+        let pods = node.pod_cidr();
+        for command in [
+            format!("addr add {address}/32 dev {link}"),
+            format!("link set {link} up"),
+            format!("route add {underlay}/32 dev {link} src {address}"),
+            format!("route add {pods} via {underlay} dev {link} src {address}"),
+        ] {
+            line(&mut batch, format_args!("{command}"));
+        }
+    }
+    batch
+}
+
+/// The same for IPv6.
+fn outside_batch_v6() -> String {
+    let mut batch = String::new();
+    let address = Host::Outside.address_v6();
+    for node in Node::ALL {
+        let (link, underlay) = (outside_link(node), node.underlay_v6());
+        let pods = node.pod_cidr_v6();
+        for command in [
+            format!("addr add {address}/128 dev {link} nodad"),
+            format!("route add {underlay}/128 via {GATEWAY_V6} dev {link} src {address}"),
+            format!("route add {pods} via {GATEWAY_V6} dev {link} src {address}"),
+        ] {
+            line(&mut batch, format_args!("{command}"));
+        }
+    }
     batch
 }
 
