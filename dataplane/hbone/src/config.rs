@@ -32,8 +32,15 @@ pub struct Config {
     /// lowered by what the peer advertises. 1..=2^31-1.
     pub max_concurrent_streams: u32,
     /// Units of work without progress accepted before ENHANCE_YOUR_CALM. A PING, an empty DATA
-    /// frame, a PRIORITY or an unknown frame costs 1, a reset before the answer 2, SETTINGS 16;
-    /// each call of `receive` gives 8 back and each DATA frame with payload 1. At least 64.
+    /// frame, a WINDOW_UPDATE, a PRIORITY or an unknown frame costs 1, SETTINGS 16. Progress gives
+    /// units back, calls do not: a DATA frame with payload in either direction 2 and 1 more for
+    /// each 512 bytes, and a second that has passed
+    /// ([`pass_time`](crate::Connection::pass_time)) 32.
+    ///
+    /// Half as many streams may come to nothing: reset before they were answered, refused, or
+    /// reset by us for what the peer did on them. One that is answered 2xx makes up for one, and a
+    /// second for 32. Above that the connection takes no more streams (GOAWAY with
+    /// ENHANCE_YOUR_CALM); those it has go on. At least 64.
     pub flood_budget: u32,
     /// Automatic replies (PING and SETTINGS acknowledgements, RST_STREAM) that may wait in the
     /// output. A peer that sends but does not read is stopped here. At least 16.

@@ -26,9 +26,18 @@ impl Connection {
         }
         self.peer_settings_received = true;
         let (entries, _) = payload.as_chunks::<6>();
+        let mut window = None;
         for &[i0, i1, v0, v1, v2, v3] in entries {
             let value = u32::from_be_bytes([v0, v1, v2, v3]);
-            self.apply_setting(header, u16::from_be_bytes([i0, i1]), value)?;
+            match u16::from_be_bytes([i0, i1]) {
+                setting::INITIAL_WINDOW_SIZE if value > MAX_31 => return Err(window_overflow(0)),
+                setting::INITIAL_WINDOW_SIZE => window = Some(value),
+                id => self.apply_setting(header, id, value)?,
+            }
+        }
+        // Once for all of a frame: each time walks every stream.
+        if let Some(value) = window {
+            self.apply_initial_window(value)?;
         }
         frame::write_settings_ack(self.output.buffer());
         self.count_reply()?;
@@ -46,7 +55,6 @@ impl Connection {
                 ));
             }
             setting::MAX_CONCURRENT_STREAMS => self.peer.max_concurrent_streams = value,
-            setting::INITIAL_WINDOW_SIZE => return self.apply_initial_window(value),
             setting::MAX_FRAME_SIZE if !(16_384..1 << 24).contains(&value) => {
                 return Err(protocol(
                     header,
@@ -62,18 +70,16 @@ impl Connection {
 
     /// Moves the windows of all open streams by the difference (RFC 9113 6.9.2).
     fn apply_initial_window(&mut self, value: u32) -> Outcome {
-        let overflow = |stream| ConnectionError::FlowControl {
-            stream,
-            reason: "SETTINGS_INITIAL_WINDOW_SIZE takes a window above 2^31-1",
-        };
-        if value > MAX_31 {
-            return Err(overflow(0));
-        }
         let delta = i64::from(value) - i64::from(self.peer.initial_window);
+        if delta == 0 {
+            return Ok(());
+        }
         self.peer.initial_window = value;
+        #[cfg(test)]
+        self.window_walks.set(self.window_walks.get() + 1);
         for stream in self.streams.iter_mut() {
             let id = stream.id;
-            self.unblocked |= stream.send.adjust(delta).map_err(|_| overflow(id))?;
+            self.unblocked |= stream.send.adjust(delta).map_err(|_| window_overflow(id))?;
         }
         Ok(())
     }
@@ -98,6 +104,7 @@ impl Connection {
         increment: u32,
         events: &mut Events,
     ) -> Outcome {
+        self.charge(1, "WINDOW_UPDATE frames")?;
         let overflow = "WINDOW_UPDATE takes the window above 2^31-1";
         let id = header.stream;
         if id == 0 {
@@ -147,7 +154,7 @@ impl Connection {
         match self.streams.remove(id) {
             Some(stream) => {
                 if self.role == Role::Server && !stream.answered {
-                    self.charge(RESET_COST, "streams reset before the response")?;
+                    self.fruitless("streams reset before the response")?;
                 }
                 self.ended.add(id);
                 events.push_back(Event::Reset {
@@ -188,13 +195,14 @@ impl Connection {
     ) -> Outcome {
         self.charge(1, "GOAWAY frames")?;
         // A later GOAWAY may only lower the last stream; one that raises it changes nothing.
-        let last = self.peer_go_away.map_or(last, |before| before.min(last));
+        let before = self.peer_go_away;
+        let last = before.map_or(last, |before| before.min(last));
         self.peer_go_away = Some(last);
         events.push_back(Event::GoAway {
             last: StreamId(last),
             code,
         });
-        if self.role == Role::Client {
+        if self.role == Role::Client && before != Some(last) {
             let refused: Vec<u32> = self
                 .streams
                 .iter()
@@ -222,7 +230,7 @@ impl Connection {
         events: &mut Events,
     ) -> Outcome {
         self.stream_errors += 1;
-        self.charge(RESET_COST, "stream errors")?;
+        self.fruitless("stream errors")?;
         if self.streams.get(id).is_some() {
             events.push_back(Event::Reset {
                 id: StreamId(id),
@@ -236,5 +244,10 @@ impl Connection {
 
 /// What a SETTINGS frame after the first costs of the flood budget.
 const SETTINGS_COST: u32 = 16;
-/// What a stream costs that is reset without having been answered.
-const RESET_COST: u32 = 2;
+
+fn window_overflow(stream: u32) -> ConnectionError {
+    ConnectionError::FlowControl {
+        stream,
+        reason: "SETTINGS_INITIAL_WINDOW_SIZE takes a window above 2^31-1",
+    }
+}

@@ -38,7 +38,7 @@ impl SendWindow {
 }
 
 /// What we allow the peer to send. At all times
-/// `remaining + in flight in the current frame + unreleased + credit == size`.
+/// `remaining + in flight in the current frame + unreleased + credit == size + lent`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RecvWindow {
     size: u32,
@@ -48,6 +48,8 @@ pub(super) struct RecvWindow {
     unreleased: u32,
     /// Released, and not yet announced to the peer.
     credit: u32,
+    /// Announced beyond the size, for data that is held; released bytes pay it back first.
+    lent: u32,
 }
 
 impl RecvWindow {
@@ -56,6 +58,7 @@ impl RecvWindow {
         remaining: 0,
         unreleased: 0,
         credit: 0,
+        lent: 0,
     };
 
     pub(super) fn new(size: u32) -> Self {
@@ -65,6 +68,7 @@ impl RecvWindow {
             remaining: size as i32,
             unreleased: 0,
             credit: 0,
+            lent: 0,
         }
     }
 
@@ -94,13 +98,34 @@ impl RecvWindow {
         );
         let len = u32::try_from(len).unwrap_or(u32::MAX).min(self.unreleased);
         self.unreleased -= len;
-        self.credit += len;
+        let repaid = len.min(self.lent);
+        self.lent -= repaid;
+        self.credit += len - repaid;
     }
 
     /// Credit for bytes that were never delivered: padding and discarded payload.
     #[inline]
     pub(super) fn refund(&mut self, len: u32) {
         self.credit += len;
+    }
+
+    /// Whether less than a quarter is left to use, mostly because receivers hold the rest.
+    #[inline]
+    pub(super) fn is_scarce(&self) -> bool {
+        let left = i64::from(self.remaining) + i64::from(self.credit);
+        left < i64::from(self.size / 4) && self.unreleased > self.size / 2
+    }
+
+    /// Opens the window again although its bytes are held, to half of the size. The increment.
+    pub(super) fn lend(&mut self) -> Option<u32> {
+        // What was released is the peer's anyway.
+        let target = i64::from(self.size / 2);
+        let missing = target - i64::from(self.remaining) - i64::from(self.credit);
+        let lent = u32::try_from(missing).ok()?.min(MAX_31 - self.lent);
+        self.lent += lent;
+        let increment = lent + std::mem::take(&mut self.credit);
+        self.remaining += increment as i32;
+        (increment > 0).then_some(increment)
     }
 
     /// Whether slow receivers hold three quarters of the window.
@@ -147,10 +172,11 @@ impl RecvWindow {
         self.unreleased
     }
 
-    /// `remaining + unreleased + credit`: the size, unless a DATA frame is in flight.
+    /// `remaining + unreleased + credit - lent`: the size, unless a DATA frame is in flight.
     #[cfg(test)]
     pub(super) fn total(&self) -> i64 {
-        i64::from(self.remaining) + i64::from(self.unreleased) + i64::from(self.credit)
+        let announced = i64::from(self.remaining) + i64::from(self.credit);
+        announced + i64::from(self.unreleased) - i64::from(self.lent)
     }
 }
 
@@ -214,6 +240,28 @@ mod tests {
         assert_eq!(window.take_shared_update(), Some(13));
         assert_eq!(window.take_shared_update(), None);
         assert_eq!(window.total(), 100);
+    }
+
+    #[test]
+    fn what_is_held_is_lent_and_paid_back_before_more_is_announced() {
+        let mut window = RecvWindow::new(100);
+        assert!(window.debit(80));
+        window.deliver(80);
+        assert!(window.is_scarce());
+        assert_eq!(window.lend(), Some(30));
+        assert!(!window.is_scarce());
+        assert_eq!(window.lend(), None);
+        assert!(window.debit(50));
+        assert!(!window.debit(1));
+        window.deliver(50);
+        assert_eq!(window.lend(), Some(50));
+        assert_eq!(window.total(), 100);
+        // 80 bytes of credit are owed: what is released first makes up for that.
+        window.release(80);
+        assert_eq!(window.take_shared_update(), None);
+        window.release(50);
+        assert_eq!(window.take_update(), Some(50));
+        assert_eq!((window.remaining(), window.total()), (100, 100));
     }
 
     #[test]

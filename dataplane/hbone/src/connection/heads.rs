@@ -10,7 +10,7 @@ use crate::frame::{FrameHeader, flag};
 use crate::headers::Fields;
 
 use super::receive::{closed, protocol, size_error};
-use super::{Connection, Shutdown};
+use super::{Connection, RESET_COST, Shutdown};
 
 type Events = VecDeque<Event>;
 type Outcome = Result<(), ConnectionError>;
@@ -111,7 +111,10 @@ impl Connection {
         let id = header.stream;
         let end = header.has(flag::END_STREAM);
         match purpose {
-            Purpose::Ignored => self.charge(1, "header blocks for closed streams"),
+            Purpose::Ignored => {
+                let cost = if self.calmed { RESET_COST } else { 1 };
+                self.charge(cost, "header blocks for closed streams")
+            }
             Purpose::Refused => self.stream_error(id, ErrorCode::REFUSED_STREAM, events),
             Purpose::Forbidden(code) => self.stream_error(id, code, events),
             _ if fields.too_large() => self.stream_error(id, ErrorCode::ENHANCE_YOUR_CALM, events),

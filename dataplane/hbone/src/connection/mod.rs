@@ -65,6 +65,10 @@ pub struct Connection {
     /// Streams that we reset: frames on them are still in flight and ignored.
     reset: RecentIds,
     budget: u32,
+    /// How many more streams may come to nothing.
+    patience: u32,
+    /// Too many streams came to nothing: GOAWAY has said so.
+    calmed: bool,
     /// Streams that were reset because the peer broke the protocol on them.
     stream_errors: u64,
     /// Streams may have become writable as a whole: tell them at the end of `receive`.
@@ -75,6 +79,9 @@ pub struct Connection {
     /// The peer has sent GOAWAY with this last stream.
     peer_go_away: Option<u32>,
     failure: Option<ConnectionError>,
+    /// How often every stream's window was moved.
+    #[cfg(test)]
+    window_walks: std::cell::Cell<u32>,
 }
 
 /// What the peer has announced; the defaults of RFC 9113 6.5.2 before.
@@ -128,12 +135,16 @@ impl Connection {
             ended: RecentIds::new(),
             reset: RecentIds::new(),
             budget: config.flood_budget,
+            patience: config.flood_budget / 2,
+            calmed: false,
             stream_errors: 0,
             unblocked: false,
             turn: 0,
             shutdown: Shutdown::None,
             peer_go_away: None,
             failure: None,
+            #[cfg(test)]
+            window_walks: std::cell::Cell::default(),
             config,
         };
         connection.queue_preface();
@@ -155,7 +166,6 @@ impl Connection {
         if self.shutdown == Shutdown::Dead {
             return self.failure.map_or(Ok(()), Err);
         }
-        self.refill(CALL_REFILL);
         if let Err(error) = self.parse(input, events) {
             self.failure = Some(error);
             self.die(error.code(), error.code().name().as_bytes());
@@ -222,6 +232,21 @@ impl Connection {
         self.stream_errors
     }
 
+    /// Server: whether so many streams came to nothing that the peer may open no more.
+    #[inline]
+    pub fn is_calmed(&self) -> bool {
+        self.calmed
+    }
+
+    /// The caller says that `seconds` have passed since it last said so: what a peer does now and
+    /// then is no flood, however long the connection lives.
+    pub fn pass_time(&mut self, seconds: u32) {
+        let units = seconds.saturating_mul(UNITS_PER_SECOND);
+        self.refill(units);
+        let patience = self.patience.saturating_add(units);
+        self.patience = patience.min(self.config.flood_budget / 2);
+    }
+
     /// Streams that are not closed in both directions.
     pub fn active_streams(&self) -> usize {
         self.streams.len()
@@ -253,6 +278,24 @@ impl Connection {
         self.shutdown == Shutdown::Dead || going && self.streams.len() == 0
     }
 
+    /// Whether receivers that do not read hold so much of the connection's window that the other
+    /// streams would soon wait for them; then [`lend`](Self::lend).
+    #[inline]
+    pub fn wants_credit(&self) -> bool {
+        self.recv.is_scarce()
+    }
+
+    /// Opens the connection's window for data that is held, as far as half of its size. The caller
+    /// bounds the memory that this may take: each stream may hold its own window then. What is
+    /// released later makes up for it first.
+    pub fn lend(&mut self) {
+        if self.shutdown != Shutdown::Dead
+            && let Some(increment) = self.recv.lend()
+        {
+            self.output.window_update(0, increment);
+        }
+    }
+
     fn may_send(&self, stream: &Stream) -> bool {
         !stream.local_ended && (self.role == Role::Client || stream.answered)
     }
@@ -278,6 +321,38 @@ impl Connection {
             .budget
             .saturating_add(units)
             .min(self.config.flood_budget);
+    }
+
+    /// Payload has moved: what a peer does to make that possible is no flood.
+    #[inline]
+    fn progress(&mut self, payload: u32) {
+        self.refill(2 + payload / BYTES_PER_UNIT);
+    }
+
+    /// A stream was worth opening.
+    fn answered(&mut self) {
+        self.patience = (self.patience + 1).min(self.config.flood_budget / 2);
+    }
+
+    /// A stream came to nothing. A peer that does little else is told to open no more; what it has
+    /// open goes on.
+    fn fruitless(&mut self, what: &'static str) -> Result<(), ConnectionError> {
+        if let Some(left) = self.patience.checked_sub(1) {
+            self.patience = left;
+            return Ok(());
+        }
+        if self.role == Role::Client {
+            return Err(ConnectionError::Flood { what });
+        }
+        // From here on its new streams are ignored, and what it sends for them is charged.
+        if self.shutdown != Shutdown::Final {
+            self.shutdown = Shutdown::Final;
+            self.calmed = true;
+            let (last, code) = (self.last_processed, ErrorCode::ENHANCE_YOUR_CALM);
+            let out = self.output.buffer();
+            frame::write_go_away(out, last, code.0, code.name().as_bytes());
+        }
+        self.charge(RESET_COST, what)
     }
 
     /// Counts a reply that the peer has to read before the output can shrink.
@@ -358,7 +433,12 @@ const DEFAULT_WINDOW: u32 = 65_535;
 const DEFAULT_FRAME_SIZE: u32 = 16_384;
 /// SETTINGS_HEADER_TABLE_SIZE before SETTINGS.
 const DEFAULT_TABLE_SIZE: u32 = 4096;
-/// Budget given back by each call of `receive`: what arrives alone is not a flood.
-const CALL_REFILL: u32 = 8;
+/// Payload bytes that give a unit of the flood budget back: a peer that credits what it reads in
+/// small pieces sends so many WINDOW_UPDATEs and no more.
+const BYTES_PER_UNIT: u32 = 512;
+/// Units of the flood budget, and streams without success, that a second makes up for.
+const UNITS_PER_SECOND: u32 = 32;
+/// What a stream costs of the flood budget that comes to nothing after all patience.
+const RESET_COST: u32 = 2;
 /// Highest identifier a client may use.
 const ID_MAX: u32 = MAX_31;

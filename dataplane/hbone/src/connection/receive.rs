@@ -365,6 +365,7 @@ impl Connection {
             Some(stream) if !stream.remote_ended => {
                 stream.recv.deliver(n);
                 self.recv.deliver(n);
+                self.progress(n);
                 events.push_back(Event::Data {
                     id: StreamId(frame.stream),
                     range: at..end,
@@ -380,7 +381,6 @@ impl Connection {
         if frame.remaining > 0 {
             self.parser.expect = Expect::Data(frame);
         } else {
-            self.refill(1);
             self.skip(frame.padding);
             if frame.end_stream {
                 self.remote_end(frame.stream, events);

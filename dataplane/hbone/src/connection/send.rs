@@ -127,6 +127,9 @@ impl Connection {
         }
         state.answered = true;
         state.local_ended = end_stream;
+        if status < 300 {
+            self.answered();
+        }
         let mut block = self.begin_block();
         hpack::status(&mut block, status);
         if let Some(baggage) = baggage {
@@ -189,6 +192,7 @@ impl Connection {
             flags = flag::END_STREAM;
             self.finish_if_ended(stream);
         }
+        self.progress(length);
         Ok(FrameHeader {
             length,
             kind: kind::DATA,

@@ -1,6 +1,7 @@
 //! Tests of the state machine. Helpers, and the ordinary life of connections and streams.
 
 mod floods;
+mod lending;
 mod scripts;
 mod shutdown;
 mod violations;
