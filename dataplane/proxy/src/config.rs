@@ -68,7 +68,7 @@ pub struct ProxyConfig {
     pub server: hbone::Config,
     /// Silence after which a tunnel's peer is asked for a sign of life.
     pub ping_interval: Duration,
-    /// Silence after which a tunnel is given up.
+    /// How long the peer may take to answer before the tunnel is given up.
     pub ping_timeout: Duration,
     /// Unused tunnels are closed after this time (`POOL_UNUSED_RELEASE_TIMEOUT`).
     pub pool_unused: Duration,

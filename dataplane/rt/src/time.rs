@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use crate::exec::{Inner, current};
+use crate::exec::{Inner, current, next_turn};
 pub(crate) use wheel::Key;
 use wheel::Wheel;
 
@@ -140,25 +140,70 @@ pub fn sleep_until(deadline: Instant) -> Sleep {
 #[error("deadline has elapsed")]
 pub struct Elapsed;
 
-/// Runs `future` for at most `duration`.
+/// Runs `future` for at most `duration`, and until the worker has looked once more at what the ring
+/// has brought: what is late may be the worker itself (suspended, or without a CPU), and what
+/// `future` waits for there already.
 ///
 /// # Errors
 /// [`Elapsed`] when the time is up; the future is dropped then.
 pub async fn timeout<F: Future>(duration: Duration, future: F) -> Result<F::Output, Elapsed> {
     let mut sleep = std::pin::pin!(sleep(duration));
     let mut future = std::pin::pin!(future);
+    let mut last_look: Option<Pin<Box<dyn Future<Output = ()>>>> = None;
     std::future::poll_fn(|cx| {
         if let Poll::Ready(value) = future.as_mut().poll(cx) {
             return Poll::Ready(Ok(value));
         }
-        sleep.as_mut().poll(cx).map(|()| Err(Elapsed))
+        if last_look.is_none() && sleep.as_mut().poll(cx).is_pending() {
+            return Poll::Pending;
+        }
+        let look = last_look.get_or_insert_with(|| Box::pin(next_turn()));
+        look.as_mut().poll(cx).map(|()| Err(Elapsed))
     })
     .await
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+    use std::io::Write;
+    use std::net::{Ipv4Addr, TcpListener};
+
     use super::*;
+    use crate::net::{ConnectOptions, connect};
+    use crate::sync::Signal;
+    use crate::{Runtime, RuntimeConfig};
+
+    /// What arrived in time counts, although the worker computed until after the deadline and the
+    /// future was woken by something else before the ring was looked at.
+    #[test]
+    fn a_late_worker_looks_at_the_ring_before_time_is_up() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+        let received = runtime.run(async {
+            let stream = connect(addr, &ConnectOptions::default()).await.unwrap();
+            let (mut peer, _) = listener.accept().unwrap();
+            let (mut read, _write) = stream.split();
+            let woken = Rc::new(Signal::default());
+            crate::spawn({
+                let woken = Rc::clone(&woken);
+                async move {
+                    next_turn().await;
+                    peer.write_all(b"x").unwrap();
+                    std::thread::sleep(Duration::from_millis(100));
+                    woken.set();
+                }
+            });
+            let mut bufs = VecDeque::new();
+            let future = std::future::poll_fn(|cx| {
+                let _ = woken.poll_wait(cx);
+                read.poll_recv(cx, &mut bufs, &mut None)
+            });
+            timeout(Duration::from_millis(50), future).await
+        });
+        assert!(matches!(received, Ok(Ok(Ok(1)))), "{received:?}");
+    }
 
     #[test]
     fn timeouts_end_with_the_tick_behind_the_deadline() {

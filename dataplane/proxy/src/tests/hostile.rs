@@ -91,17 +91,20 @@ fn flood(frames: &'static [u8]) -> TunnelError {
         let tls = Arc::clone(&tls);
         move || {
             let mut peer = connect(addr, &tls);
-            peer.send(preface().output()).unwrap();
+            let mut codec = preface();
+            codec.open(&request()).unwrap();
+            peer.send(codec.output()).unwrap();
             let limit = 200_000;
             (0..limit).any(|_| peer.send(frames).is_err())
         }
     });
     let error = run(async {
         let accepted = Listener::from_std(listener).accept().await.unwrap();
-        let (tunnel, _requests) = serve(accepted, &tls, &Config::server()).await;
+        let (tunnel, requests) = serve(accepted, &tls, &Config::server()).await;
         loop {
             rt::time::sleep(Duration::from_millis(5)).await;
             if let Some(error) = tunnel.error() {
+                requests.queue.borrow_mut().clear(); // streams hold their tunnel
                 break error;
             }
         }
@@ -110,20 +113,23 @@ fn flood(frames: &'static [u8]) -> TunnelError {
     error
 }
 
-/// Eight PINGs in a record: few enough that the codec takes them for the life of the tunnel.
+/// PINGs among payload, so that the codec takes them for the life of the tunnel.
 #[test]
 fn answers_to_a_peer_that_does_not_read_are_bounded() {
-    const PING: [u8; 17] = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
-    static PINGS: [u8; 17 * 8] = {
-        let mut all = [0; 17 * 8];
+    const ROUND: [u8; 27] = [
+        0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, // PING
+        0, 0, 1, 0, 0, 0, 0, 0, 1, b'x', // DATA
+    ];
+    static ROUNDS: [u8; 27 * 8] = {
+        let mut all = [0; 27 * 8];
         let mut at = 0;
         while at < all.len() {
-            all[at] = PING[at % 17];
+            all[at] = ROUND[at % 27];
             at += 1;
         }
         all
     };
-    let error = flood(&PINGS);
+    let error = flood(&ROUNDS);
     assert!(matches!(error, TunnelError::Unread(_)), "{error}");
 }
 

@@ -8,6 +8,7 @@ mod end_to_end;
 mod envoy;
 mod handshakes;
 mod hostile;
+mod keepalive;
 mod peer;
 mod pooling;
 mod queueing;
@@ -182,30 +183,66 @@ async fn serve_with(
     config: &Config,
     telemetry: &WorkerTelemetry,
 ) -> (Rc<Tunnel>, Rc<Requests>) {
+    let surroundings = Surroundings::default();
+    let setup = surroundings.setup(Role::Server, config, telemetry);
+    serve_by(stream, tls, &setup).await
+}
+
+/// As [`serve`], by a worker with `setup`.
+async fn serve_by(
+    stream: TcpStream,
+    tls: &WorkloadTls,
+    setup: &Setup<'_>,
+) -> (Rc<Tunnel>, Rc<Requests>) {
     let requests = Rc::new(Requests::default());
     let owner = Box::new(Owner(Rc::clone(&requests)));
     let peer = stream.peer_addr().unwrap();
     let handshake = Handshake::server(&tls.server).unwrap();
-    let setup = setup(Role::Server, config, telemetry);
-    let server = tunnel::run(stream, peer, handshake, &setup, owner);
+    let server = tunnel::run(stream, peer, handshake, setup, owner);
     (server.await.unwrap(), requests)
 }
 
-fn setup<'a>(role: Role, config: &'a Config, telemetry: &'a WorkerTelemetry) -> Setup<'a> {
-    thread_local! {
-        static CPU: &'static Cpu = Box::leak(Box::default());
+/// What a tunnel has from its worker.
+#[derive(Clone, Debug)]
+struct Surroundings {
+    ping: (Duration, Duration),
+}
+
+impl Default for Surroundings {
+    fn default() -> Self {
+        Self {
+            ping: (Duration::from_secs(10), Duration::from_secs(20)),
+        }
     }
-    Setup {
-        role,
-        config,
-        cpu: CPU.with(|cpu| *cpu),
-        place: None,
-        telemetry,
-        ping: (Duration::from_secs(10), Duration::from_secs(20)),
+}
+
+impl Surroundings {
+    fn setup<'a>(
+        &'a self,
+        role: Role,
+        config: &'a Config,
+        telemetry: &'a WorkerTelemetry,
+    ) -> Setup<'a> {
+        thread_local! {
+            static CPU: &'static Cpu = Box::leak(Box::default());
+        }
+        Setup {
+            role,
+            config,
+            cpu: CPU.with(|cpu| *cpu),
+            place: None,
+            telemetry,
+            ping: self.ping,
+        }
     }
 }
 
 async fn pair(client: Config, server: Config) -> Pair {
+    pair_in(client, server, &Surroundings::default()).await
+}
+
+/// As [`pair`], with what both ends have from their worker.
+async fn pair_in(client: Config, server: Config, surroundings: &Surroundings) -> Pair {
     let tls = certificate(&store());
     let (listener, addr) = listen();
     let mut listener = Listener::from_std(listener);
@@ -216,15 +253,18 @@ async fn pair(client: Config, server: Config) -> Pair {
     let slot = Rc::new(RefCell::new(None));
     rt::spawn({
         let (ready, slot, tls) = (Rc::clone(&ready), Rc::clone(&slot), Arc::clone(&tls));
+        let surroundings = surroundings.clone();
         async move {
-            *slot.borrow_mut() = Some(serve(accepted, &tls, &server).await);
+            let telemetry = registry();
+            let setup = surroundings.setup(Role::Server, &server, &telemetry);
+            *slot.borrow_mut() = Some(serve_by(accepted, &tls, &setup).await);
             ready.set();
         }
     });
     let handshake = Handshake::client(&tls.client, &identity("app")).unwrap();
     let owner = Box::new(ClientSide);
     let telemetry = registry();
-    let setup = setup(Role::Client, &client, &telemetry);
+    let setup = surroundings.setup(Role::Client, &client, &telemetry);
     let client = tunnel::run(stream, addr, handshake, &setup, owner);
     let client = client.await.unwrap();
     ready.wait().await;
@@ -263,10 +303,10 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// xorshift64: reproducible by its seed.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0 |= 1 << 32;
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;

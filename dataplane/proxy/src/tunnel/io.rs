@@ -1,4 +1,4 @@
-//! The tasks of a tunnel: handshake, reader, writer, keepalive.
+//! The tasks of a tunnel: handshake, reader, writer.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -6,11 +6,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::pin::pin;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use hbone::{ErrorCode, Event, Role, StreamId};
+use hbone::{Event, Role, StreamId};
 use rt::buf::{Buf, Pool};
 use rt::net::{Placement, ReadHalf, TcpStream, WriteHalf};
 use telemetry::{Fault, WorkerTelemetry};
@@ -18,14 +18,13 @@ use tls::{ClientHelloWatch, Handshake, HandshakeError, OpenError, Opened, SealEr
 
 use crate::gate::{Cpu, Displaced, Place};
 
-use super::{SEND_LOW, Tunnel, TunnelError, TunnelOwner};
+use super::{SEND_LOW, Tunnel, TunnelError, TunnelOwner, keepalive};
 
 /// How long the writer tries to send what is left when a tunnel ends.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
 /// How long, and for how many bytes, the peer of a failed handshake is listened to.
 const PART_TIME: Duration = Duration::from_secs(1);
 const PART_BYTES: usize = 256 * 1024;
-const PING_PAYLOAD: [u8; 8] = *b"hbonelab";
 
 /// Why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +56,7 @@ pub(crate) struct Setup<'a> {
     pub(crate) place: Option<&'a Place>,
     /// Where errors are counted.
     pub(crate) telemetry: &'a WorkerTelemetry,
-    /// Silence after which the peer is asked for a sign of life, and the one that is too long.
+    /// Silence after which the peer is asked for a sign of life, and the time for its answer.
     pub(crate) ping: (Duration, Duration),
 }
 
@@ -141,7 +140,7 @@ pub(crate) async fn run(
     let pool = write.pool().clone();
     let tunnel = Tunnel::new(setup, session, write, peer_addr, owner);
     rt::spawn(write_loop(Rc::clone(&tunnel)));
-    rt::spawn(keepalive(Rc::downgrade(&tunnel), setup.ping));
+    rt::spawn(keepalive::watch(Rc::downgrade(&tunnel), setup.ping));
     rt::spawn(read_loop(Rc::clone(&tunnel), read, early, pool));
     Ok(tunnel)
 }
@@ -286,29 +285,6 @@ async fn flush(tunnel: &Rc<Tunnel>) -> Result<(), ()> {
     result.map_err(|error| tunnel.fail(error))
 }
 
-/// Asks for signs of life.
-async fn keepalive(tunnel: Weak<Tunnel>, (interval, timeout): (Duration, Duration)) {
-    loop {
-        rt::time::sleep(interval).await;
-        let Some(tunnel) = tunnel.upgrade() else {
-            return;
-        };
-        // A tunnel that only has to send its last still has to have somebody at the other end.
-        if tunnel.error.borrow().is_some() {
-            return;
-        }
-        let silent = tunnel.last_heard.get().elapsed();
-        if silent >= timeout {
-            tunnel.abort(TunnelError::KeepaliveTimeout, ErrorCode::NO_ERROR);
-            return;
-        }
-        if silent >= interval {
-            tunnel.codec.borrow_mut().ping(PING_PAYLOAD);
-            tunnel.pump();
-        }
-    }
-}
-
 /// Receives and dispatches until the tunnel ends.
 async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>, pool: Pool) {
     let mut reader = Reader {
@@ -344,7 +320,7 @@ async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>,
                 tunnel.fail(TunnelError::Truncated);
                 return;
             }
-            Some(Ok(_)) => tunnel.last_heard.set(Instant::now()),
+            Some(Ok(_)) => tunnel.note_heard(),
             Some(Err(error)) => {
                 tunnel.fail(TunnelError::Io(Rc::new(error)));
                 return;

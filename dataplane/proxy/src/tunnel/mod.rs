@@ -13,6 +13,7 @@
 //! [`SEND_HIGH`] plus one frame, and a peer that lets answers pile up to [`SEND_MAX`] is given up.
 
 mod io;
+mod keepalive;
 mod outgoing;
 mod stream;
 
@@ -135,6 +136,8 @@ pub(crate) struct Tunnel {
     /// close_notify and all before it have left, or never will.
     ended: Cell<bool>,
     last_heard: Cell<Instant>,
+    /// Receives so far.
+    heard: Cell<u64>,
     idle_since: Cell<Instant>,
     peer_addr: SocketAddr,
     owner: Box<dyn TunnelOwner>,
@@ -177,6 +180,7 @@ impl Tunnel {
             closing: Cell::new(false),
             ended: Cell::new(false),
             last_heard: Cell::new(now),
+            heard: Cell::new(0),
             idle_since: Cell::new(now),
             peer_addr,
             owner,
@@ -319,6 +323,23 @@ impl Tunnel {
         self.drained.notify();
         self.failed.set();
         self.finish();
+    }
+
+    /// The peer has said something.
+    fn note_heard(&self) {
+        self.last_heard.set(Instant::now());
+        self.heard.set(self.heard.get() + 1);
+    }
+
+    /// What the keepalive looks at.
+    fn signs(&self) -> keepalive::Signs {
+        let (queued, taken) = self.out.borrow().progress();
+        keepalive::Signs {
+            last_heard: self.last_heard.get(),
+            heard: self.heard.get(),
+            queued,
+            taken,
+        }
     }
 
     fn finish(&self) {

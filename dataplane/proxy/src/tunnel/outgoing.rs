@@ -17,6 +17,8 @@ pub(super) struct Outgoing {
     write: WriteHalf,
     /// Plaintext of the record under construction, with room for header and trailer around.
     record: Option<Buf>,
+    /// Bytes given to `write` so far.
+    pushed: u64,
 }
 
 impl Outgoing {
@@ -24,6 +26,7 @@ impl Outgoing {
         Self {
             write,
             record: None,
+            pushed: 0,
         }
     }
 
@@ -34,6 +37,25 @@ impl Outgoing {
     /// Bytes that wait to be taken by the socket.
     pub(super) fn pending_bytes(&self) -> usize {
         self.write.pending_bytes() + self.record.as_ref().map_or(0, |record| record.len())
+    }
+
+    /// Bytes queued so far, and how many of them the socket has taken.
+    pub(super) fn progress(&self) -> (u64, u64) {
+        let building = self.record.as_ref().map_or(0, |record| record.len());
+        let taken = self
+            .pushed
+            .saturating_sub(self.write.pending_bytes() as u64);
+        (self.pushed + building as u64, taken)
+    }
+
+    fn send(&mut self, record: Buf) {
+        self.pushed += record.len() as u64;
+        self.write.push(record);
+    }
+
+    fn send_copy(&mut self, bytes: &[u8]) {
+        self.pushed += bytes.len() as u64;
+        self.write.push_copy(bytes);
     }
 
     /// Appends a copy of `bytes` to the record under construction.
@@ -90,7 +112,7 @@ impl Outgoing {
         record.grow_head(HEADER);
         record.grow_tail(TRAILER);
         session.seal(&mut record)?;
-        self.write.push(record);
+        self.send(record);
         Ok(())
     }
 
@@ -99,7 +121,7 @@ impl Outgoing {
         if session.has_control_output() {
             let mut output = Vec::new();
             session.take_control_output(&mut output);
-            self.write.push_copy(&output);
+            self.send_copy(&output);
         }
     }
 
@@ -109,7 +131,7 @@ impl Outgoing {
         let _ = self.seal(session);
         let mut output = Vec::new();
         session.close_notify(&mut output);
-        self.write.push_copy(&output);
+        self.send_copy(&output);
     }
 }
 
