@@ -177,7 +177,7 @@ fn settings_walk_the_streams_once_for_a_frame() {
     // The same again walks nothing; a value that may not be is refused wherever it stands.
     feed(&mut server, &raw(kind::SETTINGS, 0, 0, &windows[255 * 6..])).unwrap();
     assert_eq!(server.window_walks.get(), 1);
-    let mut bad = windows.clone();
+    let mut bad = windows;
     bad[2] = 0x80;
     let error = feed(&mut server, &raw(kind::SETTINGS, 0, 0, &bad)).unwrap_err();
     assert_eq!(error.code(), ErrorCode::FLOW_CONTROL_ERROR);
