@@ -17,8 +17,9 @@ enum role { ROLE_OUTBOUND, ROLE_INBOUND_PLAIN, ROLE_INBOUND_HBONE, ROLE_DNS_UDP,
 #define MAX_PODS 262144
 #define MAX_POD_CIDRS 64
 #define MAX_UNDERLAYS 8
-#define MAX_NODE_ADDRS 16
+#define MAX_NODE_ADDRS 4096
 #define MAX_NODE_FLOWS 65536
+#define MAX_STACK_FLOWS 65536
 #define MAX_OLDER_FLOWS 262144
 #define EVENT_BYTES_MAX 65536
 
@@ -39,7 +40,6 @@ struct config {
 	__u32 ztunnel_ifindex;		/* ztunnel's interface on the node; 0: no ztunnel, drop */
 	__u32 flags;
 	struct addr ztunnel_addrs[2];	/* IPv4 and IPv6, 0 if there is none */
-	struct addr node_addrs[MAX_NODE_ADDRS];	/* the node's own, the rest 0 */
 	__u32 underlays[MAX_UNDERLAYS];	/* ifindex of each underlay interface, the rest 0 */
 	__u8 ztunnel_mac[6];		/* of the interface inside ztunnel's netns */
 	__u8 pad[2];
@@ -51,12 +51,15 @@ struct config {
 /* Value of `pods`, keyed by each of the pod's addresses. */
 struct pod {
 	__u32 ifindex;			/* host-side interface */
-	__u32 flags;
+	__u16 flags;
+	__u16 stack_flows;		/* by the programs: has made some that are in `stack_flows` */
 };
 
 /*
  * A connection of a pod, seen from the pod. Key of `node_flows`: one that ztunnel made to a pod
  * with an address of the node. Key of `older_flows`: one that is older than the pod's capture.
+ * Key of `stack_flows`: one that takes the node's stack, where it may be translated, although an
+ * address alone would say otherwise; the value says whose it is.
  */
 struct flow {
 	struct addr pod_addr;
@@ -64,6 +67,10 @@ struct flow {
 	__be16 pod_port;
 	__be16 peer_port;
 };
+
+/* Values of `stack_flows`. */
+#define FLOW_OF_POD 1		/* the pod dialled an address of its node: exempt */
+#define FLOW_OF_ZTUNNEL 2	/* a mesh pod of this node dialled the pod by way of the stack */
 
 /* Counter index is program * REASON_COUNT + reason. */
 enum program { PROG_APP_OUTBOUND, PROG_APP_INBOUND, PROG_ZTUNNEL_HOST, PROG_UNDERLAY,

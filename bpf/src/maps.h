@@ -4,6 +4,7 @@
 #define ZT_MAPS_H
 
 #include <linux/bpf.h>
+#include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
 #include "layout.h"
@@ -28,7 +29,7 @@ struct cidr {
 	struct addr addr;
 };
 
-/* Addresses of pods of the whole cluster: reached without the node's stack. */
+/* Addresses of pods of the whole cluster: HBONE between them goes past the nodes' stacks. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, MAX_POD_CIDRS);
@@ -36,6 +37,15 @@ struct {
 	__type(key, struct cidr);
 	__type(value, __u32);
 } pod_cidrs SEC(".maps");
+
+/* All local addresses of the node's namespace but loopback and link-local ones. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_NODE_ADDRS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, __u8);
+} node_addrs SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
@@ -50,6 +60,13 @@ struct {
 	__type(key, struct flow);
 	__type(value, __u8);
 } node_flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_STACK_FLOWS);
+	__type(key, struct flow);
+	__type(value, __u8);
+} stack_flows SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -98,15 +115,22 @@ static __always_inline int same_addr(const struct addr *a, const struct addr *b)
 	return a->w[3] == b->w[3] && a->w[2] == b->w[2] && a->w[1] == b->w[1] && a->w[0] == b->w[0];
 }
 
-static __always_inline int is_node_address(const struct config *cfg, const struct addr *addr)
+static __always_inline int is_link_local(const struct addr *addr)
 {
-	for (int i = 0; i < MAX_NODE_ADDRS; i++) {
-		if (!(cfg->node_addrs[i].w[3] | cfg->node_addrs[i].w[0]))
-			return 0;
-		if (same_addr(&cfg->node_addrs[i], addr))
-			return 1;
-	}
-	return 0;
+	return (addr->w[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
+/* From a pod's interface a link-local address is the node's: nothing else is on that link. */
+static __always_inline int is_node_address(const struct addr *addr)
+{
+	return bpf_map_lookup_elem(&node_addrs, addr) || is_link_local(addr);
+}
+
+static __always_inline int in_pod_cidrs(const struct addr *addr)
+{
+	struct cidr key = { .prefix_len = 128, .addr = *addr };
+
+	return bpf_map_lookup_elem(&pod_cidrs, &key) != 0;
 }
 
 static __always_inline int is_ztunnel_address(const struct config *cfg, const struct addr *addr)

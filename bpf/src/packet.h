@@ -251,11 +251,6 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p)
 		parse_ipv6(skb, p);
 }
 
-static __always_inline int is_link_local(const struct addr *addr)
-{
-	return (addr->w[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
-}
-
 /*
  * Neighbour discovery; multicast listener reports, DHCPv6: from a link-local or no address to the
  * link. Nobody takes these from farther than the link, so that they need no check against the
@@ -274,11 +269,16 @@ static __always_inline int stays_on_link(const struct packet *p)
 	return is_link_local(to) || (to->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000);
 }
 
-static __always_inline int icmp4_error_about(struct __sk_buff *skb, const struct packet *p,
-					     struct addr *to)
+/* The start of the packet that an ICMP error is about; of TCP and UDP alike. */
+struct reported_ports {
+	__be16 source, dest;
+};
+
+static __always_inline int icmp4_error_about(struct __sk_buff *skb, struct flow *sent)
 {
 	const __u32 need = sizeof(struct ethhdr) + 2 * sizeof(struct iphdr) +
-			   sizeof(struct icmp_header);
+			   sizeof(struct icmp_header) + sizeof(struct reported_ports);
+	struct reported_ports *ports;
 	struct icmp_header *icmp;
 	struct iphdr *inner;
 
@@ -286,20 +286,26 @@ static __always_inline int icmp4_error_about(struct __sk_buff *skb, const struct
 		return 0;
 	icmp = frame_start(skb) + sizeof(struct ethhdr) + sizeof(struct iphdr);
 	inner = (void *)(icmp + 1);
-	if ((void *)(inner + 1) > frame_end(skb))
+	ports = (void *)(inner + 1);
+	if ((void *)(ports + 1) > frame_end(skb))
 		return 0;
 	if (icmp->type != ZT_ICMP_DEST_UNREACH && icmp->type != ZT_ICMP_TIME_EXCEEDED &&
 	    icmp->type != ZT_ICMP_PARAMETER_PROBLEM)
 		return 0;
-	set_ipv4(to, inner->daddr);
-	return inner->protocol == IPPROTO_TCP && inner->saddr == p->daddr.w[3];
+	if (inner->ihl != 5 || (inner->frag_off & bpf_htons(IP_FRAGMENT_OFFSET)))
+		return 0;
+	set_ipv4(&sent->pod_addr, inner->saddr);
+	set_ipv4(&sent->peer_addr, inner->daddr);
+	sent->pod_port = ports->source;
+	sent->peer_port = ports->dest;
+	return inner->protocol;
 }
 
-static __always_inline int icmp6_error_about(struct __sk_buff *skb, const struct packet *p,
-					     struct addr *to)
+static __always_inline int icmp6_error_about(struct __sk_buff *skb, struct flow *sent)
 {
 	const __u32 need = sizeof(struct ethhdr) + 2 * sizeof(struct ipv6hdr) +
-			   sizeof(struct icmp_header);
+			   sizeof(struct icmp_header) + sizeof(struct reported_ports);
+	struct reported_ports *ports;
 	struct icmp_header *icmp;
 	struct ipv6hdr *inner;
 
@@ -307,26 +313,28 @@ static __always_inline int icmp6_error_about(struct __sk_buff *skb, const struct
 		return 0;
 	icmp = frame_start(skb) + sizeof(struct ethhdr) + sizeof(struct ipv6hdr);
 	inner = (void *)(icmp + 1);
-	if ((void *)(inner + 1) > frame_end(skb) || icmp->type >= ZT_ICMPV6_INFORMATION)
+	ports = (void *)(inner + 1);
+	if ((void *)(ports + 1) > frame_end(skb) || icmp->type >= ZT_ICMPV6_INFORMATION)
 		return 0;
-	__builtin_memcpy(to, &inner->daddr, sizeof(*to));
-	return inner->nexthdr == IPPROTO_TCP &&
-	       same_addr((struct addr *)&inner->saddr, &p->daddr);
+	__builtin_memcpy(&sent->pod_addr, &inner->saddr, sizeof(sent->pod_addr));
+	__builtin_memcpy(&sent->peer_addr, &inner->daddr, sizeof(sent->peer_addr));
+	sent->pod_port = ports->source;
+	sent->peer_port = ports->dest;
+	return inner->nexthdr;
 }
 
 /*
- * Whether this is an ICMP error about a TCP connection of the packet's destination, and then where
- * that connection goes. A pod's TCP is all ztunnel's unless it is with the node, so such an error
- * (path MTU above all) is meant for ztunnel's socket.
+ * The protocol of the packet that this ICMP error is about, and that packet as a connection seen
+ * from its sender; 0 if this is none, or about a packet whose ports cannot be read.
  */
 static __always_inline int icmp_error_about(struct __sk_buff *skb, const struct packet *p,
-					    struct addr *to)
+					    struct flow *sent)
 {
 	if (p->kind != KIND_IP || p->options || p->fragment)
 		return 0;
 	if (p->v6)
-		return p->protocol == IPPROTO_ICMPV6 && icmp6_error_about(skb, p, to);
-	return p->protocol == IPPROTO_ICMP && icmp4_error_about(skb, p, to);
+		return p->protocol == IPPROTO_ICMPV6 ? icmp6_error_about(skb, sent) : 0;
+	return p->protocol == IPPROTO_ICMP ? icmp4_error_about(skb, sent) : 0;
 }
 
 #endif

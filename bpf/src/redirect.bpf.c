@@ -5,7 +5,7 @@
  *   app_outbound     tc ingress of a pod's host interface: what the pod sends
  *   app_inbound      tc egress of it: what the node's stack delivers to the pod (fallback)
  *   ztunnel_host     tc ingress of ztunnel's host interface: what ztunnel sends
- *   underlay_ingress tc ingress of the underlay: what comes from other nodes
+ *   underlay_ingress tc ingress of the underlay: HBONE from other nodes
  *   ztunnel_ingress  sk_lookup in ztunnel's netns: which listener a new connection gets
  *
  * Rules that hold throughout:
@@ -20,6 +20,12 @@
  *   mesh's and pass, except from a spoofed source. DNS queries are ztunnel's if it is asked for.
  * - A connection that is older than the pod's capture is left alone until it ends: user space
  *   lists it in `older_flows`. None can be added by a packet, and a SYN never counts as one.
+ * - A connection takes one way in both directions, or what judges it in the node's stack
+ *   (conntrack, which also translates addresses) sees half of it. Past the stack go: a pod and its
+ *   ztunnel, ztunnel and the pods of its node, and HBONE (port 15008) between pods' addresses by
+ *   the underlay, which nobody translates. Everything else takes the stack, to a pod and from it,
+ *   and is caught at the pod's interface.
+ * - An ICMP error goes the way of the packet it is about, to whoever sent that.
  * - Each drop is counted and told in `events`, as long as there is room.
  * - "Not mine" is TCX_NEXT, so that programs attached after these still see the packet.
  * - Forwarding here does not decrement the TTL; each packet crosses at most once per node.
@@ -28,6 +34,8 @@
 #include <linux/pkt_cls.h>
 #include <bpf/bpf_helpers.h>
 
+#include "errors.h"
+#include "flows.h"
 #include "layout.h"
 #include "maps.h"
 #include "packet.h"
@@ -86,48 +94,6 @@ static __always_inline int to_ztunnel_by_egress(struct __sk_buff *skb, __u32 rea
 	return bpf_redirect(cfg->ztunnel_ifindex, 0);
 }
 
-static __always_inline int is_ztunnels_icmp_error(struct __sk_buff *skb, const struct packet *p,
-						  const struct config *cfg)
-{
-	struct addr to;
-
-	return icmp_error_about(skb, p, &to) && !is_node_address(cfg, &to) && cfg->ztunnel_ifindex;
-}
-
-/* What the pod at the packet's source sent, as a connection of that pod. */
-static __always_inline void flow_from(struct flow *flow, const struct packet *p)
-{
-	flow->pod_addr = p->saddr;
-	flow->peer_addr = p->daddr;
-	flow->pod_port = p->sport;
-	flow->peer_port = p->dport;
-}
-
-/* What is for the pod at the packet's destination. */
-static __always_inline void flow_to(struct flow *flow, const struct packet *p)
-{
-	flow->pod_addr = p->daddr;
-	flow->peer_addr = p->saddr;
-	flow->pod_port = p->dport;
-	flow->peer_port = p->sport;
-}
-
-enum age { NEW, OLDER, UNKNOWN };
-
-/*
- * Whether a packet of TCP is of a connection that is older than the pod's capture. Most pods have
- * none, which costs nothing more to know.
- */
-static __always_inline enum age age_of(const struct pod *pod, const struct packet *p,
-				       const struct flow *flow)
-{
-	if (!(pod->flags & (POD_OLDER | POD_ENROLLING)) || p->syn || p->fragment || p->options)
-		return NEW;
-	if (bpf_map_lookup_elem(&older_flows, flow))
-		return OLDER;
-	return pod->flags & POD_ENROLLING ? UNKNOWN : NEW;
-}
-
 static __always_inline int is_dns_query(const struct config *cfg, const struct packet *p)
 {
 	return (cfg->flags & CONFIG_DNS) && p->protocol == IPPROTO_UDP &&
@@ -138,6 +104,39 @@ static __always_inline int is_dns_answer(const struct config *cfg, const struct 
 {
 	return (cfg->flags & CONFIG_DNS) && p->protocol == IPPROTO_UDP &&
 	       p->sport == bpf_htons(PORT_DNS);
+}
+
+/*
+ * Whether what a pod sends to an address of the node is the node's: exempt. But ztunnel may be
+ * speaking with that address, for what the node masqueraded on its way to the pod. What the pod
+ * dials is noted, as the address may be a node port's: the answers come by the stack then, from
+ * elsewhere.
+ */
+static __always_inline int is_with_node(struct pod *pod, const struct packet *p,
+					const struct flow *flow)
+{
+	if (!p->syn)
+		return !bpf_map_lookup_elem(&node_flows, flow);
+	bpf_map_delete_elem(&node_flows, flow);
+	note_stack_flow(pod, flow, FLOW_OF_POD);
+	return 1;
+}
+
+/* What a pod sends that is not TCP. */
+static __always_inline int other_than_tcp(struct __sk_buff *skb, const struct packet *p,
+					  const struct config *cfg, const struct pod *pod)
+{
+	const __u32 me = PROG_APP_OUTBOUND;
+	__u32 reason = REASON_DNS;
+
+	if (!is_dns_query(cfg, p)) {
+		if (!is_error_from_pod(skb, p, pod))
+			return next(me, REASON_PASSED);
+		reason = REASON_ICMP_ERROR;
+	}
+	if (!cfg->ztunnel_ifindex)
+		return drop(me, REASON_NO_ZTUNNEL, skb, p);
+	return to_peer(me, reason, cfg->ztunnel_ifindex);
 }
 
 SEC("classifier")
@@ -160,13 +159,8 @@ int app_outbound(struct __sk_buff *skb)
 	pod = get_pod(&p.saddr);
 	if (!pod || pod->ifindex != skb->ifindex)
 		return drop(me, p.v6 && !pod ? REASON_IPV6 : REASON_SPOOFED, skb, &p);
-	if (p.kind != KIND_TCP) {
-		if (!is_dns_query(cfg, &p))
-			return next(me, REASON_PASSED);
-		if (!cfg->ztunnel_ifindex)
-			return drop(me, REASON_NO_ZTUNNEL, skb, &p);
-		return to_peer(me, REASON_DNS, cfg->ztunnel_ifindex);
-	}
+	if (p.kind != KIND_TCP)
+		return other_than_tcp(skb, &p, cfg, pod);
 	if (p.fragment)
 		return drop(me, REASON_FRAGMENT, skb, &p);
 	if (p.options)
@@ -175,15 +169,48 @@ int app_outbound(struct __sk_buff *skb)
 	age = age_of(pod, &p, &flow);
 	if (age == OLDER)
 		return next(me, REASON_OLDER);
-	/* The node's own traffic is exempt, but ztunnel may be speaking with the node's address:
-	 * for traffic the node masqueraded on its way to a pod. */
-	if (is_node_address(cfg, &p.daddr) && !bpf_map_lookup_elem(&node_flows, &flow))
+	if (is_node_address(&p.daddr) && is_with_node(pod, &p, &flow))
 		return next(me, REASON_HOST);
 	if (age == UNKNOWN)
 		return drop(me, REASON_ENROLLING, skb, &p);
 	if (!cfg->ztunnel_ifindex)
 		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
+	/* The same ends may once have met by way of the stack, and not be told apart from it. */
+	if (p.syn && pod->stack_flows) {
+		flow_to(&flow, &p);
+		bpf_map_delete_elem(&stack_flows, &flow);
+	}
 	return to_peer(me, REASON_REDIRECTED, cfg->ztunnel_ifindex);
+}
+
+/*
+ * TCP with the address of a mesh pod of this node that the stack delivers to another: a node port
+ * or service address that was translated without masquerading. The address is that pod's if the
+ * packet came from it, or from ztunnel, which speaks for it. For ztunnel it is inbound plain text
+ * all the same, whose answer must meet the translation.
+ */
+static __always_inline int is_by_stack(const struct __sk_buff *skb, const struct packet *p,
+				       const struct config *cfg, struct pod *sender,
+				       const struct flow *flow)
+{
+	if (skb->ingress_ifindex != sender->ifindex && skb->ingress_ifindex != cfg->ztunnel_ifindex)
+		return 0;
+	if (!p->syn)
+		return stack_flow(sender, flow) == FLOW_OF_ZTUNNEL;
+	note_stack_flow(sender, flow, FLOW_OF_ZTUNNEL);
+	return 1;
+}
+
+/* Whether it is of a connection that the pod has with an address of the node, see is_with_node. */
+static __always_inline int is_answer_to_pod(const struct packet *p, const struct pod *pod,
+					    const struct flow *flow)
+{
+	if (stack_flow(pod, flow) != FLOW_OF_POD)
+		return 0;
+	if (!p->syn)
+		return 1;
+	bpf_map_delete_elem(&stack_flows, flow);
+	return 0;
 }
 
 /* TCP that the node's stack delivers to a pod for someone else. */
@@ -202,22 +229,20 @@ static __always_inline int forwarded_to_app(struct __sk_buff *skb, const struct 
 	if (!pod && p->v6)
 		return drop(me, REASON_IPV6, skb, p);
 	if (sender) {
-		/* A mesh pod's own TCP takes the stack to another mesh pod only if it is older
-		 * than the capture. Else this is a pod outside the mesh using a mesh pod's
-		 * address, or a node port dialled by a mesh pod without masquerading, whose
-		 * answer could not be translated back. */
+		/* Of two mesh pods either may have been captured first. */
 		flow_from(&flow, p);
 		if (age_of(sender, p, &flow) == OLDER)
 			return next(me, REASON_OLDER);
 	}
-	if (pod) {
-		flow_to(&flow, p);
+	flow_to(&flow, p);
+	if (pod)
 		age = age_of(pod, p, &flow);
-	}
 	if (age == OLDER)
 		return next(me, REASON_OLDER);
-	if (sender)
+	if (sender && !is_by_stack(skb, p, cfg, sender, &flow))
 		return drop(me, REASON_SPOOFED, skb, p);
+	if (!sender && pod && is_answer_to_pod(p, pod, &flow))
+		return next(me, REASON_HOST);
 	if (age == UNKNOWN)
 		return drop(me, REASON_ENROLLING, skb, p);
 	if (!cfg->ztunnel_ifindex)
@@ -240,13 +265,14 @@ int app_inbound(struct __sk_buff *skb)
 		return next(me, REASON_PASSED);
 	if (p.kind == KIND_MALFORMED)
 		return drop(me, REASON_MALFORMED, skb, &p);
-	if (is_ztunnels_icmp_error(skb, &p, cfg))
+	if (cfg->ztunnel_ifindex && is_error_for_ztunnel(skb, &p))
 		return to_ztunnel_by_egress(skb, REASON_ICMP_ERROR, cfg, &p);
 	if (p.kind != KIND_TCP)
 		return next(me, REASON_PASSED);
 	/* Sent by a socket of the node itself (also TIME_WAIT answers, which have no struct
-	 * socket), and not forwarded for someone else. */
-	if (skb->ingress_ifindex == 0) {
+	 * socket), and not forwarded for someone else. With another's address it is a reset that
+	 * a filter rule made on the node, for whoever sent what it refuses. */
+	if (skb->ingress_ifindex == 0 && is_node_address(&p.saddr)) {
 		flow_to(&flow, &p);
 		if (p.syn)
 			bpf_map_delete_elem(&node_flows, &flow);
@@ -264,16 +290,15 @@ static __always_inline int is_underlay(const struct config *cfg, __u32 ifindex)
 }
 
 /*
- * A pod of another node: out of the underlay without the node's stack. The route decides, so
- * that a pod of this node outside the mesh (in the same CIDR) takes the stack, and so does what
- * leaves the cluster, which may need masquerading, and what is too large for the way, so that the
- * stack says so.
+ * HBONE with a pod of another node: out of the underlay without the node's stack. The route
+ * decides, so that a pod of this node outside the mesh (in the same CIDR) takes the stack, and so
+ * does what is too large for the way, so that the stack says so. What is not HBONE may have been
+ * translated or be about to.
  */
 static __always_inline int to_other_node(struct __sk_buff *skb, const struct packet *p,
 					 const struct config *cfg)
 {
 	const __u32 me = PROG_ZTUNNEL_HOST;
-	struct cidr key = { .prefix_len = 128, .addr = p->daddr };
 	struct bpf_fib_lookup fib = {
 		.ifindex = skb->ifindex,
 		.l4_protocol = IPPROTO_TCP,
@@ -284,7 +309,7 @@ static __always_inline int to_other_node(struct __sk_buff *skb, const struct pac
 	struct ethhdr *eth;
 	long ret;
 
-	if (!bpf_map_lookup_elem(&pod_cidrs, &key))
+	if (!is_hbone(p->dport, p->sport) || !in_pod_cidrs(&p->daddr))
 		return next(me, REASON_PASSED);
 	if (p->v6) {
 		fib.family = AF_INET6;
@@ -324,7 +349,7 @@ int ztunnel_host(struct __sk_buff *skb)
 	parse(skb, &p);
 	if (!cfg)
 		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
-	if (p.kind == KIND_IP && is_dns_answer(cfg, &p)) {
+	if (p.kind == KIND_IP && (is_dns_answer(cfg, &p) || is_dns_refusal(skb, cfg, &p))) {
 		pod = get_pod(&p.daddr);
 		return pod ? to_peer(me, REASON_DNS, pod->ifindex) : next(me, REASON_PASSED);
 	}
@@ -335,7 +360,11 @@ int ztunnel_host(struct __sk_buff *skb)
 	pod = get_pod(&p.daddr);
 	if (!pod)
 		return to_other_node(skb, &p, cfg);
-	if (p.syn && is_node_address(cfg, &p.saddr)) {
+	/* An answer to what came by the stack. */
+	flow_from(&flow, &p);
+	if (stack_flow(pod, &flow) == FLOW_OF_ZTUNNEL)
+		return next(me, REASON_PASSED);
+	if (p.syn && is_node_address(&p.saddr)) {
 		__u8 one = 1;
 
 		flow_to(&flow, &p);
@@ -363,7 +392,7 @@ int underlay_ingress(struct __sk_buff *skb)
 		return next(me, REASON_PASSED);
 	if (get_pod(&p.saddr))
 		return drop(me, REASON_SPOOFED, skb, &p);
-	if (pod && is_ztunnels_icmp_error(skb, &p, cfg))
+	if (cfg->ztunnel_ifindex && is_error_about_hbone(skb, &p))
 		return to_peer(me, REASON_ICMP_ERROR, cfg->ztunnel_ifindex);
 	if (p.kind != KIND_TCP)
 		return next(me, REASON_PASSED);
@@ -371,6 +400,10 @@ int underlay_ingress(struct __sk_buff *skb)
 		return drop(me, REASON_FRAGMENT, skb, &p);
 	if (p.options)
 		return drop(me, REASON_OPTIONS, skb, &p);
+	/* As ztunnel_host does in the other direction: what is no HBONE between pods takes the
+	 * stack, and is caught at the pod's interface. */
+	if (!is_hbone(p.dport, p.sport) || !in_pod_cidrs(&p.saddr))
+		return next(me, REASON_PASSED);
 	if (pod) {
 		flow_to(&flow, &p);
 		age = age_of(pod, &p, &flow);
@@ -433,6 +466,20 @@ static __always_inline int is_capture_port(__u32 port)
 	return port == PORT_OUTBOUND || port == PORT_INBOUND_PLAIN || port == PORT_INBOUND_HBONE;
 }
 
+/* By way of the stack, see is_by_stack: not what the pod at the other end sends out. */
+static __always_inline int is_inbound_by_stack(const struct bpf_sk_lookup *ctx,
+					       const struct ends *ends, const struct pod *dialler)
+{
+	struct flow flow = {
+		.pod_addr = ends->local,
+		.peer_addr = ends->remote,
+		.pod_port = bpf_htons((__u16)ctx->local_port),
+		.peer_port = (__be16)ctx->remote_port,
+	};
+
+	return ctx->protocol == IPPROTO_TCP && stack_flow(dialler, &flow) == FLOW_OF_ZTUNNEL;
+}
+
 /*
  * Runs for new connections only: established sockets, half-open ones and TIME_WAIT are matched
  * before it. The worker on this CPU gets the connection; NO_REUSEPORT, so that the kernel does
@@ -446,6 +493,7 @@ int ztunnel_ingress(struct bpf_sk_lookup *ctx)
 	int tcp = ctx->protocol == IPPROTO_TCP, dns, from_pod;
 	struct bpf_sock *sk;
 	struct ends ends;
+	struct pod *pod;
 	long err;
 
 	if (ends_of(ctx, &ends))
@@ -464,7 +512,8 @@ int ztunnel_ingress(struct bpf_sk_lookup *ctx)
 		count(PROG_ZTUNNEL_INGRESS, REASON_PASSED);
 		return SK_PASS;
 	}
-	from_pod = get_pod(&ends.remote) != 0;
+	pod = get_pod(&ends.remote);
+	from_pod = pod && !is_inbound_by_stack(ctx, &ends, pod);
 	if (!tcp && !from_pod)
 		return SK_PASS;
 	if (!from_pod)

@@ -26,6 +26,7 @@ mod expedite;
 pub mod iptables_tunnel;
 mod journal;
 mod listener_map;
+mod local_addresses;
 mod netns;
 mod pins;
 mod privileges;
@@ -38,6 +39,7 @@ mod undo;
 pub use ebpf::{Dropped, Outcome};
 pub use error::{Error, Result};
 pub use listener_map::{ListenerMap, MAX_CPUS, Role};
+pub use local_addresses::AddressWatch;
 pub use netns::Observation;
 pub use privileges::check as check_privileges;
 pub use settings::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
@@ -114,6 +116,15 @@ pub trait Redirection: std::fmt::Debug {
     /// # Errors
     /// If it fails; nothing depends on it but memory.
     fn tidy(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// To be called when addresses of the node have come or gone ([`AddressWatch`] tells), and
+    /// every few seconds in case that was missed. Nothing else is touched.
+    ///
+    /// # Errors
+    /// If the kernel's state cannot be written; the addresses known before stay.
+    fn follow_node(&mut self) -> Result<()> {
         Ok(())
     }
 

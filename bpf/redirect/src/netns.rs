@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io;
-use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -142,32 +141,12 @@ pub(crate) fn interface(netns: &Netns, name: &str) -> Result<Interface> {
     })
 }
 
-/// Addresses of these interfaces in the calling thread's namespace, without link-local ones.
-pub(crate) fn addresses(interfaces: &[String]) -> Vec<IpAddr> {
-    let Ok(entries) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    entries
-        .filter(|entry| interfaces.contains(&entry.interface_name))
-        .filter_map(|entry| {
-            let address = entry.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
-            let v6 = || address.as_sockaddr_in6().map(|v6| v6.ip());
-            v4.or_else(|| {
-                v6().filter(|v6| !v6.is_unicast_link_local())
-                    .map(IpAddr::from)
-            })
-        })
-        .collect()
-}
-
-/// What redirection depends on and others may replace: interfaces, their addresses, namespaces.
+/// What redirection depends on and others may replace: interfaces, namespaces.
 /// Two that differ mean that it must be installed anew.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Observation {
     ztunnel: Option<u64>,
     interfaces: Vec<Option<u32>>,
-    addresses: Vec<IpAddr>,
 }
 
 impl Observation {
@@ -179,7 +158,6 @@ impl Observation {
             .chain([&settings.ztunnel.host_interface])
             .chain(pods.iter().map(|pod| &pod.host_interface));
         Self {
-            addresses: addresses(&settings.node.interfaces),
             ztunnel: inode(&settings.ztunnel.netns).ok(),
             interfaces: names
                 .map(|name| nix::net::if_::if_nametoindex(name.as_str()).ok())

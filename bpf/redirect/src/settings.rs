@@ -54,8 +54,8 @@ pub struct Node {
     pub interfaces: Vec<String>,
     /// The address pods see the node as.
     pub address: Ipv4Addr,
-    /// `ebpf` only: further addresses the node speaks to pods with, beside `address` and those of
-    /// `interfaces` (IPv6 above all).
+    /// `ebpf` only: further addresses the node speaks to pods with, beside `address` and all that
+    /// its interfaces have, which are found and followed. Hardly ever needed.
     #[serde(default)]
     pub other_addresses: Vec<IpAddr>,
     /// Addresses of the cluster's pods, of all nodes (at most 64).

@@ -3,12 +3,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{SigSet, Signal};
-use redirect::{Observation, Pod, PodStatus, Redirection, Status};
+use redirect::{AddressWatch, Observation, Pod, PodStatus, Redirection, Status};
 use serde::Serialize;
 
 use crate::config::{Config, Kind};
@@ -23,6 +23,10 @@ const POLL_EVERY: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(100);
 /// Most polls between two attempts to do what failed.
 const RETRY_POLLS_MAX: u32 = 32;
+/// Between two attempts to hear of the node's addresses.
+const WATCH_PAUSE: Duration = Duration::from_secs(1);
+/// What is told to the main loop and not yet heard; of a change of addresses one is enough.
+const EVENTS_MAX: usize = 4;
 /// How long `run` waits for the lock, which `status` may hold for a moment.
 const RUN_PATIENCE: Duration = Duration::from_millis(200);
 /// How long `cleanup` waits for a `run` that is just ending.
@@ -33,38 +37,81 @@ pub(crate) fn run(path: &Path) -> Result<()> {
     let config = Config::load(path)?;
     redirect::check_privileges(config.redirect == Kind::Ebpf)?;
     // Before any thread is started: all of them inherit the mask.
-    let signals = watch_signals()?;
+    let (sender, events) = mpsc::sync_channel(EVENTS_MAX);
+    watch_signals(sender.clone())?;
     let _lock = Lock::take(&config.state_dir, RUN_PATIENCE)?;
     let _netns_lock = NetnsLock::take()?;
+    // Before the addresses are read for the first time, so that no change goes unheard.
+    watch_addresses(sender);
     let mut agent = Agent::start(path, config)?;
     let mut stdout = std::io::stdout();
     writeln!(stdout, "node-agent: ready")
         .and_then(|()| stdout.flush())
         .map_err(Error::Output)?;
+    let mut next_poll = Instant::now() + POLL_EVERY;
     loop {
-        match signals.recv_timeout(POLL_EVERY) {
-            Err(RecvTimeoutError::Timeout) => agent.poll(),
-            Ok(signal) => {
+        let wait = next_poll.saturating_duration_since(Instant::now());
+        match events.recv_timeout(wait) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(Event::Addresses) => agent.follow_node(),
+            Ok(Event::Signal(signal)) => {
                 tracing::info!(%signal, "ending; redirection stays installed");
                 return Ok(());
             }
             Err(RecvTimeoutError::Disconnected) => return Err(Error::Signals(nix::Error::EBADF)),
         }
+        // Also while addresses change without end.
+        if Instant::now() >= next_poll {
+            agent.poll();
+            next_poll = Instant::now() + POLL_EVERY;
+        }
     }
 }
 
-/// Signals that end the agent, as messages.
-fn watch_signals() -> Result<Receiver<Signal>> {
+/// What wakes the main loop between two polls.
+#[derive(Debug)]
+enum Event {
+    /// End.
+    Signal(Signal),
+    /// Addresses of the node have come or gone.
+    Addresses,
+}
+
+/// Tells of signals that end the agent.
+fn watch_signals(events: SyncSender<Event>) -> Result<()> {
     let set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     set.thread_block().map_err(Error::Signals)?;
-    let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         if let Ok(signal) = set.wait() {
             // The receiver is gone only when the process is ending anyway.
-            let _ = sender.send(signal);
+            let _ = events.send(Event::Signal(signal));
         }
     });
-    Ok(receiver)
+    Ok(())
+}
+
+/// Tells of changes of the node's addresses. Without it they are found when [`Agent::reconcile`]
+/// looks.
+fn watch_addresses(events: SyncSender<Event>) {
+    let mut watch = AddressWatch::new();
+    thread::spawn(move || {
+        loop {
+            let heard = match &watch {
+                Ok(watch) => watch.wait(),
+                Err(error) => Err(std::io::Error::from(error.kind())),
+            };
+            if let Err(error) = heard {
+                tracing::warn!(%error, "cannot hear of the node's addresses, trying again");
+                thread::sleep(WATCH_PAUSE);
+                watch = AddressWatch::new();
+            }
+            match events.try_send(Event::Addresses) {
+                // One that is full has such a message, or ends the agent.
+                Ok(()) | Err(mpsc::TrySendError::Full(_)) => {}
+                Err(mpsc::TrySendError::Disconnected(_)) => return,
+            }
+        }
+    });
 }
 
 #[derive(Debug)]
@@ -129,6 +176,13 @@ impl Agent {
             complaint: None,
             retry: None,
         })
+    }
+
+    /// Addresses of the node have come or gone: nothing else is touched.
+    fn follow_node(&mut self) {
+        if let Err(error) = self.redirection.follow_node() {
+            tracing::error!(%error, "the node's addresses are those known before");
+        }
     }
 
     /// Follows changes of the file, of interfaces and of ztunnel's network namespace.
@@ -233,6 +287,7 @@ impl Agent {
         }
         self.pins_seen = pins;
         self.next_reconcile = Instant::now() + self.config.reconcile();
+        self.follow_node();
         let now = self.redirection.inventory()?;
         let missing: BTreeSet<_> = self.expected.difference(&now).cloned().collect();
         let Some(example) = missing.first() else {

@@ -16,6 +16,7 @@ mod topology;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -408,6 +409,38 @@ fn probes_pass(redirect: &'static str) {
     let _app = Server::app(&site.topology.netns("app1"), 8080);
     let answer = site.topology.ask("node", (APP1, 8080)).unwrap();
     assert_eq!(answer.label, "app");
+}
+
+/// Nobody named this address, and it came when the agent was running. Gone again it is a host's
+/// like any other.
+#[test]
+fn addresses_of_the_node_are_followed() {
+    if !can_run("addresses_of_the_node_are_followed") {
+        return;
+    }
+    let site = Site::new("ebpf");
+    let _agent = site.run();
+    let topology = &site.topology;
+    let _app = Server::app(&topology.netns("app1"), 8080);
+    let _ztunnel = site.listener();
+    let new = Ipv4Addr::new(198, 51, 100, 1);
+    let wait_until = |what: &str, is_so: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_so() {
+            assert!(Instant::now() < deadline, "{what}");
+        }
+    };
+    for _ in 0..3 {
+        topology.ip("node", &format!("addr add {new}/32 dev und"));
+        wait_until("the probe reaches the app", &|| {
+            let answer = topology.ask_from("node", Some(new), (APP1, 8080));
+            answer.is_ok_and(|answer| answer.label == "app" && answer.peer.ip() == new)
+        });
+        topology.ip("node", &format!("addr del {new}/32 dev und"));
+        wait_until("ztunnel is asked", &|| {
+            topology.ask("app1", (new, 80)).is_ok()
+        });
+    }
 }
 
 impl Site {

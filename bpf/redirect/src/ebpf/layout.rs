@@ -11,10 +11,9 @@ pub(crate) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.bpf.o"));
 
 /// Size of `struct config`.
-pub(crate) const CONFIG_BYTES: usize =
-    8 + ADDRESS_BYTES * (2 + NODE_ADDRESSES_MAX) + 4 * UNDERLAYS_MAX + 6 + 2;
+pub(crate) const CONFIG_BYTES: usize = 8 + 2 * ADDRESS_BYTES + 4 * UNDERLAYS_MAX + 6 + 2;
 /// Most addresses the node is known by.
-pub(crate) const NODE_ADDRESSES_MAX: usize = 16;
+pub(crate) const NODE_ADDRESSES_MAX: usize = 4096;
 /// Size of `struct addr`.
 pub(crate) const ADDRESS_BYTES: usize = 16;
 /// Size of `struct flow`.
@@ -26,6 +25,8 @@ const CONFIG_DNS: u32 = 1;
 /// Flags of `struct pod`.
 pub(crate) const POD_OLDER: u32 = 1;
 pub(crate) const POD_ENROLLING: u32 = 2;
+/// The part of the word of flags that is user space's; the rest is the programs'.
+pub(crate) const POD_FLAGS: u32 = 0xffff;
 
 const fn map(name: &'static str, key_bytes: u32, value_bytes: u32, entries_max: u32) -> MapLayout {
     MapLayout {
@@ -41,15 +42,23 @@ pub(crate) const PODS: &str = "pods";
 pub(crate) const POD_CIDRS: &str = "pod_cidrs";
 /// Pinned under this name for ztunnel.
 pub(crate) const LISTENERS: &str = "listeners";
+pub(crate) const NODE_ADDRESSES: &str = "node_addrs";
 pub(crate) const COUNTERS: &str = "counters";
 pub(crate) const OLDER_FLOWS: &str = "older_flows";
 pub(crate) const EVENTS: &str = "events";
 
-pub(crate) const MAPS: [MapLayout; 8] = [
+pub(crate) const MAPS: [MapLayout; 10] = [
     map(CONFIG, 4, CONFIG_BYTES as u32, 1),
     map(PODS, ADDRESS_BYTES as u32, 8, 262_144),
     map(POD_CIDRS, 4 + ADDRESS_BYTES as u32, 4, 64),
+    map(
+        NODE_ADDRESSES,
+        ADDRESS_BYTES as u32,
+        1,
+        NODE_ADDRESSES_MAX as u32,
+    ),
     map("node_flows", FLOW_BYTES as u32, 1, 65_536),
+    map("stack_flows", FLOW_BYTES as u32, 1, 65_536),
     map(OLDER_FLOWS, FLOW_BYTES as u32, 1, 262_144),
     map(EVENTS, 0, 0, 65_536),
     map(COUNTERS, 4, 8, (PROGRAMS.len() * REASONS.len()) as u32),
@@ -143,8 +152,6 @@ pub(crate) struct Config {
     pub(crate) dns: bool,
     /// At most one of each family.
     pub(crate) ztunnel_addresses: Vec<IpAddr>,
-    /// Those beyond [`NODE_ADDRESSES_MAX`] are left out.
-    pub(crate) node_addresses: Vec<IpAddr>,
     pub(crate) underlays: Vec<u32>,
     pub(crate) ztunnel_mac: [u8; 6],
 }
@@ -162,8 +169,6 @@ impl Config {
         bytes[4..8].copy_from_slice(&flags.to_ne_bytes());
         let (ztunnel, rest) = bytes[8..].split_at_mut(2 * ADDRESS_BYTES);
         put_addresses(ztunnel, &self.ztunnel_addresses);
-        let (node, rest) = rest.split_at_mut(ADDRESS_BYTES * NODE_ADDRESSES_MAX);
-        put_addresses(node, &self.node_addresses);
         let (underlays, rest) = rest.split_at_mut(4 * UNDERLAYS_MAX);
         for (slot, index) in underlays.chunks_exact_mut(4).zip(&self.underlays) {
             slot.copy_from_slice(&index.to_ne_bytes());
@@ -198,7 +203,6 @@ mod tests {
             ztunnel_ifindex: 7,
             dns: true,
             ztunnel_addresses: vec![[10, 0, 0, 2].into(), "fd00::2".parse().unwrap()],
-            node_addresses: vec![[10, 0, 0, 1].into(); NODE_ADDRESSES_MAX + 1],
             underlays: vec![3; UNDERLAYS_MAX],
             ztunnel_mac: [1, 2, 3, 4, 5, 6],
         };
@@ -208,11 +212,9 @@ mod tests {
         assert_eq!(bytes[18..24], [0xff, 0xff, 10, 0, 0, 2]);
         assert_eq!(ztunnel_address(&bytes), Ipv4Addr::new(10, 0, 0, 2));
         assert_eq!((bytes[24], bytes[39]), (0xfd, 2));
-        assert_eq!(bytes[50..56], [0xff, 0xff, 10, 0, 0, 1]);
-        assert_eq!(bytes[290..296], [0xff, 0xff, 10, 0, 0, 1]);
-        assert_eq!(bytes[296..300], 3u32.to_ne_bytes());
-        assert_eq!(bytes[324..328], 3u32.to_ne_bytes());
-        assert_eq!(bytes[328..], [1, 2, 3, 4, 5, 6, 0, 0]);
+        assert_eq!(bytes[40..44], 3u32.to_ne_bytes());
+        assert_eq!(bytes[68..72], 3u32.to_ne_bytes());
+        assert_eq!(bytes[72..], [1, 2, 3, 4, 5, 6, 0, 0]);
         for text in ["10.1.2.3", "fd00::1"] {
             let ip: IpAddr = text.parse().unwrap();
             assert_eq!(parse_address(address(ip)), ip);

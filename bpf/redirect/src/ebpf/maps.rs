@@ -70,6 +70,24 @@ pub(crate) fn pod_cidrs(pins: &Path) -> Result<Vec<String>> {
         .map_err(|e| Error::bpf("read map", layout::POD_CIDRS, &e))
 }
 
+/// Makes the map hold exactly these addresses of the node. New ones come first.
+pub(crate) fn set_node_addresses(pins: &Path, addresses: &HashSet<IpAddr>) -> Result<()> {
+    let failed = write_failed(layout::NODE_ADDRESSES);
+    let mut map: HashMap<MapData, AddressKey, u8> = open(pins, layout::NODE_ADDRESSES)?;
+    let wanted: HashSet<AddressKey> = addresses.iter().map(|ip| layout::address(*ip)).collect();
+    let old = map
+        .keys()
+        .collect::<Result<HashSet<_>, _>>()
+        .map_err(&failed)?;
+    for key in wanted.difference(&old) {
+        map.insert(key, 1, 0).map_err(&failed)?;
+    }
+    for key in old.difference(&wanted) {
+        ignore_missing(map.remove(key)).map_err(&failed)?;
+    }
+    Ok(())
+}
+
 /// The map of captured addresses: interface index and flags by address.
 pub(crate) struct Pods(HashMap<MapData, AddressKey, [u32; 2]>);
 
@@ -80,18 +98,26 @@ impl Pods {
 
     /// Interface index and flags of the pod, if all its addresses have the same.
     pub(crate) fn get(&self, pod: &Pod) -> Option<[u32; 2]> {
-        let mut all = pod
-            .addresses
-            .iter()
-            .map(|address| self.0.get(&layout::address(*address), 0).ok());
+        let mut all = pod.addresses.iter().map(|address| {
+            let [index, word] = self.0.get(&layout::address(*address), 0).ok()?;
+            Some([index, word & layout::POD_FLAGS])
+        });
         let first = all.next().flatten();
         first.filter(|_| all.all(|other| other == first))
     }
 
+    /// What the programs have noted of the pod stays if it is the same interface's.
     pub(crate) fn set(&mut self, pod: &Pod, index: u32, flags: u32) -> Result<()> {
         for address in &pod.addresses {
+            let key = layout::address(*address);
+            let known = self.0.get(&key, 0).unwrap_or_default();
+            let kept = if known[0] == index {
+                known[1] & !layout::POD_FLAGS
+            } else {
+                0
+            };
             self.0
-                .insert(layout::address(*address), [index, flags], 0)
+                .insert(key, [index, flags | kept], 0)
                 .map_err(write_failed(layout::PODS))?;
         }
         Ok(())

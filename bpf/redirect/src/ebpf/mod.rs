@@ -29,7 +29,7 @@ mod older;
 mod pods;
 mod sock_diag;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
@@ -42,7 +42,7 @@ use crate::netns::{self, Netns};
 use crate::settings::{Pod, Settings};
 use crate::status::{Counters, PodStatus, Status};
 use crate::undo::Undo;
-use crate::{Redirection, expedite, pins, sysctl};
+use crate::{Redirection, expedite, local_addresses, pins, sysctl};
 use attach::{Attacher, Hook};
 pub use events::Dropped;
 use layout::Config;
@@ -99,6 +99,7 @@ impl Ebpf {
         allow_foreign_sources(&mut self.journal, node, &s.ztunnel.host_interface)?;
         maps::set_config(&s.bpffs, &config)?;
         maps::set_pod_cidrs(&s.bpffs, &s.node.pod_cidrs)?;
+        maps::set_node_addresses(&s.bpffs, &node_addresses(s)?)?;
         pods::restore(&s.bpffs, self.journal.pods(), &links)?;
         self.attach_hooks(node, outside, &underlays)
     }
@@ -130,7 +131,6 @@ impl Ebpf {
             ztunnel_ifindex: outside,
             dns: s.dns,
             ztunnel_addresses: [s.ztunnel.address.into()].into_iter().chain(v6).collect(),
-            node_addresses: node_addresses(s),
             underlays: underlays.iter().map(|&(_, index)| index).collect(),
             ztunnel_mac: inside.mac,
         })
@@ -255,6 +255,14 @@ impl Redirection for Ebpf {
         pods::forget_ended(&self.settings.bpffs, self.journal.pods())
     }
 
+    fn follow_node(&mut self) -> Result<()> {
+        let pins = &self.settings.bpffs;
+        if !pins.join(layout::NODE_ADDRESSES).exists() {
+            return Ok(()); // the next look at what is missing brings it back
+        }
+        maps::set_node_addresses(pins, &node_addresses(&self.settings)?)
+    }
+
     fn take_dropped(&mut self, most: usize) -> Result<Vec<Dropped>> {
         events::take(&self.settings.bpffs, most)
     }
@@ -286,28 +294,30 @@ fn not_installed() -> Error {
     }
 }
 
-/// The address pods know and those of the underlay: traffic between a pod and these is the node's
-/// own. Others (a bridge's, the service addresses that IPVS puts on an interface) are captured.
-fn node_addresses(settings: &Settings) -> Vec<IpAddr> {
+/// All local addresses of the node and those that the settings name: traffic between a pod and
+/// these is the node's own.
+fn node_addresses(settings: &Settings) -> Result<HashSet<IpAddr>> {
     let node = &settings.node;
-    let mut all = vec![IpAddr::from(node.address)];
-    for address in netns::addresses(&node.interfaces)
+    let named = [IpAddr::from(node.address)]
         .into_iter()
-        .chain(node.other_addresses.iter().copied())
-    {
-        if !all.contains(&address) {
-            all.push(address);
+        .chain(node.other_addresses.iter().copied());
+    let mut all: HashSet<IpAddr> = named.collect();
+    let found = local_addresses::all()
+        .map_err(|e| Error::file("list the addresses of", Path::new("/proc/self/ns/net"), e))?;
+    for address in &found {
+        if all.len() < layout::NODE_ADDRESSES_MAX {
+            all.insert(*address);
         }
     }
-    if all.len() > layout::NODE_ADDRESSES_MAX {
-        let (most, found) = (layout::NODE_ADDRESSES_MAX, all.len());
+    if found.iter().any(|address| !all.contains(address)) {
+        let (most, found) = (layout::NODE_ADDRESSES_MAX, found.len());
         tracing::warn!(
             most,
             found,
             "more addresses of the node than are exempt from capture"
         );
     }
-    all
+    Ok(all)
 }
 
 fn check_bpffs(dir: &Path) -> Result<()> {

@@ -1,7 +1,7 @@
 //! What only the eBPF redirection promises.
 
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -251,10 +251,13 @@ fn fragments_and_options_are_dropped() {
     }
 }
 
-/// An ICMP "fragmentation needed" from a router about a packet `from` sent to `to`.
-fn packet_too_big(router: Ipv4Addr, from: Ipv4Addr, to: Ipv4Addr, protocol: u8) -> Vec<u8> {
-    let mut inner = syn(from, to, 0, &[]);
+/// An ICMP "fragmentation needed" from a router about a packet that was sent.
+fn packet_too_big(router: Ipv4Addr, sent: [SocketAddrV4; 2], protocol: u8) -> Vec<u8> {
+    let [from, to] = sent;
+    let mut inner = syn(*from.ip(), *to.ip(), 0, &[]);
     inner[9] = protocol;
+    inner[20..22].copy_from_slice(&from.port().to_be_bytes());
+    inner[22..24].copy_from_slice(&to.port().to_be_bytes());
     let mut message = vec![3, 4, 0, 0, 0, 0, 0x05, 0x00];
     message.extend(&inner[..28]);
     let sum: u32 = message
@@ -265,39 +268,44 @@ fn packet_too_big(router: Ipv4Addr, from: Ipv4Addr, to: Ipv4Addr, protocol: u8) 
     message[2..4].copy_from_slice(&sum.to_be_bytes());
     let mut packet = vec![0x45, 0, 0, 0, 0, 1, 0, 0, 64, 1, 0, 0];
     packet.extend(router.octets());
-    packet.extend(from.octets());
+    packet.extend(from.ip().octets());
     packet.extend(message);
     packet
 }
 
-/// The path's MTU is ztunnel's to know: its socket has the pod's address.
+/// The path's MTU is ztunnel's to know: its socket has the pod's address. What went past the stack
+/// is told past the stack; the rest goes where it may be translated, and to ztunnel from there.
 #[test]
 fn icmp_errors_about_tcp_go_to_ztunnel() {
     if !can_run("icmp_errors_about_tcp_go_to_ztunnel") {
         return;
     }
     let topology = Topology::new();
+    let _on_node = Server::app(&topology.netns("node"), 10250);
     EBPF.install(&topology);
-    let count = || counter(&topology, "underlay_ingress", "icmp_error");
-    let send = |about: Ipv4Addr, protocol| {
-        let packet = packet_too_big(REMOTE, APP1, about, protocol);
+    let counts = || {
+        ["underlay_ingress", "app_inbound"].map(|program| counter(&topology, program, "icmp_error"))
+    };
+    let send = |port: u16, to: (Ipv4Addr, u16), protocol| {
+        let sent = [SocketAddrV4::new(APP1, port), SocketAddrV4::new(to.0, to.1)];
+        let packet = packet_too_big(REMOTE, sent, protocol);
         send_raw(&topology, "remote", &packet, APP1);
     };
-    send(REMOTE, 6);
-    assert_eq!(count(), 1);
+    send(40000, (REMOTE, 15008), 6);
+    send(15008, (REMOTE, 40000), 6);
+    assert_eq!(counts(), [2, 0]);
+    send(40000, (REMOTE, 80), 6);
+    // HBONE, but with a host that is no pod.
+    send(40000, (Ipv4Addr::new(192, 0, 2, 1), 15008), 6);
+    assert_eq!(counts(), [2, 2]);
     // About UDP, or about the pod's own connection with the node: the pod's.
-    send(REMOTE, 17);
-    send(NODE, 6);
-    assert_eq!(count(), 1);
-    // What the node's own stack reports for a packet of ztunnel's, too.
-    let from_stack = || counter(&topology, "app_inbound", "icmp_error");
-    send_raw(
-        &topology,
-        "node",
-        &packet_too_big(NODE, APP1, REMOTE, 6),
-        APP1,
-    );
-    assert_eq!(from_stack(), 1);
+    send(40000, (REMOTE, 15008), 17);
+    let own = topology.ask("app1", (NODE, 10250)).unwrap().client.port();
+    send(own, (NODE, 10250), 6);
+    assert_eq!(counts(), [2, 2]);
+    // Any other with the node's address is ztunnel's: for what the node masqueraded.
+    send(8080, (NODE, 40000), 6);
+    assert_eq!(counts(), [2, 3]);
 }
 
 #[test]

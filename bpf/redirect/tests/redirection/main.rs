@@ -14,3 +14,4 @@ mod live;
 mod shared;
 #[allow(dead_code, reason = "the tests of node-agent use the rest")]
 mod topology;
+mod ways;

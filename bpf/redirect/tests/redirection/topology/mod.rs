@@ -309,16 +309,18 @@ impl Topology {
 
     /// A connection from `host` to an [`Echo`].
     pub(crate) fn talk(&self, host: &str, to: SocketAddr) -> Talk {
-        let stream = inside(&self.netns(host), || connect(None, to).unwrap());
-        Talk::new(stream)
+        self.talk_any(host, None, to)
     }
 
     /// As [`Topology::talk`], with a source address that need not be the host's.
     pub(crate) fn talk_from(&self, host: &str, from: Ipv4Addr, to: SocketAddr) -> Talk {
-        let stream = inside(&self.netns(host), || {
-            connect(Some(from.into()), to).unwrap()
-        });
-        Talk::new(stream)
+        self.talk_any(host, Some(from.into()), to)
+    }
+
+    /// As [`Topology::talk_from`], in either family.
+    pub(crate) fn talk_any(&self, host: &str, from: Option<IpAddr>, to: SocketAddr) -> Talk {
+        let stream = inside(&self.netns(host), || connect(from, to));
+        Talk::new(stream.unwrap_or_else(|e| panic!("{host} {from:?} -> {to}: {e}")))
     }
 
     /// Gives everyone but the node an IPv6 address: pods `fd00:1::`, the remote pod `fd00:2::11`.

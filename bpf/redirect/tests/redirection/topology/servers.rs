@@ -50,6 +50,15 @@ impl Echo {
         Self::serve(socket)
     }
 
+    /// Another of ztunnel's listeners as an echo.
+    pub(crate) fn role(netns: &Path, role: Role, map: &Path) -> Self {
+        let address = (Ipv6Addr::UNSPECIFIED, 0).into();
+        let socket = inside(netns, || listen(address, true));
+        let mut map = ListenerMap::open(map).unwrap();
+        map.set(role, 0, socket.as_fd()).unwrap();
+        Self::serve(socket)
+    }
+
     fn serve(socket: TcpListener) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
