@@ -74,7 +74,7 @@ struct flow {
 
 /* Counter index is program * REASON_COUNT + reason. */
 enum program { PROG_APP_OUTBOUND, PROG_APP_INBOUND, PROG_ZTUNNEL_HOST, PROG_UNDERLAY,
-	       PROG_ZTUNNEL_INGRESS, PROG_COUNT };
+	       PROG_ZTUNNEL_INGRESS, PROG_CUT_OFF, PROG_COUNT };
 
 enum reason {
 	REASON_PASSED,		/* not for the mesh: left to the stack */
@@ -92,6 +92,7 @@ enum reason {
 	REASON_OLDER,		/* connection older than the pod's capture: left to the stack */
 	REASON_ENROLLING,	/* dropped while such connections are collected; TCP sends again */
 	REASON_DNS,		/* DNS query or its answer: redirected */
+	REASON_CUT_OFF,		/* dropped: a pod that cannot be captured */
 	REASON_COUNT
 };
 

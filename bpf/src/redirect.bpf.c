@@ -7,6 +7,7 @@
  *   ztunnel_host     tc ingress of ztunnel's host interface: what ztunnel sends
  *   underlay_ingress tc ingress of the underlay: HBONE from other nodes
  *   ztunnel_ingress  sk_lookup in ztunnel's netns: which listener a new connection gets
+ *   cut_off          in place of the first two, for a pod that cannot be captured
  *
  * Rules that hold throughout:
  * - ztunnel takes a connection's direction and the workload's identity from its source address,
@@ -415,6 +416,20 @@ int underlay_ingress(struct __sk_buff *skb)
 	if (!cfg->ztunnel_ifindex)
 		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
 	return to_peer(me, REASON_REDIRECTED, cfg->ztunnel_ifindex);
+}
+
+/*
+ * Stands where app_outbound and app_inbound would. Nothing passes, ARP and neighbour discovery
+ * neither: whose addresses this pod may speak of is what is in doubt, and what cannot be sent to
+ * needs no neighbour.
+ */
+SEC("classifier")
+int cut_off(struct __sk_buff *skb)
+{
+	struct packet p;
+
+	parse(skb, &p);
+	return drop(PROG_CUT_OFF, REASON_CUT_OFF, skb, &p);
 }
 
 struct ends {

@@ -50,7 +50,7 @@ pub(crate) fn ip(line: &str) -> Result<String> {
 
 /// Whether the error says that what was to be removed is not there.
 pub(crate) fn is_missing(error: &Error) -> bool {
-    const SIGNS: [&str; 8] = [
+    const SIGNS: [&str; 10] = [
         "No such process",
         "No such file",
         "Cannot find device",
@@ -59,6 +59,9 @@ pub(crate) fn is_missing(error: &Error) -> bool {
         "No such device",
         "not found",
         "FIB table does not exist",
+        // tc, of a qdisc that is gone.
+        "doesn't exist",
+        "Cannot find specified",
     ];
     match error {
         Error::Command { outcome, .. } => SIGNS.iter().any(|sign| outcome.contains(sign)),

@@ -22,18 +22,27 @@ pub(crate) fn write(value: &str) -> Result<()> {
 }
 
 /// Shortens the waits of what follows, which is about `pods` pods, if that is worth it and
-/// possible. [`Journal::end_expedited`] ends it.
-pub(crate) fn begin(journal: &mut Journal, pods: usize) -> Result<()> {
+/// possible: it is about time alone, so that no pod is kept waiting for it. [`end`] ends it.
+pub(crate) fn begin(journal: &mut Journal, pods: usize) {
     let before = fs::read_to_string(FILE).unwrap_or_default();
     // Somebody else's wish, or a kernel without: nothing to do.
     if pods < PODS_MIN || before.trim() != "0" || journal.installed_redirect().is_none() {
-        return Ok(());
+        return;
     }
     // Nothing is noted that could not be taken back: /sys may be read-only here.
-    if let Err(error) = OpenOptions::new().write(true).open(FILE) {
-        tracing::info!(%error, "{FILE} cannot be written: adding many pods takes longer");
-        return Ok(());
+    let writable = OpenOptions::new().write(true).open(FILE);
+    let writable = writable.map_err(|e| Error::file("write", Path::new(FILE), e));
+    let begun = writable
+        .and_then(|_| journal.begin_expedited("0"))
+        .and_then(|()| write("1"));
+    if let Err(error) = begun {
+        tracing::info!(%error, "adding or removing many pods takes longer");
     }
-    journal.begin_expedited("0")?;
-    write("1")
+}
+
+/// Ends [`begin`].
+pub(crate) fn end(journal: &mut Journal) {
+    if let Err(error) = journal.end_expedited() {
+        tracing::warn!(%error, "the kernel's waits stay short");
+    }
 }

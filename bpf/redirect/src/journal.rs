@@ -4,7 +4,7 @@
 //! changes that were never made (taking those back finds nothing, which is fine) but no change
 //! without an entry. Entries are taken back newest first.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -17,6 +17,7 @@ use crate::command;
 use crate::error::{Error, Result};
 use crate::netns::Netns;
 use crate::settings::{Iptables, Pod};
+use crate::status::Uncaptured;
 use crate::sysctl;
 use crate::undo::{Entry, Undo, undo_entries};
 
@@ -30,6 +31,15 @@ struct Content {
     /// `tunnel`: its driver and UDP port. `ebpf`: how programs are attached.
     detail: Option<String>,
     pods: Vec<Pod>,
+    /// Interfaces that drop everything, because their pods cannot be captured.
+    #[serde(default)]
+    cut_off: BTreeSet<String>,
+    /// Listed pods that are not captured: no change of the system, but what `status` tells.
+    #[serde(default)]
+    uncaptured: Vec<Uncaptured>,
+    /// Connections that were older than their pod's capture and could not be kept.
+    #[serde(default)]
+    older_broken: u64,
     entries: Vec<Entry>,
 }
 
@@ -84,6 +94,28 @@ impl Journal {
         self.content.as_ref().map_or(&[], |content| &content.pods)
     }
 
+    /// The captured pod with this interface.
+    pub(crate) fn pod_at(&self, interface: &str) -> Option<&Pod> {
+        let mut pods = self.pods().iter();
+        pods.find(|pod| pod.host_interface == interface)
+    }
+
+    /// Interfaces that are cut off.
+    pub(crate) fn cut_off(&self) -> impl Iterator<Item = &str> {
+        let all = self.content.iter().flat_map(|content| &content.cut_off);
+        all.map(String::as_str)
+    }
+
+    pub(crate) fn uncaptured(&self) -> &[Uncaptured] {
+        let content = self.content.as_ref();
+        content.map_or(&[], |content| &content.uncaptured)
+    }
+
+    pub(crate) fn older_broken(&self) -> u64 {
+        let content = self.content.as_ref();
+        content.map_or(0, |content| content.older_broken)
+    }
+
     /// Prepares for installation by this back end: whatever is left of a node or a ztunnel
     /// namespace that is gone, or is no longer ztunnel's, is dealt with.
     pub(crate) fn begin(&mut self, node: &Netns, ztunnel: &Netns) -> Result<()> {
@@ -111,6 +143,9 @@ impl Journal {
                 node: node.clone(),
                 detail: None,
                 pods: Vec::new(),
+                cut_off: BTreeSet::new(),
+                uncaptured: Vec::new(),
+                older_broken: 0,
                 entries: Vec::new(),
             });
         }
@@ -240,6 +275,60 @@ impl Journal {
         known.retain(|pod| !new.remove(pod.uid.as_str()));
         known.extend(pods.iter().copied().cloned());
         self.save().map(|()| new)
+    }
+
+    /// Notes that an interface is about to be cut off, or is no longer.
+    pub(crate) fn set_cut_off(&mut self, interface: &str, is_cut_off: bool) -> Result<()> {
+        let cut_off = &mut self.content_mut()?.cut_off;
+        let changed = if is_cut_off {
+            cut_off.insert(interface.to_owned())
+        } else {
+            cut_off.remove(interface)
+        };
+        if changed { self.save() } else { Ok(()) }
+    }
+
+    /// Notes which pods are not captured.
+    pub(crate) fn set_uncaptured(&mut self, pods: Vec<Uncaptured>) -> Result<()> {
+        if self.uncaptured() == pods {
+            return Ok(());
+        }
+        self.content_mut()?.uncaptured = pods;
+        self.save()
+    }
+
+    /// Counts connections that could not be kept.
+    pub(crate) fn count_older_broken(&mut self, more: u64) -> Result<()> {
+        if more == 0 {
+            return Ok(());
+        }
+        self.content_mut()?.older_broken += more;
+        self.save()
+    }
+
+    /// Makes what was changed for `from` be there for `to`.
+    pub(crate) fn hand_over(&mut self, from: &str, to: &str) -> Result<()> {
+        let entries = &mut self.content_mut()?.entries;
+        let of_from = entries
+            .iter_mut()
+            .filter(|entry| entry.owner.as_deref() == Some(from));
+        let mut changed = false;
+        for entry in of_from {
+            entry.owner = Some(to.to_owned());
+            changed = true;
+        }
+        if changed { self.save() } else { Ok(()) }
+    }
+
+    /// Whether anything was changed for `owner`.
+    pub(crate) fn has_owner(&self, owner: &str) -> bool {
+        let mut entries = self.content.iter().flat_map(|content| &content.entries);
+        entries.any(|entry| entry.owner.as_deref() == Some(owner))
+    }
+
+    /// Takes back what was changed for these owners, which are no pods.
+    pub(crate) fn undo_owners(&mut self, owners: &[String]) -> Result<()> {
+        self.undo_where(|entry| entry.owner.as_ref().is_some_and(|own| owners.contains(own)))
     }
 
     /// Notes that the kernel's waits are about to be expedited.

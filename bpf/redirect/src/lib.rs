@@ -1,7 +1,7 @@
 //! Redirection of mesh pods' TCP through the node's ztunnel.
 //!
 //! One trait, [`Redirection`], and two complete back ends, so that they can be compared honestly:
-//! [`iptables_tunnel`], the node-level path of Istio 1.17-1.20, and [`ebpf`], four tc programs
+//! [`iptables_tunnel`], the node-level path of Istio 1.17-1.20, and [`ebpf`], five tc programs
 //! and one socket-lookup program.
 //!
 //! Invariants, for both:
@@ -10,6 +10,7 @@
 //! - Whatever is changed on the node or in ztunnel's network namespace is written to a journal in
 //!   the state directory first, so that clean-up after a crash removes exactly that.
 //! - A step that fails takes back what its operation did before it.
+//! - A pod that cannot be captured never keeps another from being captured, and is cut off.
 //! - Installing over what an earlier process left adopts it: capture is not interrupted.
 //!
 //! Everything runs in the caller's network namespace, which must be the node's. Kernel floor:
@@ -20,6 +21,7 @@
 use std::collections::BTreeSet;
 
 mod command;
+mod cut_off;
 pub mod ebpf;
 mod error;
 mod expedite;
@@ -40,10 +42,10 @@ pub use ebpf::{Dropped, Outcome};
 pub use error::{Error, Result};
 pub use listener_map::{ListenerMap, MAX_CPUS, Role};
 pub use local_addresses::AddressWatch;
-pub use netns::Observation;
+pub use netns::{Observation, check_namespaces, interface_index};
 pub use privileges::check as check_privileges;
 pub use settings::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
-pub use status::{Counters, PodStatus, Status};
+pub use status::{Counters, Failure, PodStatus, Status, Uncaptured, Why};
 
 /// A way to bring mesh pods' TCP to ztunnel.
 ///
@@ -58,12 +60,57 @@ pub trait Redirection: std::fmt::Debug {
     fn install(&mut self) -> Result<()>;
 
     /// Captures pods, or brings them up to date (new interface, say). Others are not touched.
-    /// Each is tried.
+    /// Each is tried; one that cannot be captured costs itself: it is told, and cut off if it is
+    /// not captured already and its interface is its own.
     ///
     /// # Errors
-    /// The first failure. A pod that failed is not captured by this call; a pod that is captured
-    /// already stays so.
-    fn add_pods(&mut self, pods: &[Pod]) -> Result<()>;
+    /// What kept all of them from being captured.
+    fn try_pods(&mut self, pods: &[Pod]) -> Result<Vec<Failure>>;
+
+    /// As [`Redirection::try_pods`], for callers to whom one pod is as good as all.
+    ///
+    /// # Errors
+    /// As [`Redirection::try_pods`], or the first failure.
+    fn add_pods(&mut self, pods: &[Pod]) -> Result<()> {
+        let mut failures = self.try_pods(pods)?.into_iter();
+        failures.next().map_or(Ok(()), |first| Err(first.error))
+    }
+
+    /// Makes these interfaces of the node drop everything, until [`Redirection::let_go`] or until
+    /// a pod with that interface is captured. A captured pod with one of them is no longer.
+    ///
+    /// Never done to an interface that others may need: the underlay's, ztunnel's, `lo`, bridges
+    /// and whatever else is not one pod's.
+    ///
+    /// Returns those that could not be cut off, and why.
+    ///
+    /// # Errors
+    /// What kept all of them from being cut off.
+    fn cut_off(&mut self, interfaces: &[&str]) -> Result<Vec<(String, Error)>>;
+
+    /// Interfaces that are cut off, also by an earlier process.
+    fn interfaces_cut_off(&self) -> Vec<String>;
+
+    /// Ends [`Redirection::cut_off`] of these. Unknown ones are fine.
+    ///
+    /// # Errors
+    /// What could not be removed first; the rest is.
+    fn let_go(&mut self, interfaces: &[&str]) -> Result<()>;
+
+    /// Keeps, for [`Status::not_captured`] of any process, which listed pods are not captured.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    fn note_uncaptured(&mut self, pods: Vec<Uncaptured>) -> Result<()>;
+
+    /// What [`Redirection::note_uncaptured`] last kept.
+    fn uncaptured(&self) -> &[Uncaptured];
+
+    /// Connections older than their pod's capture that found no place and broke, since
+    /// installation.
+    fn older_broken(&self) -> u64 {
+        0
+    }
 
     /// Captures a pod, see [`Redirection::add_pods`].
     ///

@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::settings::{Pod, Settings};
+use crate::settings::Settings;
 
 /// The calling thread's own namespace.
 const OWN: &str = "/proc/thread-self/ns/net";
@@ -105,6 +105,48 @@ fn inode(path: &Path) -> Result<u64> {
     Ok(metadata.ino())
 }
 
+/// For each of these, whether it is the path of a network namespace that can be entered.
+///
+/// # Errors
+/// Each alone: [`Error::Netns`] says what is wrong with it.
+#[must_use]
+pub fn check_namespaces(paths: &[&Path]) -> Vec<Result<()>> {
+    if paths.is_empty() {
+        return Vec::new();
+    }
+    // One thread enters them all and ends; nobody else leaves its own.
+    let joined = thread::scope(|scope| {
+        let helper = scope.spawn(|| paths.iter().map(|path| check_namespace(path)).collect());
+        helper.join()
+    });
+    match joined {
+        Ok(all) => all,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn check_namespace(path: &Path) -> Result<()> {
+    let failed = |source| Error::Netns {
+        path: path.to_owned(),
+        source,
+    };
+    // Opening something else could wait (a FIFO) or have effects (a device).
+    let info = nix::sys::statfs::statfs(path).map_err(|errno| failed(errno.into()))?;
+    if info.filesystem_type() != nix::sys::statfs::NSFS_MAGIC {
+        return Err(failed(io::Error::other("is not a network namespace")));
+    }
+    let file = File::open(path).map_err(failed)?;
+    setns(&file, CloneFlags::CLONE_NEWNET).map_err(|errno| failed(errno.into()))
+}
+
+/// Number of an interface of the node, in whose network namespace the caller is.
+///
+/// # Errors
+/// [`Error::Interface`] if there is none.
+pub fn interface_index(name: &str) -> Result<u32> {
+    index("the node", name)
+}
+
 /// An interface as the kernel numbers it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Interface {
@@ -142,26 +184,44 @@ pub(crate) fn interface(netns: &Netns, name: &str) -> Result<Interface> {
 }
 
 /// What redirection depends on and others may replace: interfaces, namespaces.
-/// Two that differ mean that it must be installed anew.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Observation {
+    /// Two that differ mean that everything must be installed anew.
+    pub node: NodeObservation,
+    /// Two that differ mean that pods must be looked at anew.
+    pub pods: PodsObservation,
+}
+
+/// Of the node and its ztunnel.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct NodeObservation {
     ztunnel: Option<u64>,
     interfaces: Vec<Option<u32>>,
 }
 
+/// Of listed pods, whatever else is wrong with them.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PodsObservation {
+    interfaces: Vec<Option<u32>>,
+    namespaces: Vec<Option<u64>>,
+}
+
 impl Observation {
-    /// Looks at the node as it is now.
+    /// Looks at the node as it is now; `interfaces` and `namespaces` are those that pods name.
     #[must_use]
-    pub fn take(settings: &Settings, pods: &[Pod]) -> Self {
-        let node = settings.node.interfaces.iter();
-        let names = node
-            .chain([&settings.ztunnel.host_interface])
-            .chain(pods.iter().map(|pod| &pod.host_interface));
+    pub fn take(settings: &Settings, interfaces: &[&str], namespaces: &[&Path]) -> Self {
+        let index = |name: &str| nix::net::if_::if_nametoindex(name).ok();
+        let of_node = settings.node.interfaces.iter();
+        let of_node = of_node.chain([&settings.ztunnel.host_interface]);
         Self {
-            ztunnel: inode(&settings.ztunnel.netns).ok(),
-            interfaces: names
-                .map(|name| nix::net::if_::if_nametoindex(name.as_str()).ok())
-                .collect(),
+            node: NodeObservation {
+                ztunnel: inode(&settings.ztunnel.netns).ok(),
+                interfaces: of_node.map(|name| index(name)).collect(),
+            },
+            pods: PodsObservation {
+                interfaces: interfaces.iter().map(|name| index(name)).collect(),
+                namespaces: namespaces.iter().map(|path| inode(path).ok()).collect(),
+            },
         }
     }
 }
@@ -180,6 +240,26 @@ mod tests {
             error.starts_with("interface no-such-if not found in the node"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn what_is_no_network_namespace_is_told_apart() {
+        let here = Path::new(OWN);
+        let wrong = [
+            "/dev/null",
+            "/etc",
+            "/proc/self/ns/uts",
+            "/run/netns/no-such",
+        ]
+        .map(Path::new);
+        let paths: Vec<_> = [here].into_iter().chain(wrong).collect();
+        let checked = check_namespaces(&paths);
+        // Entering one's own takes a privilege, too.
+        assert!(checked[0].is_ok() || !nix::unistd::geteuid().is_root());
+        for (path, result) in wrong.iter().zip(&checked[1..]) {
+            let text = result.as_ref().unwrap_err().to_string();
+            assert!(text.contains(&path.display().to_string()), "{text}");
+        }
     }
 
     #[test]

@@ -263,34 +263,6 @@ impl Settings {
         }
         Ok(())
     }
-
-    /// Checks all pods, alone and against each other.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] with the first field that is wrong.
-    pub fn validate_pods(&self, pods: &[Pod]) -> Result<()> {
-        let (mut uids, mut addresses, mut interfaces) =
-            (HashSet::new(), HashSet::new(), HashSet::new());
-        for pod in pods {
-            self.validate_pod(pod)?;
-            if !uids.insert(&pod.uid) {
-                return setting("pods.uid", &pod.uid, "is listed twice");
-            }
-            if !interfaces.insert(&pod.host_interface) {
-                return setting(
-                    "pods.host_interface",
-                    &pod.host_interface,
-                    "is listed twice",
-                );
-            }
-            for address in &pod.addresses {
-                if !addresses.insert(address) {
-                    return setting("pods.addresses", &address, "is listed twice");
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Pod {
@@ -345,8 +317,8 @@ mod tests {
     fn sound_settings_pass() {
         let s = settings();
         s.validate().unwrap();
-        s.validate_pods(&[pod("a", "10.244.1.11", "va"), pod("b", "fd00::12", "vb")])
-            .unwrap();
+        s.validate_pod(&pod("a", "10.244.1.11", "va")).unwrap();
+        s.validate_pod(&pod("b", "fd00::12", "vb")).unwrap();
     }
 
     #[test]
@@ -378,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_must_not_collide() {
+    fn what_a_pod_cannot_be_names_the_field() {
         let s = settings();
         let wrong = [
             (pod("a", "10.244.1.2", "va"), "pods.addresses"),
@@ -386,13 +358,9 @@ mod tests {
             (pod("a", "::ffff:10.244.1.12", "va"), "pods.addresses"),
             (pod("a", "10.244.1.12", "und"), "pods.host_interface"),
             (pod("a b", "10.244.1.12", "va"), "pods.uid"),
-            (pod("first", "10.244.1.12", "va"), "pods.uid"),
-            (pod("second", "10.244.1.12", "v1"), "pods.host_interface"),
-            (pod("second", "10.244.1.11", "va"), "pods.addresses"),
         ];
-        for (pod_, field) in wrong {
-            let both = [pod("first", "10.244.1.11", "v1"), pod_];
-            let text = s.validate_pods(&both).unwrap_err().to_string();
+        for (pod, field) in wrong {
+            let text = s.validate_pod(&pod).unwrap_err().to_string();
             assert!(text.starts_with(field), "{text}");
         }
     }

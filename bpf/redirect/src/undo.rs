@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::command;
+use crate::cut_off;
 use crate::ebpf::filters;
 use crate::error::{Error, Result};
 use crate::expedite;
@@ -41,6 +42,12 @@ pub(crate) enum Undo {
         interface: String,
         egress: bool,
     },
+    /// Remove a filter that drops everything.
+    DropFilter {
+        netns: Netns,
+        interface: String,
+        egress: bool,
+    },
     /// Remove a clsact qdisc of ours unless others use it by now.
     Clsact { netns: Netns, interface: String },
     /// Remove a directory.
@@ -63,6 +70,7 @@ impl Undo {
             | Self::Command { netns, .. }
             | Self::Chains { netns, .. }
             | Self::Filter { netns, .. }
+            | Self::DropFilter { netns, .. }
             | Self::Clsact { netns, .. } => Some(netns),
             Self::Pin { .. } | Self::Directory { .. } | Self::Expedited { .. } => None,
         }
@@ -106,6 +114,11 @@ impl Undo {
                 interface,
                 egress,
             } => netns.run(|| filters::remove(interface, *egress)),
+            Self::DropFilter {
+                netns,
+                interface,
+                egress,
+            } => netns.run(|| ignore_missing(cut_off::remove_filter(interface, *egress))),
             Self::Clsact { netns, interface } => {
                 netns.run(|| filters::remove_clsact(&[interface.as_str()]))
             }
@@ -207,7 +220,11 @@ fn namespaces(entries: &[Entry]) -> Vec<Netns> {
 /// Removes many pods' filters and then the qdiscs together.
 fn without_clsact(entries: Vec<Entry>) -> Vec<Entry> {
     let is_qdisc = |entry: &Entry| {
-        entry.owner.is_some() && matches!(entry.undo, Undo::Clsact { .. } | Undo::Filter { .. })
+        let is_one = matches!(
+            entry.undo,
+            Undo::Clsact { .. } | Undo::Filter { .. } | Undo::DropFilter { .. }
+        );
+        entry.owner.is_some() && is_one
     };
     let (chosen, mut left): (Vec<_>, Vec<_>) = entries.into_iter().partition(is_qdisc);
     let mut interfaces = Vec::new();
@@ -223,7 +240,7 @@ fn without_clsact(entries: Vec<Entry>) -> Vec<Entry> {
     let removed = interfaces.len() >= TOGETHER_MIN && alike && {
         let filters = chosen
             .iter()
-            .filter(|e| matches!(e.undo, Undo::Filter { .. }));
+            .filter(|e| !matches!(e.undo, Undo::Clsact { .. }));
         let gone: Vec<_> = filters.map(|entry| entry.undo.run()).collect();
         let netns = chosen[0].undo.netns();
         gone.iter().all(Result::is_ok)

@@ -1,6 +1,6 @@
 //! What the commands do.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
@@ -8,14 +8,13 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{SigSet, Signal};
-use redirect::{AddressWatch, Observation, Pod, PodStatus, Redirection, Status};
-use serde::Serialize;
+use redirect::{AddressWatch, Observation, Redirection};
 
 use crate::config::{Config, Kind};
 use crate::dropped::DroppedLog;
 use crate::error::{Error, Result};
-use crate::lock::{self, Lock, NetnsLock};
-use crate::{metrics, shortcut};
+use crate::lock::{Lock, NetnsLock};
+use crate::{metrics, pods, shortcut};
 
 /// How often the configuration file, the interfaces and ztunnel's namespace are looked at.
 const POLL_EVERY: Duration = Duration::from_secs(1);
@@ -144,6 +143,8 @@ struct Retry {
     pause: u32,
     /// Polls left.
     left: u32,
+    /// Whether it concerns more than single pods.
+    whole: bool,
 }
 
 impl Agent {
@@ -152,30 +153,39 @@ impl Agent {
         let metrics = metrics::Server::start(&config)?;
         let mut redirection = config.redirection()?;
         let fresh = !redirection.status()?.installed;
-        if let Err(error) = apply(redirection.as_mut(), &config) {
+        let observed = config.observe();
+        if let Err(error) = redirection.install() {
             if fresh && let Err(left) = redirection.cleanup() {
                 tracing::error!(error = %left, "not everything could be removed");
             }
-            return Err(error);
+            return Err(error.into());
         }
-        let mut shortcut = shortcut::Owner::default();
-        shortcut.follow(&config);
-        Ok(Self {
+        let mut agent = Self {
             path: path.to_owned(),
-            observed: Observation::take(&config.settings(), &config.pods),
+            observed,
             seen: std::fs::read_to_string(path).unwrap_or_default(),
-            expected: redirection.inventory()?,
+            expected: BTreeSet::new(),
             repaired: BTreeSet::new(),
             next_reconcile: Instant::now() + config.reconcile(),
             pins_seen: pins_changed(&config),
             dropped: DroppedLog::default(),
             config,
             redirection,
-            shortcut,
+            shortcut: shortcut::Owner::default(),
             metrics,
             complaint: None,
             retry: None,
-        })
+        };
+        // From here on the agent is needed, whatever becomes of pods: what fails is tried again.
+        let result = agent.apply_pods(true);
+        agent.complain(&result);
+        agent.follow_shortcut();
+        Ok(agent)
+    }
+
+    fn follow_shortcut(&mut self) {
+        let pods = self.redirection.enrolled();
+        self.shortcut.follow(&self.config, &pods);
     }
 
     /// Addresses of the node have come or gone: nothing else is touched.
@@ -194,7 +204,12 @@ impl Agent {
             .and_then(|()| self.reconcile())
             .and_then(|()| metrics::Server::follow(&mut self.metrics, &self.config));
         self.dropped.log(self.redirection.as_mut());
-        self.shortcut.follow(&self.config);
+        self.follow_shortcut();
+        self.complain(&result);
+    }
+
+    /// Logs a failure that lasts once.
+    fn complain(&mut self, result: &Result<()>) {
         match result {
             Ok(()) if self.retry.is_some() => {}
             Ok(()) => self.complaint = None,
@@ -232,16 +247,18 @@ impl Agent {
             return Ok(());
         }
         let same_settings = next.settings() == self.config.settings();
-        if same_settings && self.retry.is_none() {
+        if same_settings && self.retry.as_ref().is_none_or(|retry| !retry.whole) {
             self.config = next;
-            self.apply_pods()?;
+            self.apply_pods(false)?;
         } else {
             // A back end has its settings from the start; a new one adopts what is installed.
             self.redirection = next.redirection()?;
             self.config = next;
             self.apply()?;
         }
-        tracing::info!(pods = self.config.pods.len(), "configuration applied");
+        let captured = self.redirection.enrolled().len();
+        let listed = self.config.pods.len();
+        tracing::info!(listed, captured, "configuration applied");
         Ok(())
     }
 
@@ -253,9 +270,13 @@ impl Agent {
     }
 
     fn follow_system(&mut self) -> Result<()> {
-        let now = Observation::take(&self.config.settings(), &self.config.pods);
+        let now = self.config.observe();
         if now == self.observed {
             return Ok(());
+        }
+        if now.node == self.observed.node {
+            tracing::info!("interfaces or network namespaces of pods changed");
+            return self.apply_pods(true);
         }
         tracing::info!("interfaces or ztunnel's network namespace changed, installing anew");
         self.apply()
@@ -269,12 +290,18 @@ impl Agent {
         if retry.left > 0 {
             return Ok(());
         }
-        // What is removed meanwhile is to be missed, too.
-        let whole = self.expected.clone();
-        let result = self.apply();
-        self.expected.extend(whole);
-        result?;
-        tracing::info!("what had failed is applied now");
+        if retry.whole {
+            // What is removed meanwhile is to be missed, too.
+            let whole = self.expected.clone();
+            let result = self.apply();
+            self.expected.extend(whole);
+            result?;
+        } else {
+            self.apply_pods(false)?;
+        }
+        if self.retry.is_none() {
+            tracing::info!("what had failed is applied now");
+        }
         Ok(())
     }
 
@@ -314,28 +341,37 @@ impl Agent {
 
     /// Installs everything again, in place.
     fn apply(&mut self) -> Result<()> {
-        self.observed = Observation::take(&self.config.settings(), &self.config.pods);
-        let result = apply(self.redirection.as_mut(), &self.config);
-        self.applied(result)
-    }
-
-    /// Adds and removes pods; the others are not touched.
-    fn apply_pods(&mut self) -> Result<()> {
-        self.observed = Observation::take(&self.config.settings(), &self.config.pods);
-        let result = apply_pods(self.redirection.as_mut(), &self.config.pods, false);
-        self.applied(result)
-    }
-
-    fn applied(&mut self, result: Result<()>) -> Result<()> {
-        self.retry = result.is_err().then(|| {
-            let pause = self
-                .retry
-                .as_ref()
-                .map_or(1, |last| (last.pause * 2).min(RETRY_POLLS_MAX));
-            Retry { pause, left: pause }
-        });
-        self.expected = self.redirection.inventory()?;
+        let last = self.retry.take();
+        let result = self.redirection.install();
+        // Where the node's side cannot be brought up to date, pods are to be captured all the
+        // same, as far as that goes.
+        let pods = self.apply_pods(true);
+        let result = result.map_err(Error::from).and(pods);
+        let failed = result.is_err() || self.retry.is_some();
+        self.retry = failed.then(|| Retry::after(last.as_ref(), result.is_err()));
         result
+    }
+
+    /// Brings the node to the pods of the list; with `all`, those that are captured already, too.
+    fn apply_pods(&mut self, all: bool) -> Result<()> {
+        self.observed = self.config.observe();
+        let last = self.retry.take();
+        let result = pods::apply(self.redirection.as_mut(), &self.config, all);
+        let failed = !matches!(result, Ok(false));
+        self.retry = failed.then(|| Retry::after(last.as_ref(), result.is_err()));
+        self.expected = self.redirection.inventory()?;
+        result.map(drop)
+    }
+}
+
+impl Retry {
+    fn after(last: Option<&Self>, whole: bool) -> Self {
+        let pause = last.map_or(1, |last| (last.pause * 2).min(RETRY_POLLS_MAX));
+        Self {
+            pause,
+            left: pause,
+            whole,
+        }
     }
 }
 
@@ -343,119 +379,6 @@ impl Agent {
 fn pins_changed(config: &Config) -> Option<SystemTime> {
     let directory = std::fs::metadata(config.settings().bpffs).ok()?;
     directory.modified().ok()
-}
-
-/// Brings the node to what the configuration says: every pod is tried, the first failure told.
-fn apply(redirection: &mut dyn Redirection, config: &Config) -> Result<()> {
-    redirection.install()?;
-    apply_pods(redirection, &config.pods, true)
-}
-
-/// With `all`, pods that are captured already are brought up to date, too.
-fn apply_pods(redirection: &mut dyn Redirection, pods: &[Pod], all: bool) -> Result<()> {
-    let enrolled = redirection.enrolled();
-    let wanted: BTreeSet<_> = pods.iter().map(|pod| pod.uid.as_str()).collect();
-    let gone: Vec<_> = enrolled
-        .iter()
-        .map(|pod| pod.uid.as_str())
-        .filter(|uid| !wanted.contains(uid))
-        .collect();
-    let known: HashMap<_, _> = enrolled.iter().map(|pod| (&pod.uid, pod)).collect();
-    let is_new = |pod: &Pod| known.get(&pod.uid).is_none_or(|known| *known != pod);
-    let changed: Vec<Pod> = pods
-        .iter()
-        .filter(|pod| all || is_new(pod))
-        .cloned()
-        .collect();
-    let removed = redirection.remove_pods(&gone);
-    let added = redirection.add_pods(&changed);
-    removed.and(added).map_err(Error::from)
-}
-
-/// What `status --json` prints: the redirection's status and the agent's process id.
-#[derive(Debug, Serialize)]
-struct Report {
-    /// Process id of `node-agent run`, if it runs.
-    agent_pid: Option<u32>,
-    #[serde(flatten)]
-    status: Status,
-    /// Of the sockmap short-cut, if it is installed.
-    sockmap: Option<redirect::sockmap::Status>,
-}
-
-/// `status`.
-pub(crate) fn status(config: &Config, json: bool) -> Result<()> {
-    let report = Report {
-        agent_pid: lock::running(&config.state_dir),
-        status: config.redirection()?.status()?,
-        sockmap: shortcut::status(config)?,
-    };
-    let text = if json {
-        serde_json::to_string_pretty(&report).map_err(|e| Error::Output(e.into()))?
-    } else {
-        describe(&report)
-    };
-    writeln!(std::io::stdout(), "{}", text.trim_end()).map_err(Error::Output)
-}
-
-fn describe(report: &Report) -> String {
-    let status = &report.status;
-    let yes = |is: bool| if is { "yes" } else { "no" };
-    let agent = report.agent_pid.map(|pid| pid.to_string());
-    let mut lines = vec![
-        format!("redirection: {}", status.redirect),
-        format!("installed:   {}", yes(status.installed)),
-        format!("agent:       {}", agent.as_deref().unwrap_or("not running")),
-    ];
-    let variant = status.variant.iter();
-    lines.extend(variant.map(|variant| format!("variant:     {variant:?}")));
-    let driver = status.tunnel_driver.iter();
-    lines.extend(driver.map(|driver| format!("tunnels:     {driver}")));
-    let attach = status.attach.iter();
-    lines.extend(attach.map(|attach| format!("attached by: {attach}")));
-    lines.extend(status.pods.iter().map(describe_pod));
-    lines.push(format!("dns capture: {}", yes(status.dns)));
-    if status.older_connections > 0 {
-        let count = status.older_connections;
-        lines.push(format!("older:       {count} connections left alone"));
-    }
-    for (program, reasons) in &status.counters {
-        for (reason, count) in reasons {
-            lines.push(format!("packets:     {program} {reason} {count}"));
-        }
-    }
-    let owned = status.owned.iter();
-    lines.extend(owned.map(|owned| format!("owns:        {owned}")));
-    if let Some(sockmap) = &report.sockmap {
-        describe_sockmap(sockmap, &mut lines);
-    }
-    lines.join("\n")
-}
-
-fn describe_pod(pod: &PodStatus) -> String {
-    let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
-    let missing = if pod.present {
-        ""
-    } else {
-        " (interface missing)"
-    };
-    let (uid, interface) = (&pod.uid, &pod.host_interface);
-    let addresses = addresses.join(",");
-    format!("pod:         {uid} {addresses} {interface}{missing}")
-}
-
-fn describe_sockmap(sockmap: &redirect::sockmap::Status, lines: &mut Vec<String>) {
-    let state = match (sockmap.enabled, sockmap.forced) {
-        (false, _) => "off",
-        (true, false) => "on",
-        (true, true) => "on by force: this kernel's FIONREAD is wrong",
-    };
-    lines.push(format!("sockmap:     {state}"));
-    let bound = sockmap.memory_max.iter();
-    lines.extend(bound.map(|max| format!("sockmap:     below {} MiB of TCP memory", max >> 20)));
-    for (counter, count) in &sockmap.counters {
-        lines.push(format!("sockmap:     {counter} {count}"));
-    }
 }
 
 /// `cleanup`.

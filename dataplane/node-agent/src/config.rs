@@ -7,10 +7,11 @@ use std::time::Duration;
 use redirect::ebpf::Ebpf;
 use redirect::iptables_tunnel::IptablesTunnel;
 use redirect::sockmap;
-use redirect::{Attach, Iptables, Node, Pod, Redirection, Settings, Variant, Ztunnel};
-use serde::{Deserialize, Deserializer};
+use redirect::{Attach, Iptables, Node, Observation, Redirection, Settings, Variant, Ztunnel};
+use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::listed::{self, Entry};
 
 /// Which back end.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -75,18 +76,13 @@ pub(crate) struct Config {
     /// `ebpf`: directory in a mounted bpffs.
     #[serde(default)]
     bpffs: PathBuf,
-    /// Pods of this node that belong to the mesh.
-    #[serde(default, deserialize_with = "null_is_empty")]
-    pub(crate) pods: Vec<Pod>,
+    /// Pods of this node that belong to the mesh, and what cannot be read as one.
+    #[serde(default, deserialize_with = "listed::list")]
+    pub(crate) pods: Vec<Entry>,
 }
 
 fn default_reconcile_s() -> u32 {
     10
-}
-
-/// `pods:` with nothing after it is what is left when the last pod is taken out.
-fn null_is_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Pod>, D::Error> {
-    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 impl Config {
@@ -142,9 +138,6 @@ impl Config {
         settings
             .validate()
             .map_err(|error| wrong(error.to_string()))?;
-        settings
-            .validate_pods(&config.pods)
-            .map_err(|error| wrong(error.to_string()))?;
         Ok(config)
     }
 
@@ -163,6 +156,18 @@ impl Config {
             attach: self.attach,
             dns: self.dns,
         }
+    }
+
+    /// What of the node and of its pods others may change.
+    pub(crate) fn observe(&self) -> Observation {
+        let interfaces = self.pods.iter().filter_map(Entry::host_interface);
+        let namespaces = self.pods.iter().filter_map(|entry| match entry {
+            Entry::Pod(listed) => Some(&*listed.pod.netns),
+            Entry::Unreadable(_) => None,
+        });
+        let (interfaces, namespaces): (Vec<_>, Vec<_>) =
+            (interfaces.collect(), namespaces.collect());
+        Observation::take(&self.settings(), &interfaces, &namespaces)
     }
 
     fn check_shortcut(&self) -> Result<(), String> {
@@ -270,14 +275,7 @@ pods:
                     .replace("pods:", "sockmap: on\npods:"),
                 "sockmap",
             ),
-            (
-                &SOUND.replace("10.244.1.11", "10.244.1.999"),
-                "configuration /c.yaml",
-            ),
-            (
-                &SOUND.replace("10.244.1.11", "10.244.1.2"),
-                "pods.addresses",
-            ),
+            (&SOUND.replace("pods:\n-", "pods:\n "), "sequence"),
             (&SOUND.replace("/run/y", "y"), "bpffs"),
             (
                 &SOUND.replace("redirect:", "reconcile_s: 0\nredirect:"),

@@ -12,9 +12,13 @@ mod agent;
 mod config;
 mod dropped;
 mod error;
+mod listed;
 mod lock;
 mod metrics;
+mod pods;
+mod selection;
 mod shortcut;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,6 +47,8 @@ Configuration:
   stats_address: 127.0.0.1:15014  # counters for Prometheus at /metrics; default: nowhere
   pods:
   - {uid: a, addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}
+A pod may have phase (Kubernetes' status.phase) and started (status.startTime): of two pods with
+one address the running and newer one is captured. A pod that is not captured is cut off.
 With ebpf, IPv6 needs ztunnel.address_v6, and node.other_addresses for addresses of the node
 that are on none of its interfaces; node.netns makes the agent refuse to run elsewhere.
 RUST_LOG sets what is logged to standard error (default info).";
@@ -90,7 +96,7 @@ enum Command {
 fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Run { config } => agent::run(&config),
-        Command::Status { config, json } => agent::status(&Config::load(&config)?, json),
+        Command::Status { config, json } => status::print(&Config::load(&config)?, json),
         Command::Cleanup { config } => agent::cleanup(&Config::load(&config)?),
     }
 }

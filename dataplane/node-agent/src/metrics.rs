@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use redirect::{Counters, Outcome, sockmap};
+use redirect::{Counters, Outcome, Uncaptured, Why, sockmap};
 
 use crate::config::{Config, Kind};
 use crate::error::{Error, Result};
@@ -163,6 +163,14 @@ fn render(config: &Config) -> Result<String> {
     let pods = redirection.enrolled().len() as u64;
     text.family("node_agent_pods", "gauge", "Captured pods of this node.");
     text.sample("node_agent_pods", &[], pods);
+    text.uncaptured(redirection.uncaptured());
+    text.family(
+        "node_agent_older_connections_broken_total",
+        "counter",
+        "Connections older than their pod's capture that found no place in the map.",
+    );
+    let broken = redirection.older_broken();
+    text.sample("node_agent_older_connections_broken_total", &[], broken);
     let counters = redirection.counters()?;
     match config.redirect {
         Kind::Ebpf => text.programs(&counters),
@@ -200,6 +208,20 @@ impl Text {
         }
         let after = if labels.is_empty() { "" } else { "}" };
         let _ = writeln!(self.0, "{after} {value}");
+    }
+
+    fn uncaptured(&mut self, pods: &[Uncaptured]) {
+        let name = "node_agent_pods_not_captured";
+        let help = "Listed pods that are not captured, by reason and whether they are cut off.";
+        self.family(name, "gauge", help);
+        for why in Why::ALL {
+            for (cut_off, text) in [(true, "true"), (false, "false")] {
+                let alike = pods.iter();
+                let alike = alike.filter(|pod| pod.why == why && pod.cut_off == cut_off);
+                let labels = [("reason", why.name()), ("cut_off", text)];
+                self.sample(name, &labels, alike.count() as u64);
+            }
+        }
     }
 
     fn programs(&mut self, counters: &Counters) {

@@ -17,9 +17,9 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
-    /// Brings it to what the configuration and the namespaces are now.
-    pub(crate) fn follow(&mut self, config: &Config) {
-        let result = self.apply(config);
+    /// Brings it to what the configuration, the namespaces and the captured pods are now.
+    pub(crate) fn follow(&mut self, config: &Config, pods: &[Pod]) {
+        let result = self.apply(config, pods);
         let text = result.err().map(|error| error.to_string());
         if let Some(text) = &text
             && self.complaint.as_ref() != Some(text)
@@ -29,7 +29,7 @@ impl Owner {
         self.complaint = text;
     }
 
-    fn apply(&mut self, config: &Config) -> Result<()> {
+    fn apply(&mut self, config: &Config, pods: &[Pod]) -> Result<()> {
         let wanted = config.shortcut();
         let Some(settings) = wanted else {
             self.installed = None;
@@ -39,7 +39,7 @@ impl Owner {
             .installed
             .as_ref()
             .is_some_and(|(known, shortcut)| *known == settings && shortcut.is_current());
-        let state = (Some(settings.clone()), config.pods.clone());
+        let state = (Some(settings.clone()), pods.to_vec());
         if !current {
             if let Some((_, shortcut)) = &self.installed {
                 shortcut.pin_again()?;
@@ -54,7 +54,7 @@ impl Owner {
             self.installed = Some((settings, shortcut));
         }
         match &mut self.installed {
-            Some((_, shortcut)) => Ok(shortcut.set_pods(&config.pods)?),
+            Some((_, shortcut)) => Ok(shortcut.set_pods(pods)?),
             None => Ok(()),
         }
     }

@@ -13,6 +13,9 @@
 )]
 mod topology;
 
+#[path = "agent/granularity.rs"]
+mod granularity;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -27,6 +30,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use redirect::Role;
 use topology::{APP1, REMOTE, Server, Topology, ZTUNNEL, can_run, inside};
+
+use granularity::{
+    a_pod_that_cannot_be_captured_is_cut_off, no_moment_is_open_while_a_pod_changes,
+    one_bad_pod_costs_itself, the_running_and_newer_pod_has_the_address,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -347,10 +355,6 @@ fn bad_input_is_one_line_and_leaves_nothing(redirect: &'static str) {
         (
             config.replace("interfaces: [und]", "interfaces: []"),
             "node.interfaces",
-        ),
-        (
-            config.replace("host_interface: va2", "host_interface: nosuch"),
-            "nosuch not found",
         ),
         (
             config.replace("[und]", "[nosuch]"),
@@ -737,5 +741,9 @@ for_both!(
     metrics,
     waits_for_interfaces,
     bad_input_is_one_line_and_leaves_nothing,
-    probes_pass
+    probes_pass,
+    one_bad_pod_costs_itself,
+    the_running_and_newer_pod_has_the_address,
+    a_pod_that_cannot_be_captured_is_cut_off,
+    no_moment_is_open_while_a_pod_changes
 );

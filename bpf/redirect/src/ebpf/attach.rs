@@ -39,9 +39,20 @@ pub(crate) struct Hook<'a> {
     pub(crate) index: u32,
     /// UID of the pod it is for.
     pub(crate) owner: Option<&'a str>,
+    /// Whether what drops everything stands in the program's place.
+    pub(crate) cut_off: bool,
 }
 
 impl Hook<'_> {
+    /// What is attached, in the link or filter that is the program's.
+    fn attached(&self) -> &'static str {
+        if self.cut_off {
+            layout::CUT_OFF
+        } else {
+            self.program
+        }
+    }
+
     pub(crate) fn egress(&self) -> bool {
         self.program == layout::APP_INBOUND
     }
@@ -62,7 +73,7 @@ impl Hook<'_> {
     fn error(&self, error: &(dyn std::error::Error + 'static)) -> Error {
         Error::bpf(
             "attach program",
-            format!("{} to {}", self.program, self.interface),
+            format!("{} to {}", self.attached(), self.interface),
             error,
         )
     }
@@ -143,7 +154,7 @@ impl Attacher<'_> {
     fn attach_link(&mut self, hook: Hook<'_>) -> Result<(), AttachError> {
         let pin = self.pins.join(hook.pin_name());
         note_link(self.journal, self.pins, hook)?;
-        let program = classifier(self.ebpf, hook.program)?;
+        let program = classifier(self.ebpf, hook.attached())?;
         if let Ok(old) = PinnedLink::from_pin(&pin) {
             let link = SchedClassifierLink::try_from(FdLink::from(old));
             let link = link.map_err(|e| hook.error(&e))?;
@@ -184,7 +195,7 @@ impl Attacher<'_> {
                 .get_or_insert_default()
                 .insert(hook.interface.to_owned());
         }
-        let program = classifier(self.ebpf, hook.program)?;
+        let program = classifier(self.ebpf, hook.attached())?;
         let options = NlOptions {
             priority: filters::PRIORITY,
             handle: filters::HANDLE,

@@ -37,6 +37,7 @@ pub(crate) fn take(
     if let Ok(ztunnel) = Netns::at(&settings.ztunnel.netns) {
         all.extend(ztunnel.run(ztunnel_routing)?);
     }
+    all.extend(crate::cut_off::inventory(journal, node));
     all.extend(sysctl::describe(journal));
     Ok(all)
 }
@@ -48,7 +49,19 @@ pub(super) fn interfaces<'a>(settings: &'a Settings, journal: &'a Journal) -> Ve
         .chain(&settings.node.interfaces)
         .chain(journal.pods().iter().map(|pod| &pod.host_interface))
         .map(String::as_str)
+        .chain(journal.cut_off())
         .collect()
+}
+
+/// Whether programs of ours stand in both directions of a pod's interface.
+pub(super) fn is_guarded(interface: &str, by_filter: bool) -> bool {
+    let found = if by_filter {
+        filters(&[interface]).unwrap_or_default()
+    } else {
+        links(&[interface])
+    };
+    let has = |direction: &str| found.iter().any(|line| line.contains(direction));
+    has(" ingress ") && has(" egress ")
 }
 
 /// Our programs attached by tcx.

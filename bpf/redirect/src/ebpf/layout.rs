@@ -20,6 +20,9 @@ pub(crate) const ADDRESS_BYTES: usize = 16;
 pub(crate) const FLOW_BYTES: usize = 2 * ADDRESS_BYTES + 4;
 /// Size of `struct event`.
 pub(crate) const EVENT_BYTES: usize = 2 * ADDRESS_BYTES + 12;
+/// Most connections older than its capture that one pod may keep: 1/32 of the map, so that it takes
+/// 32 such pods at once to fill it.
+pub(crate) const OLDER_FLOWS_PER_POD: usize = 8_192;
 /// Flag of `struct config`.
 const CONFIG_DNS: u32 = 1;
 /// Flags of `struct pod`.
@@ -71,18 +74,20 @@ pub(crate) const APP_INBOUND: &str = "app_inbound";
 pub(crate) const ZTUNNEL_HOST: &str = "ztunnel_host";
 pub(crate) const UNDERLAY_INGRESS: &str = "underlay_ingress";
 pub(crate) const ZTUNNEL_INGRESS: &str = "ztunnel_ingress";
+pub(crate) const CUT_OFF: &str = "cut_off";
 
 /// In the order of `enum program`.
-pub(crate) const PROGRAMS: [&str; 5] = [
+pub(crate) const PROGRAMS: [&str; 6] = [
     APP_OUTBOUND,
     APP_INBOUND,
     ZTUNNEL_HOST,
     UNDERLAY_INGRESS,
     ZTUNNEL_INGRESS,
+    CUT_OFF,
 ];
 
 /// In the order of `enum reason`.
-pub(crate) const REASONS: [&str; 15] = [
+pub(crate) const REASONS: [&str; 16] = [
     "passed",
     "redirected",
     "host",
@@ -98,6 +103,7 @@ pub(crate) const REASONS: [&str; 15] = [
     "older",
     "enrolling",
     "dns",
+    "cut_off",
 ];
 
 /// What became of the packets that a reason is counted for.

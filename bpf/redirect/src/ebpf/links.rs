@@ -7,9 +7,20 @@ use crate::command;
 use crate::error::{Error, Result};
 use crate::netns::Netns;
 
-/// Index and whether packets can be redirected to its peer, by name.
+/// What matters of an interface's kind.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Kind {
+    /// veth or netkit: packets can be redirected to its peer.
+    Pair,
+    /// TUN or TAP: one process has its other end.
+    Tun,
+    /// Whatever else: bridges, bonds, the machine's own.
+    Other,
+}
+
+/// Index and kind by name.
 #[derive(Debug, Default)]
-pub(crate) struct Links(HashMap<String, (u32, bool)>);
+pub(crate) struct Links(HashMap<String, (u32, Kind)>);
 
 impl Links {
     pub(crate) fn read(node: &Netns) -> Result<Self> {
@@ -23,8 +34,14 @@ impl Links {
             let index = words.next()?.strip_suffix(':')?.parse().ok()?;
             let name = words.next()?.strip_suffix(':')?;
             let name = name.split('@').next()?.to_owned();
-            let has_peer = line.contains(" veth ") || line.contains(" netkit ");
-            Some((name, (index, has_peer)))
+            let kind = if line.contains(" veth ") || line.contains(" netkit ") {
+                Kind::Pair
+            } else if line.contains(" tun type ") {
+                Kind::Tun
+            } else {
+                Kind::Other
+            };
+            Some((name, (index, kind)))
         };
         Self(shown.lines().filter_map(entry).collect())
     }
@@ -43,11 +60,26 @@ impl Links {
     pub(crate) fn veth(&self, field: &'static str, name: &str) -> Result<u32> {
         let index = self.index(name)?;
         match self.0.get(name) {
-            Some((_, true)) => Ok(index),
+            Some((_, Kind::Pair)) => Ok(index),
             _ => Err(Error::Setting {
                 field,
                 value: name.to_owned(),
                 reason: "must be a veth or netkit interface for redirection ebpf".to_owned(),
+            }),
+        }
+    }
+
+    /// Index of an interface that is one pod's alone, by its kind.
+    pub(crate) fn of_one_pod(&self, name: &str) -> Result<u32> {
+        let index = self.index(name)?;
+        match self.0.get(name) {
+            Some((_, Kind::Pair | Kind::Tun)) => Ok(index),
+            _ => Err(Error::Setting {
+                field: "pods.host_interface",
+                value: name.to_owned(),
+                reason: "is not cut off: neither veth nor netkit nor tun, so that others may \
+                         need it"
+                    .to_owned(),
             }),
         }
     }
@@ -61,10 +93,15 @@ mod tests {
     fn index_and_kind_are_read() {
         let links = Links::parse(
             "1: lo: <LOOPBACK> mtu 65536\\    link/loopback 00:00 promiscuity 0\n\
+             4: t0: <NOARP> mtu 1500 qdisc noop\\    link/none promiscuity 0 \\    tun type tun pi off \n\
              12: va1@if2: <UP> mtu 1500\\    link/ether 0a:0b link-netns x promiscuity 0\\    veth \n",
         );
         assert_eq!(links.veth("x", "va1").unwrap(), 12);
         assert_eq!(links.index("lo").unwrap(), 1);
+        assert_eq!(links.of_one_pod("va1").unwrap(), 12);
+        assert_eq!(links.of_one_pod("t0").unwrap(), 4);
+        links.of_one_pod("lo").unwrap_err();
+        links.veth("x", "t0").unwrap_err();
         let text = links.veth("x", "lo").unwrap_err().to_string();
         assert!(text.contains("veth or netkit"), "{text}");
         let text = links.index("va2").unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! Redirection by five BPF programs, without iptables or tunnels.
+//! Redirection by six BPF programs, without iptables or tunnels.
 //!
 //! The node's side is tc programs that hand packets straight to the peer of ztunnel's or a pod's
 //! veth; ztunnel's side is one policy rule (what comes in by its interface is local) and a socket
@@ -19,11 +19,12 @@
 //! do not apply to that; a pod's connections break when it is removed (they are ztunnel's).
 
 pub(crate) mod attach;
+mod cut_off;
 mod events;
 pub(crate) mod filters;
 mod inventory;
 pub(crate) mod layout;
-mod links;
+pub(crate) mod links;
 pub(crate) mod maps;
 mod older;
 mod pods;
@@ -40,7 +41,7 @@ use crate::error::{Error, Result};
 use crate::journal::Journal;
 use crate::netns::{self, Netns};
 use crate::settings::{Pod, Settings};
-use crate::status::{Counters, PodStatus, Status};
+use crate::status::{Counters, Failure, PodStatus, Status, Uncaptured};
 use crate::undo::Undo;
 use crate::{Redirection, expedite, local_addresses, pins, sysctl};
 use attach::{Attacher, Hook};
@@ -152,12 +153,14 @@ impl Ebpf {
             interface: &interface,
             index: outside,
             owner: None,
+            cut_off: false,
         }];
         hooks.extend(underlays.iter().map(|(interface, index)| Hook {
             program: layout::UNDERLAY_INGRESS,
             interface,
             index: *index,
             owner: None,
+            cut_off: false,
         }));
         for hook in &hooks {
             attacher.attach(*hook)?;
@@ -202,15 +205,41 @@ impl Redirection for Ebpf {
         result
     }
 
-    fn add_pods(&mut self, pods: &[Pod]) -> Result<()> {
+    fn try_pods(&mut self, pods: &[Pod]) -> Result<Vec<Failure>> {
         let node = self.node()?;
         pods::add(self, &node, pods)
     }
 
+    fn cut_off(&mut self, interfaces: &[&str]) -> Result<Vec<(String, Error)>> {
+        let node = self.node()?;
+        cut_off::all(self, &node, interfaces)
+    }
+
+    fn interfaces_cut_off(&self) -> Vec<String> {
+        self.journal.cut_off().map(str::to_owned).collect()
+    }
+
+    fn let_go(&mut self, interfaces: &[&str]) -> Result<()> {
+        cut_off::end(self, interfaces)
+    }
+
+    fn note_uncaptured(&mut self, pods: Vec<Uncaptured>) -> Result<()> {
+        self.journal.set_uncaptured(pods)
+    }
+
+    fn uncaptured(&self) -> &[Uncaptured] {
+        self.journal.uncaptured()
+    }
+
+    fn older_broken(&self) -> u64 {
+        self.journal.older_broken()
+    }
+
     fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
-        expedite::begin(&mut self.journal, uids.len())?;
+        expedite::begin(&mut self.journal, uids.len());
         let removed = pods::remove(self, uids);
-        self.journal.end_expedited().and(removed)
+        expedite::end(&mut self.journal);
+        removed
     }
 
     fn enrolled(&self) -> Vec<Pod> {
@@ -231,8 +260,10 @@ impl Redirection for Ebpf {
             attach: self.journal.detail().map(str::to_owned),
             dns: self.settings.dns,
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
+            not_captured: self.journal.uncaptured().to_vec(),
             owned: self.inventory()?,
             older_connections: older,
+            older_connections_broken: self.journal.older_broken(),
             counters: self.counters().unwrap_or_default(),
         })
     }
@@ -268,10 +299,13 @@ impl Redirection for Ebpf {
     }
 
     fn cleanup(&mut self) -> Result<()> {
+        let cut_off = self.interfaces_cut_off();
+        let cut_off: Vec<_> = cut_off.iter().map(String::as_str).collect();
+        let let_go = self.let_go(&cut_off);
         self.object = None;
         let pods = self.enrolled();
         let uids: Vec<_> = pods.iter().map(|pod| pod.uid.as_str()).collect();
-        let result = self.remove_pods(&uids);
+        let result = self.remove_pods(&uids).and(let_go);
         let result = self.journal.undo_all().and(result);
         // Pins survive a lost journal and are known by their names.
         for pin in attach::own_pins(&self.settings.bpffs) {

@@ -1,7 +1,8 @@
 //! Adding and removing pods, many at once.
 //!
 //! The journal is written once for all of them, before anything is changed; each pod then costs a
-//! few system calls. Others are not touched.
+//! few system calls. Others are not touched. What fails for one pod leaves it cut off, see
+//! `cut_off.rs`.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -13,11 +14,12 @@ use super::attach::{self, Hook};
 use super::layout::{self, POD_ENROLLING, POD_OLDER};
 use super::links::Links;
 use super::maps::{FlowKey, OlderFlows, Pods};
-use super::{Ebpf, filters, inventory, not_installed, older};
+use super::{Ebpf, cut_off, filters, inventory, not_installed, older};
 use crate::error::Result;
 use crate::expedite;
 use crate::netns::Netns;
 use crate::settings::Pod;
+use crate::status::Failure;
 
 /// A pod that is being added.
 struct Addition<'a> {
@@ -34,81 +36,147 @@ impl Addition<'_> {
             interface: &self.pod.host_interface,
             index: self.index,
             owner: Some(&self.pod.uid),
+            cut_off: false,
         })
     }
 }
 
-/// Keeps the first error and logs the others.
+/// Collects what went wrong, pod by pod.
 #[derive(Default)]
-struct FirstError(Option<crate::Error>);
+struct Failures(Vec<Failure>);
 
-impl FirstError {
-    fn take<T>(&mut self, result: Result<T>) -> Option<T> {
+impl Failures {
+    fn take<T>(&mut self, pod: &Pod, result: Result<T>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
-            Err(error) if self.0.is_none() => {
-                self.0 = Some(error);
-                None
-            }
             Err(error) => {
-                tracing::error!("{error}");
+                self.0.push(Failure {
+                    uid: pod.uid.clone(),
+                    error,
+                    cut_off: false,
+                });
                 None
             }
         }
     }
-
-    fn into_result(self) -> Result<()> {
-        self.0.map_or(Ok(()), Err)
-    }
 }
 
-pub(crate) fn add(redirection: &mut Ebpf, node: &Netns, pods: &[Pod]) -> Result<()> {
+pub(crate) fn add(redirection: &mut Ebpf, node: &Netns, pods: &[Pod]) -> Result<Vec<Failure>> {
     let links = Links::read(node)?;
-    let mut errors = FirstError::default();
+    let mut failures = Failures::default();
     let mut sound = Vec::new();
     for pod in pods {
         let checked = redirection
             .settings
             .validate_pod(pod)
             .and_then(|()| links.veth("host_interface", &pod.host_interface));
-        sound.extend(errors.take(checked).map(|index| (pod, index)));
+        sound.extend(failures.take(pod, checked).map(|index| (pod, index)));
     }
-    let outdated = outdated(redirection, &sound)?;
-    if !outdated.is_empty() {
-        crate::Redirection::remove_pods(redirection, &outdated)?;
-    }
-    let additions = note(redirection, node, &sound, &mut errors)?;
+    replace_outdated(redirection, node, &links, &sound)?;
+    let additions = note(redirection, node, &sound, &mut failures)?;
     if additions.is_empty() {
-        return errors.into_result();
+        return Ok(failures.0);
     }
-    expedite::begin(&mut redirection.journal, additions.len())?;
-    let captured = capture(redirection, node, &additions, &mut errors);
-    redirection.journal.end_expedited()?;
-    let failed = captured?;
-    if !failed.is_empty()
-        && let Err(error) = crate::Redirection::remove_pods(redirection, &failed)
-    {
-        tracing::warn!(%error, "not all of a pod's capture was taken back");
+    expedite::begin(&mut redirection.journal, additions.len());
+    let captured = capture(redirection, node, &additions, &mut failures);
+    expedite::end(&mut redirection.journal);
+    let open = match captured {
+        Ok(open) => open,
+        Err(error) => {
+            // Nothing was captured; what is new is not to look as if it were.
+            let new = additions.iter().filter(|addition| addition.is_new);
+            let new: Vec<_> = new.map(|addition| addition.pod.uid.as_str()).collect();
+            redirection.journal.remove_pods(&new)?;
+            return Err(error);
+        }
+    };
+    let captured = additions.iter().map(|addition| addition.pod);
+    let captured = captured.filter(|pod| !open.contains(&pod.uid.as_str()));
+    let interfaces: Vec<_> = captured.map(|pod| pod.host_interface.as_str()).collect();
+    if let Err(error) = crate::cut_off::end_filters(&mut redirection.journal, &interfaces) {
+        tracing::warn!(%error, "pods are captured and still cut off");
     }
-    errors.into_result()
+    for addition in additions {
+        if open.contains(&addition.pod.uid.as_str()) {
+            close(redirection, node, &addition, &mut failures);
+        }
+    }
+    Ok(failures.0)
 }
 
-/// Captures all of them; returns the UIDs of new ones that could not be.
+/// Cuts off a pod whose capture failed.
+fn close(redirection: &mut Ebpf, node: &Netns, addition: &Addition<'_>, failures: &mut Failures) {
+    let pod = addition.pod;
+    let result = cut_off::one(redirection, node, &pod.host_interface, addition.index);
+    match result {
+        Ok(()) => {
+            let failed = failures
+                .0
+                .iter_mut()
+                .rfind(|failure| failure.uid == pod.uid);
+            if let Some(failure) = failed {
+                failure.cut_off = true;
+            }
+        }
+        Err(error) => {
+            tracing::error!(%error, uid = pod.uid, "neither captured nor cut off");
+            if let Err(error) = crate::Redirection::remove_pods(redirection, &[&pod.uid]) {
+                tracing::warn!(%error, "not all of a pod's capture was taken back");
+            }
+        }
+    }
+}
+
+/// Captures all of them; returns the UIDs of those whose packets nothing stops.
 fn capture<'a>(
     redirection: &mut Ebpf,
     node: &Netns,
     additions: &[Addition<'a>],
-    errors: &mut FirstError,
+    failures: &mut Failures,
 ) -> Result<Vec<&'a str>> {
+    let by_filter = redirection.journal.detail() == Some(attach::CLSACT);
     let mut capture = Capture::begin(redirection, node)?;
-    let mut failed = Vec::new();
+    let mut open = Vec::new();
     for addition in additions {
         let done = capture.add(addition);
-        if errors.take(done).is_none() && addition.is_new {
-            failed.push(addition.pod.uid.as_str());
+        if failures.take(addition.pod, done).is_some() {
+            continue;
+        }
+        let interface = &addition.pod.host_interface;
+        let guarded = !addition.is_new && inventory::is_guarded(interface, by_filter);
+        if !guarded {
+            open.push(addition.pod.uid.as_str());
         }
     }
-    Ok(failed)
+    let broken = capture.broken;
+    redirection.journal.count_older_broken(broken)?;
+    Ok(open)
+}
+
+/// Those of which anything differs from what is known are captured anew, and cut off meanwhile.
+fn replace_outdated(
+    redirection: &mut Ebpf,
+    node: &Netns,
+    links: &Links,
+    pods: &[(&Pod, u32)],
+) -> Result<()> {
+    let outdated = outdated(redirection, pods)?;
+    let mut gone = Vec::new();
+    for uid in outdated {
+        let known = redirection.journal.pods().iter().find(|pod| pod.uid == uid);
+        let Some(interface) = known.map(|pod| pod.host_interface.clone()) else {
+            continue;
+        };
+        let index = links.index(&interface);
+        let done = index.and_then(|index| cut_off::one(redirection, node, &interface, index));
+        if done.is_err() {
+            gone.push(uid);
+        }
+    }
+    if gone.is_empty() {
+        return Ok(());
+    }
+    crate::Redirection::remove_pods(redirection, &gone)
 }
 
 /// UIDs of those of which anything differs from what is known.
@@ -130,7 +198,7 @@ fn note<'a>(
     redirection: &mut Ebpf,
     node: &Netns,
     pods: &[(&'a Pod, u32)],
-    errors: &mut FirstError,
+    failures: &mut Failures,
 ) -> Result<Vec<Addition<'a>>> {
     let pins = redirection.settings.bpffs.clone();
     let by_filter = redirection.journal.detail() == Some(attach::CLSACT);
@@ -143,7 +211,7 @@ fn note<'a>(
     redirection.journal.batch(|journal| {
         let mut owners = journal.owners();
         let free = pods.iter().filter(|(pod, _)| {
-            let is_free = errors.take(owners.check_free(pod)).is_some();
+            let is_free = failures.take(pod, owners.check_free(pod)).is_some();
             if is_free {
                 owners.add(pod);
             }
@@ -155,6 +223,11 @@ fn note<'a>(
         for (pod, index) in free {
             let is_new = new.contains(pod.uid.as_str());
             let addition = Addition { pod, index, is_new };
+            let interface = pod.host_interface.as_str();
+            if journal.cut_off().any(|name| name == interface) {
+                journal.hand_over(&crate::cut_off::owner(interface), &pod.uid)?;
+                journal.set_cut_off(interface, false)?;
+            }
             for hook in addition.hooks() {
                 if by_filter {
                     let has_clsact = clsact.contains(hook.interface);
@@ -178,6 +251,8 @@ struct Capture<'a> {
     ztunnel: &'a Path,
     /// ztunnel's connections seen from their other ends; read when a pod has any.
     ztunnels: Option<HashSet<(SocketAddr, SocketAddr)>>,
+    /// Connections that found no place and break.
+    broken: u64,
 }
 
 impl<'a> Capture<'a> {
@@ -199,6 +274,7 @@ impl<'a> Capture<'a> {
             older,
             ztunnel: &redirection.settings.ztunnel.netns,
             ztunnels: None,
+            broken: 0,
         })
     }
 
@@ -207,9 +283,9 @@ impl<'a> Capture<'a> {
     /// after, for those that came in between; until then the programs drop what may be of one.
     fn add(&mut self, addition: &Addition<'_>) -> Result<()> {
         let Addition { pod, index, is_new } = *addition;
-        let mut older = HashSet::new();
+        let mut older = Older::default();
         if is_new {
-            self.list_older(pod, &mut older, false)?;
+            self.list_older(pod, &mut older, false);
             self.pods.set(pod, index, POD_OLDER | POD_ENROLLING)?;
         } else if self.pods.get(pod).is_none() {
             self.pods.set(pod, index, 0)?;
@@ -219,44 +295,86 @@ impl<'a> Capture<'a> {
         }
         if is_new {
             // What ztunnel has by now may have come through the programs already.
-            self.list_older(pod, &mut older, true)?;
-            let flags = if older.is_empty() { 0 } else { POD_OLDER };
+            self.list_older(pod, &mut older, true);
+            let flags = if older.kept.is_empty() { 0 } else { POD_OLDER };
             self.pods.set(pod, index, flags)?;
+            self.tell_broken(pod, &older);
         }
         Ok(())
     }
 
-    /// Puts the pod's connections into the map and into `found`, less those with ztunnel.
-    fn list_older(
-        &mut self,
-        pod: &Pod,
-        found: &mut HashSet<FlowKey>,
-        look_again: bool,
-    ) -> Result<()> {
+    /// Puts the pod's connections into the map and into `older`, less those with ztunnel. What does
+    /// not fit, or cannot be told from ztunnel's, is captured like all else: ztunnel has no such
+    /// connection and resets it.
+    fn list_older(&mut self, pod: &Pod, older: &mut Older, look_again: bool) {
         let all = match older::connections(&pod.netns) {
             Ok(all) => all,
             Err(error) => {
                 tracing::warn!(%error, uid = pod.uid, "open connections cannot be seen and break");
-                return Ok(());
+                return;
             }
         };
         let mut keys = older::keys(&all, pod);
-        keys.retain(|key| !found.contains(key));
+        keys.retain(|key| !older.kept.contains(key) && !older.broken.contains(key));
         if keys.is_empty() {
-            return Ok(());
+            return;
         }
         let ztunnels = match self.ztunnels.take().filter(|_| !look_again) {
             Some(known) => known,
-            None => older::mirrored(older::connections(self.ztunnel)?),
+            None => match older::connections(self.ztunnel) {
+                Ok(all) => older::mirrored(all),
+                Err(error) => {
+                    older.why = Some(error);
+                    older.broken.extend(keys);
+                    return;
+                }
+            },
         };
         let of_ztunnel = older::keys(&ztunnels, pod);
         self.ztunnels = Some(ztunnels);
         for key in keys.difference(&of_ztunnel) {
-            self.older.add(*key)?;
-            found.insert(*key);
+            let has_room = older.why.is_none() && older.kept.len() < layout::OLDER_FLOWS_PER_POD;
+            if has_room && let Err(error) = self.older.add(*key) {
+                older.why = Some(error);
+            }
+            if has_room && older.why.is_none() {
+                older.kept.insert(*key);
+            } else {
+                older.broken.insert(*key);
+            }
         }
-        Ok(())
     }
+
+    fn tell_broken(&mut self, pod: &Pod, older: &Older) {
+        let broken = older.broken.len();
+        if broken == 0 {
+            return;
+        }
+        self.broken += broken as u64;
+        let (uid, kept) = (&pod.uid, older.kept.len());
+        let why = match &older.why {
+            Some(error) => error.to_string(),
+            None => format!("a pod's share is {}", layout::OLDER_FLOWS_PER_POD),
+        };
+        tracing::warn!(
+            uid,
+            kept,
+            broken,
+            why,
+            "connections older than the capture break"
+        );
+    }
+}
+
+/// A pod's connections that are older than its capture.
+#[derive(Default)]
+struct Older {
+    /// In the map.
+    kept: HashSet<FlowKey>,
+    /// For which there was no place.
+    broken: HashSet<FlowKey>,
+    /// Why, if not because the pod has its share.
+    why: Option<crate::Error>,
 }
 
 /// Makes the map hold the addresses of these pods: those that a lost map had, and no others.
@@ -296,7 +414,7 @@ pub(crate) fn remove(redirection: &mut Ebpf, uids: &[&str]) -> Result<()> {
 }
 
 /// The kernel detaches programs a little after their links are gone.
-fn wait_until_detached(interfaces: &[String]) {
+pub(super) fn wait_until_detached(interfaces: &[String]) {
     let deadline = Instant::now() + DETACH_PATIENCE;
     let mut left: Vec<&str> = interfaces.iter().map(String::as_str).collect();
     loop {
@@ -313,7 +431,7 @@ fn wait_until_detached(interfaces: &[String]) {
 }
 
 /// Takes pods out of the maps.
-fn forget(pins: &Path, pods: &[Pod], uids: &[&str]) -> Result<()> {
+pub(super) fn forget(pins: &Path, pods: &[Pod], uids: &[&str]) -> Result<()> {
     if !pins.join(layout::PODS).exists() {
         return Ok(());
     }

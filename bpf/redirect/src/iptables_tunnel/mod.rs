@@ -23,13 +23,14 @@ pub(crate) mod tables;
 
 use std::collections::{BTreeSet, HashMap};
 
+use crate::ebpf::links::Links;
 use crate::error::{Error, Result};
 use crate::journal::{Journal, Owners};
 use crate::netns::{self, Netns};
 use crate::settings::{Iptables, Pod, Settings, Variant};
-use crate::status::{Counters, PodStatus, Status};
+use crate::status::{Counters, Failure, PodStatus, Status, Uncaptured};
 use crate::undo::Undo;
-use crate::{Redirection, command, sysctl};
+use crate::{Redirection, command, cut_off, sysctl};
 use links::Transport;
 use rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
 
@@ -267,6 +268,51 @@ impl IptablesTunnel {
         Ok(())
     }
 
+    /// Those of which anything differs from what is known are captured anew, and cut off
+    /// meanwhile.
+    fn remove_outdated(&mut self, node: &Netns, pods: &[&Pod]) -> Result<()> {
+        let known = self.journal.pods().iter();
+        let known: HashMap<_, _> = known.map(|pod| (pod.uid.as_str(), pod)).collect();
+        let old = |pod: &&Pod| {
+            let old = known.get(pod.uid.as_str()).filter(|old| **old != *pod)?;
+            Some((*old).clone())
+        };
+        let outdated: Vec<Pod> = pods.iter().filter_map(old).collect();
+        for pod in &outdated {
+            if let Err(error) = self.cut_off_one(node, &pod.host_interface) {
+                tracing::info!(%error, uid = pod.uid, "not cut off while it is captured anew");
+            }
+        }
+        let uids: Vec<&str> = outdated.iter().map(|pod| pod.uid.as_str()).collect();
+        self.remove_pods(&uids)
+    }
+
+    /// Adds the filters, then takes back what captured the pod there.
+    fn cut_off_one(&mut self, node: &Netns, interface: &str) -> Result<()> {
+        cut_off::by_filters(&mut self.journal, node, interface)?;
+        let uid = self.journal.pod_at(interface).map(|pod| pod.uid.clone());
+        match uid {
+            Some(uid) => self.journal.remove_pods(&[&uid]),
+            None => Ok(()),
+        }
+    }
+
+    /// Cuts off a pod whose capture failed.
+    fn close(&mut self, node: &Netns, pod: &Pod, error: Error) -> Failure {
+        let done = self.cut_off_one(node, &pod.host_interface);
+        if let Err(error) = &done {
+            tracing::error!(%error, uid = pod.uid, "neither captured nor cut off");
+            if let Err(error) = self.journal.remove_pods(&[&pod.uid]) {
+                tracing::warn!(%error, "not all of a pod's capture was taken back");
+            }
+        }
+        Failure {
+            uid: pod.uid.clone(),
+            error,
+            cut_off: done.is_ok(),
+        }
+    }
+
     fn node(&self) -> Result<Netns> {
         Netns::node_at(self.settings.node.netns.as_deref())
     }
@@ -355,40 +401,76 @@ impl Redirection for IptablesTunnel {
         result
     }
 
-    fn add_pods(&mut self, pods: &[Pod]) -> Result<()> {
+    fn try_pods(&mut self, pods: &[Pod]) -> Result<Vec<Failure>> {
         let node = self.node()?;
         let ztunnel = Netns::at(&self.settings.ztunnel.netns)?;
-        let mut first_error = None;
+        let mut failures = Vec::new();
         let mut sound = Vec::new();
-        let owners = self.journal.owners();
+        let mut owners = self.journal.owners();
         for pod in pods {
             match self.check_pod(&owners, pod) {
-                Ok(()) => sound.push(pod),
-                Err(error) => drop(first_error.get_or_insert(error)),
+                Ok(()) => {
+                    owners.add(pod);
+                    sound.push(pod);
+                }
+                Err(error) => failures.push(Failure {
+                    uid: pod.uid.clone(),
+                    error,
+                    cut_off: false,
+                }),
             }
         }
-        let known = self.journal.pods().iter();
-        let known: HashMap<_, _> = known.map(|pod| (pod.uid.as_str(), pod)).collect();
-        let is_known = |uid: &str| known.contains_key(uid);
-        let outdated = |pod: &&&Pod| known.get(pod.uid.as_str()).is_some_and(|old| *old != **pod);
-        let outdated: Vec<&str> = sound
-            .iter()
-            .filter(outdated)
-            .map(|p| p.uid.as_str())
-            .collect();
-        let new: Vec<&str> = sound
-            .iter()
-            .filter(|pod| !is_known(&pod.uid))
-            .map(|pod| pod.uid.as_str())
-            .collect();
-        self.remove_pods(&outdated)?;
+        self.remove_outdated(&node, &sound)?;
         if let Err(error) = self.add_pods_steps(&node, &ztunnel, &sound) {
-            if let Err(error) = self.journal.remove_pods(&new) {
-                tracing::warn!(%error, "not all of the pods' capture was taken back");
+            tracing::warn!(%error, "pods are tried one by one");
+            for pod in &sound {
+                let done = self.add_pods_steps(&node, &ztunnel, &[*pod]);
+                failures.extend(done.err().map(|error| self.close(&node, pod, error)));
             }
-            return Err(error);
         }
-        first_error.map_or(Ok(()), Err)
+        let failed = |pod: &Pod| failures.iter().any(|failure| failure.uid == pod.uid);
+        let captured = sound.iter().filter(|pod| !failed(pod));
+        let interfaces: Vec<_> = captured.map(|pod| pod.host_interface.as_str()).collect();
+        self.let_go(&interfaces)?;
+        Ok(failures)
+    }
+
+    fn cut_off(&mut self, interfaces: &[&str]) -> Result<Vec<(String, Error)>> {
+        if interfaces.is_empty() {
+            return Ok(Vec::new());
+        }
+        let node = self.node()?;
+        let links = Links::read(&node)?;
+        let mut failures = Vec::new();
+        for interface in interfaces {
+            let done = cut_off::check(&self.settings, &links, interface)
+                .and_then(|_| self.cut_off_one(&node, interface));
+            failures.extend(done.err().map(|error| ((*interface).to_owned(), error)));
+        }
+        Ok(failures)
+    }
+
+    fn interfaces_cut_off(&self) -> Vec<String> {
+        self.journal.cut_off().map(str::to_owned).collect()
+    }
+
+    fn let_go(&mut self, interfaces: &[&str]) -> Result<()> {
+        let known: Vec<String> = self
+            .journal
+            .cut_off()
+            .filter(|name| interfaces.contains(name))
+            .map(str::to_owned)
+            .collect();
+        let names: Vec<&str> = known.iter().map(String::as_str).collect();
+        cut_off::end(&mut self.journal, &names)
+    }
+
+    fn note_uncaptured(&mut self, pods: Vec<Uncaptured>) -> Result<()> {
+        self.journal.set_uncaptured(pods)
+    }
+
+    fn uncaptured(&self) -> &[Uncaptured] {
+        self.journal.uncaptured()
     }
 
     fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
@@ -412,8 +494,10 @@ impl Redirection for IptablesTunnel {
             attach: None,
             dns: self.settings.dns,
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
+            not_captured: self.journal.uncaptured().to_vec(),
             owned: self.inventory()?,
             older_connections: 0,
+            older_connections_broken: 0,
             counters: self.counters()?,
         })
     }
@@ -437,7 +521,9 @@ impl Redirection for IptablesTunnel {
             return Ok(all);
         }
         let iptables = self.settings.iptables;
-        all.extend(self.node()?.run(|| inventory_of("node", iptables))?);
+        let node = self.node()?;
+        all.extend(node.run(|| inventory_of("node", iptables))?);
+        all.extend(cut_off::inventory(&self.journal, &node));
         if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
             all.extend(ztunnel.run(|| inventory_of("ztunnel", iptables))?);
         }

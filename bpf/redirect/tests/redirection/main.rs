@@ -11,6 +11,7 @@ mod ebpf;
 mod enrolment;
 mod ipv6;
 mod live;
+mod older;
 mod shared;
 #[allow(dead_code, reason = "the tests of node-agent use the rest")]
 mod topology;

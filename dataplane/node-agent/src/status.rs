@@ -1,0 +1,111 @@
+//! What `status` prints.
+
+use std::io::Write as _;
+
+use redirect::{PodStatus, Status, Uncaptured};
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::{lock, shortcut};
+
+/// What `status --json` prints: the redirection's status and the agent's process id.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// Process id of `node-agent run`, if it runs.
+    agent_pid: Option<u32>,
+    #[serde(flatten)]
+    status: Status,
+    /// Of the sockmap short-cut, if it is installed.
+    sockmap: Option<redirect::sockmap::Status>,
+}
+
+/// `status`.
+pub(crate) fn print(config: &Config, json: bool) -> Result<()> {
+    let report = Report {
+        agent_pid: lock::running(&config.state_dir),
+        status: config.redirection()?.status()?,
+        sockmap: shortcut::status(config)?,
+    };
+    let text = if json {
+        serde_json::to_string_pretty(&report).map_err(|e| Error::Output(e.into()))?
+    } else {
+        describe(&report)
+    };
+    writeln!(std::io::stdout(), "{}", text.trim_end()).map_err(Error::Output)
+}
+
+fn describe(report: &Report) -> String {
+    let status = &report.status;
+    let yes = |is: bool| if is { "yes" } else { "no" };
+    let agent = report.agent_pid.map(|pid| pid.to_string());
+    let mut lines = vec![
+        format!("redirection: {}", status.redirect),
+        format!("installed:   {}", yes(status.installed)),
+        format!("agent:       {}", agent.as_deref().unwrap_or("not running")),
+    ];
+    let variant = status.variant.iter();
+    lines.extend(variant.map(|variant| format!("variant:     {variant:?}")));
+    let driver = status.tunnel_driver.iter();
+    lines.extend(driver.map(|driver| format!("tunnels:     {driver}")));
+    let attach = status.attach.iter();
+    lines.extend(attach.map(|attach| format!("attached by: {attach}")));
+    lines.extend(status.pods.iter().map(describe_pod));
+    lines.extend(status.not_captured.iter().map(describe_uncaptured));
+    lines.push(format!("dns capture: {}", yes(status.dns)));
+    if status.older_connections > 0 {
+        let count = status.older_connections;
+        lines.push(format!("older:       {count} connections left alone"));
+    }
+    if status.older_connections_broken > 0 {
+        let count = status.older_connections_broken;
+        lines.push(format!(
+            "older:       {count} connections found no place and broke"
+        ));
+    }
+    for (program, reasons) in &status.counters {
+        for (reason, count) in reasons {
+            lines.push(format!("packets:     {program} {reason} {count}"));
+        }
+    }
+    let owned = status.owned.iter();
+    lines.extend(owned.map(|owned| format!("owns:        {owned}")));
+    if let Some(sockmap) = &report.sockmap {
+        describe_sockmap(sockmap, &mut lines);
+    }
+    lines.join("\n")
+}
+
+fn describe_pod(pod: &PodStatus) -> String {
+    let addresses: Vec<_> = pod.addresses.iter().map(ToString::to_string).collect();
+    let missing = if pod.present {
+        ""
+    } else {
+        " (interface missing)"
+    };
+    let (uid, interface) = (&pod.uid, &pod.host_interface);
+    let addresses = addresses.join(",");
+    format!("pod:         {uid} {addresses} {interface}{missing}")
+}
+
+fn describe_uncaptured(pod: &Uncaptured) -> String {
+    let Uncaptured { uid, reason, .. } = pod;
+    let interface = pod.host_interface.as_deref().unwrap_or("-");
+    let cut_off = if pod.cut_off { ", cut off" } else { "" };
+    let why = pod.why.name();
+    format!("not captured: {uid} {interface} ({why}{cut_off}): {reason}")
+}
+
+fn describe_sockmap(sockmap: &redirect::sockmap::Status, lines: &mut Vec<String>) {
+    let state = match (sockmap.enabled, sockmap.forced) {
+        (false, _) => "off",
+        (true, false) => "on",
+        (true, true) => "on by force: this kernel's FIONREAD is wrong",
+    };
+    lines.push(format!("sockmap:     {state}"));
+    let bound = sockmap.memory_max.iter();
+    lines.extend(bound.map(|max| format!("sockmap:     below {} MiB of TCP memory", max >> 20)));
+    for (counter, count) in &sockmap.counters {
+        lines.push(format!("sockmap:     {counter} {count}"));
+    }
+}
