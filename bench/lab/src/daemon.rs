@@ -20,6 +20,10 @@ const QUOTED_LINES: usize = 4;
 /// At most this much of a log's end is read for a quote, in bytes.
 const TAIL_MAX: u64 = 8 << 10;
 
+/// At most this much after a daemon's start is looked through for a line, in bytes: others may
+/// write the same log.
+const LOOK_MAX: u64 = 16 << 20;
+
 const POLL: Duration = Duration::from_millis(20);
 
 /// A daemon that was just started and is not known to be ready.
@@ -92,12 +96,21 @@ impl Daemon {
 
     /// Whether the daemon has written `line` since this start.
     pub(crate) fn has_written(&self, line: &str) -> bool {
+        self.log_has(|found| found == line)
+    }
+
+    /// Whether it, or who else writes this log, has written a line with `words` in it since then.
+    pub(crate) fn has_mentioned(&self, words: &str) -> bool {
+        self.log_has(|found| found.contains(words))
+    }
+
+    fn log_has(&self, wanted: impl Fn(&str) -> bool) -> bool {
         let mut text = String::new();
         let read = File::open(&self.log).and_then(|mut file| {
             file.seek(SeekFrom::Start(self.log_start))?;
-            file.take(TAIL_MAX).read_to_string(&mut text)
+            file.take(LOOK_MAX).read_to_string(&mut text)
         });
-        read.is_ok() && text.lines().any(|found| found == line)
+        read.is_ok() && text.lines().any(wanted)
     }
 
     fn failed(&self, how: &str) -> Error {

@@ -289,6 +289,47 @@ impl Lab {
         Ok(())
     }
 
+    /// Has another ztunnel take over from the one of `host`'s node, which then drains and ends.
+    ///
+    /// # Errors
+    /// [`Error::UnknownHost`], [`Error::NotReady`] with its last log lines, [`Error::Immortal`].
+    pub fn hand_over(&mut self, host: &str) -> Result<()> {
+        self.start_successor(host)?;
+        self.end_predecessor(host)
+    }
+
+    /// Starts a second ztunnel beside the one of `host`'s node and waits until connections come to
+    /// it. Until [`Self::end_predecessor`] the first one has the endpoints.
+    ///
+    /// # Errors
+    /// [`Error::UnknownHost`], [`Error::NotReady`] with its last log lines.
+    pub fn start_successor(&mut self, host: &str) -> Result<()> {
+        let node = host.parse::<Host>()?.node();
+        let Some(binary) = self.state.ztunnel.clone() else {
+            let text = format!("lab `{}` has redirect none, so no ztunnel", self.name());
+            return Err(Error::Options(text));
+        };
+        let mut daemon = ztunnel::start(&self.state, &binary, node)?;
+        self.record(&mut daemon)?;
+        ztunnel::wait_serving(&self.state, &mut daemon)
+    }
+
+    /// Ends the older one of two ztunnels of `host`'s node and waits until the other is ready.
+    ///
+    /// # Errors
+    /// [`Error::UnknownHost`], [`Error::Immortal`], [`Error::NotReady`].
+    pub fn end_predecessor(&mut self, host: &str) -> Result<()> {
+        let node = host.parse::<Host>()?.node();
+        let name = node.ztunnel().name();
+        let is_elder = |p: &crate::process::Process| p.program == "ztunnel" && p.host == name;
+        if let Some(at) = self.state.processes.iter().position(is_elder) {
+            ztunnel::end(&self.state.processes[at])?;
+            self.state.processes.remove(at);
+            self.state.save()?;
+        }
+        ztunnel::wait_answering(&self.state, node)
+    }
+
     /// Everything between an empty machine and a working lab.
     fn build(&mut self, options: &LabOptions, lock: &Lock) -> Result<()> {
         let directory = directory(self.name());

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::agent::listener_map;
-use crate::daemon::Daemon;
-use crate::error::Result;
+use crate::daemon::{Daemon, last_words};
+use crate::error::{Error, Result};
 use crate::http::http_get;
 use crate::network::namespace::{HostCommand, in_namespace};
 use crate::network::netns_path;
@@ -118,6 +118,38 @@ fn listener(state: &State, binary: &Path, node: Node) -> HostCommand {
 /// Waits until the ztunnel on `node` says that it is ready.
 pub(crate) fn wait_ready(state: &State, daemon: &mut Daemon, node: Node) -> Result<()> {
     daemon.wait_ready(READY_LIMIT, |_| is_ready(&state.name, node.ztunnel()))
+}
+
+/// Waits until connections come to the ztunnel, whose ports may still be another one's.
+pub(crate) fn wait_serving(state: &State, daemon: &mut Daemon) -> Result<()> {
+    let said = match state.redirect {
+        Redirect::Ebpf => "listeners registered in",
+        _ => "workers on CPUs",
+    };
+    daemon.wait_ready(READY_LIMIT, |daemon| daemon.has_mentioned(said))
+}
+
+/// Ends `process`, whose ports another ztunnel has taken over.
+pub(crate) fn end(process: &Process) -> Result<()> {
+    process.stop(DRAIN_LIMIT)
+}
+
+/// Waits until a ztunnel that was started earlier says that it is ready.
+pub(crate) fn wait_answering(state: &State, node: Node) -> Result<()> {
+    let host = node.ztunnel();
+    let deadline = Instant::now() + READY_LIMIT;
+    while !is_ready(&state.name, host) {
+        if Instant::now() >= deadline {
+            return Err(Error::NotReady {
+                program: "ztunnel".to_owned(),
+                host: host.name().to_owned(),
+                how: format!("was not ready after {} s", READY_LIMIT.as_secs()),
+                log: last_words(&log_path(&state.name, node)),
+            });
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 /// Whether `host`'s ztunnel answers its readiness probe with 200.

@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hbone::Role;
 use mesh::{Snapshot, Workload};
@@ -35,6 +36,8 @@ pub(crate) struct Context {
     /// Accepted tunnels, for draining.
     accepted: RefCell<Vec<Weak<Tunnel>>>,
     pub(crate) draining: Cell<bool>,
+    /// How long a draining worker goes on accepting.
+    pub(crate) accept_for: Cell<Duration>,
     pub(crate) drain: Broadcast,
     connections: Cell<usize>,
     pub(crate) ended: Broadcast,
@@ -86,6 +89,7 @@ impl Context {
             updated: Broadcast::default(),
             accepted: RefCell::default(),
             draining: Cell::new(false),
+            accept_for: Cell::default(),
             drain: Broadcast::default(),
             connections: Cell::new(0),
             ended: Broadcast::default(),
@@ -243,7 +247,8 @@ impl Context {
     }
 
     /// Stops accepting, and tells all peers that nothing new is taken.
-    pub(crate) fn begin_drain(&self) {
+    pub(crate) fn begin_drain(&self, accept_for: Duration) {
+        self.accept_for.set(accept_for);
         self.draining.set(true);
         self.drain.notify();
         for tunnel in self.accepted.borrow().iter().filter_map(Weak::upgrade) {

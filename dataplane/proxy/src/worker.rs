@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh::Snapshot;
 use rt::mailbox::{LatestReceiver, Receiver};
@@ -33,8 +33,26 @@ pub struct Listeners {
 /// Orders from the control thread.
 #[derive(Debug, Clone)]
 pub enum Command {
-    /// Stop accepting, let connections finish for this long, then end.
-    Drain(Duration),
+    /// Stop accepting, let connections finish, then end.
+    Drain {
+        /// How long connections may take to finish.
+        patience: Duration,
+        /// How long new ones are still accepted. Longer than nothing where another process has
+        /// taken over: those whose handshake was under way at that moment come here.
+        accept_for: Duration,
+    },
+}
+
+impl Command {
+    /// Ends without a successor.
+    #[must_use]
+    pub fn drain(patience: Duration) -> Self {
+        let accept_for = LAST_LOOK;
+        Self::Drain {
+            patience,
+            accept_for,
+        }
+    }
 }
 
 /// Everything a worker starts with.
@@ -74,7 +92,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// microseconds, and those that are established must not wait for a crowd.
 const ACCEPTS_PER_TURN: usize = 32;
 
-/// How long a draining listener is looked at for connections that came before the drain.
+/// How long a draining listener is looked at for connections that came before the drain, at least.
 const LAST_LOOK: Duration = Duration::from_millis(5);
 /// How long a drained worker waits for its tunnels to say goodbye.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -115,8 +133,11 @@ pub async fn serve(setup: WorkerSetup) {
     ));
     rt::spawn(sweep(Rc::clone(&context)));
     rt::spawn(follow(Rc::clone(&context), snapshots));
-    let Command::Drain(patience) = commands.recv().await;
-    context.begin_drain();
+    let Command::Drain {
+        patience,
+        accept_for,
+    } = commands.recv().await;
+    context.begin_drain(accept_for);
     let ended = rt::time::timeout(patience, all_ended(&context)).await;
     context.end_drain();
     if ended.is_ok() {
@@ -133,44 +154,40 @@ async fn follow(context: Rc<Context>, mut snapshots: LatestReceiver<Arc<Snapshot
     }
 }
 
-/// Accepts until the worker drains, and then what has connected by then: the kernel has told those
-/// clients that they are connected.
+/// Accepts until the worker drains, a moment longer, and then what has connected by then: the
+/// kernel has told those clients that they are connected.
 async fn accept<F, H>(context: Rc<Context>, listener: TcpListener, handle: F)
 where
     F: Fn(Rc<Context>, TcpStream, Alive) -> H,
     H: Future<Output = ()> + 'static,
 {
+    // The worker does not end before this has.
+    let _accepting = context.alive();
     let mut listener = context.listener(listener);
-    let mut last_look = false;
+    let take = |stream| rt::spawn(handle(Rc::clone(&context), stream, context.alive()));
     let mut accepted_in_turn = 0;
+    let mut end = None;
     loop {
         if accepted_in_turn == ACCEPTS_PER_TURN {
             accepted_in_turn = 0;
             rt::next_turn().await;
         }
-        let accepted = {
-            let mut accepting = pin!(listener.accept());
-            poll_fn(|cx| {
-                if let Poll::Ready(accepted) = accepting.as_mut().poll(cx) {
-                    return Poll::Ready(Some(accepted));
-                }
-                if context.draining.get() {
-                    return Poll::Ready(None);
-                }
-                context.drain.register(cx);
-                Poll::Pending
-            })
-            .await
+        if end.is_none() && context.draining.get() {
+            end = Some(Instant::now() + context.accept_for.get());
+        }
+        let accepted = match end {
+            None => unless_draining(&context, listener.accept()).await,
+            Some(end) => {
+                let left = end.saturating_duration_since(Instant::now());
+                rt::time::timeout(left, listener.accept()).await.ok()
+            }
         };
         match accepted {
-            None if last_look => return,
-            None => {
-                last_look = true;
-                rt::time::sleep(LAST_LOOK).await; // one more turn of the ring
-            }
+            None if end.is_some() => break,
+            None => {}
             Some(Ok(stream)) => {
                 accepted_in_turn += 1;
-                rt::spawn(handle(Rc::clone(&context), stream, context.alive()));
+                take(stream);
             }
             Some(Err(error)) => {
                 tracing::warn!("cannot accept connections: {error}; trying again");
@@ -178,6 +195,23 @@ where
             }
         }
     }
+    listener.close().await.into_iter().for_each(take);
+}
+
+/// What `future` brings, or nothing when the worker begins to drain.
+async fn unless_draining<T>(context: &Context, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    poll_fn(|cx| {
+        if let Poll::Ready(value) = future.as_mut().poll(cx) {
+            return Poll::Ready(Some(value));
+        }
+        if context.draining.get() {
+            return Poll::Ready(None);
+        }
+        context.drain.register(cx);
+        Poll::Pending
+    })
+    .await
 }
 
 async fn sweep(context: Rc<Context>) {
@@ -195,9 +229,8 @@ async fn farewells(context: &Context) {
     }
 }
 
+/// Waits until the listeners are closed and no connection is left.
 async fn all_ended(context: &Context) {
-    // The listeners' last look.
-    rt::time::sleep(LAST_LOOK * 2).await;
     poll_fn(|cx| {
         if context.connections() == 0 {
             return Poll::Ready(());

@@ -35,6 +35,34 @@ fn a_burst_is_accepted_without_an_error(backend: Backend) {
     result.unwrap().unwrap().unwrap();
 }
 
+/// Closing loses nobody: the kernel has told these clients that they are connected.
+fn closing_hands_out_what_was_accepted_and_what_waits(backend: Backend) {
+    let mut runtime = Runtime::new(with(backend)).unwrap();
+    let served = runtime.run(async move {
+        let mut served = Vec::new();
+        for taken in 0..5 {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let addr = listener.local_addr().unwrap();
+            let mut listener = Listener::from_std(listener);
+            let connect = |_| TcpStream::connect(addr).unwrap();
+            let mut clients: Vec<TcpStream> = (0..40).map(connect).collect();
+            let mut accepted = Vec::new();
+            for _ in 0..taken {
+                accepted.push(listener.accept().await.unwrap());
+            }
+            clients.extend((0..40).map(connect));
+            accepted.extend(listener.close().await);
+            served.push((clients.len(), accepted.len()));
+            let refused = TcpStream::connect(addr).unwrap_err();
+            assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        }
+        served
+    });
+    for (clients, accepted) in served.unwrap() {
+        assert_eq!(clients, accepted);
+    }
+}
+
 /// A listener that goes away closes what the kernel had accepted for it and nobody took.
 fn connections_nobody_took_are_closed_with_the_listener(backend: Backend) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -192,5 +220,6 @@ both_back_ends! {
     fewer_workers_than_cpus_serve_all,
     accepted_connections_inherit_options,
     a_burst_is_accepted_without_an_error,
+    closing_hands_out_what_was_accepted_and_what_waits,
     connections_nobody_took_are_closed_with_the_listener,
 }

@@ -1,18 +1,22 @@
 //! The control thread: start-up in order, then endpoints, configuration, signals and draining.
 
 use std::io;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
 use control::{ConfigSource, Watcher};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use proxy::{Command, Listeners, RedirectMode};
 use telemetry::{Admin, HttpLimits, Logging, LoggingError, MetricKind, Ready, Registry, Shutdown};
 use tls::{Authority, AuthorityError, CertificateStore, LocalIssuer};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 
 use crate::config::{self, AuthoritySource, ConfigError, Settings};
 use crate::environment::Environment;
-use crate::listeners::{self, Endpoints, ListenError};
+use crate::handover::{self, Neighbours};
+use crate::listeners::{self, Endpoint, Endpoints, ListenError};
 use crate::steering::Steering;
 use crate::workers::{self, Common, StartError, Workers};
 
@@ -52,33 +56,26 @@ pub(crate) fn run() -> Result<(), RunError> {
         rt::probe::check()?;
     }
     raise_descriptor_limit();
-    let endpoints = listeners::endpoints(settings.ipv6)?;
     let cpus = rt::available_cpus().map_err(|error| RunError::Io("cannot read CPUs", error))?;
     let sockets =
         listeners::data_path(settings.workers, &cpus, settings.transparent, settings.ipv6)?;
+    let neighbours = neighbours(&sockets);
+    let succeeds = neighbours.are_there();
+    let endpoints = listeners::endpoints(settings.ipv6, succeeds)?;
     let logging = Logging::install(
         environment.text("RUST_LOG").as_deref(),
         environment.text("LOG_FORMAT").as_deref(),
     )?;
     let steering = match &settings.listener_map {
-        Some(path) => Some(
-            Steering::new(path, &sockets, &cpus, settings.short_cut.clone())
-                .map_err(|error| RunError::Io("cannot duplicate listeners", error))?,
-        ),
+        Some(path) => {
+            let short_cut = settings.short_cut.clone();
+            let steering = Steering::new(path, &sockets, &cpus, short_cut, &neighbours);
+            Some(steering.map_err(|error| RunError::Io("cannot duplicate listeners", error))?)
+        }
         None => None,
     };
     let registry = Registry::new(env!("CARGO_PKG_VERSION"));
-    let sink = logging.sink().clone();
-    let dropped = registry.register(
-        "ztunnel_log_lines_dropped_total",
-        "log lines dropped because output was too slow",
-        MetricKind::Counter,
-        &[],
-        move || sink.dropped(),
-    );
-    if let Err(error) = dropped {
-        tracing::warn!("dropped log lines are not exported: {error}");
-    }
+    export_dropped_lines(&registry, &logging);
     let common = Common {
         config: Arc::clone(&settings.proxy),
         snapshot: source.snapshot(),
@@ -86,6 +83,13 @@ pub(crate) fn run() -> Result<(), RunError> {
         registry: registry.clone(),
         logging: logging.clone(),
     };
+    if succeeds {
+        tracing::info!("another ztunnel is there: taking over from it");
+    }
+    if settings.proxy.mode == RedirectMode::Node {
+        handover::let_connections_move();
+    }
+    listeners::listen(&sockets)?;
     let workers = workers::start(&common, sockets, &cpus, settings.runtime())?;
     tracing::info!(
         "version {}, {} workers on CPUs {:?}, {:?} mode",
@@ -105,10 +109,34 @@ pub(crate) fn run() -> Result<(), RunError> {
         endpoints,
         steering,
         workers,
+        neighbours,
     };
     let result = control.run();
     logging.sink().flush(LAST_LOG);
     result
+}
+
+/// Who listens where these sockets will, and is not this process.
+fn neighbours(sockets: &[Listeners]) -> Neighbours {
+    let mut neighbours = Neighbours::of(listeners::OUTBOUND);
+    for set in sockets {
+        neighbours.add_own(&set.outbound);
+    }
+    neighbours
+}
+
+fn export_dropped_lines(registry: &Registry, logging: &Logging) {
+    let sink = logging.sink().clone();
+    let dropped = registry.register(
+        "ztunnel_log_lines_dropped_total",
+        "log lines dropped because output was too slow",
+        MetricKind::Counter,
+        &[],
+        move || sink.dropped(),
+    );
+    if let Err(error) = dropped {
+        tracing::warn!("dropped log lines are not exported: {error}");
+    }
 }
 
 /// The CA that workload certificates are issued from.
@@ -167,6 +195,51 @@ struct Control {
     endpoints: Endpoints,
     steering: Option<Steering>,
     workers: Workers,
+    neighbours: Neighbours,
+}
+
+/// What goes on while it serves, to be ended in order.
+struct Serving {
+    workers: Workers,
+    endpoints: Vec<JoinHandle<()>>,
+    steering: Option<JoinHandle<()>>,
+    neighbours: Neighbours,
+}
+
+impl Serving {
+    /// Lets connections finish. The endpoints go on answering, unless there is a successor that
+    /// wants their ports.
+    async fn end(self, patience: Duration) {
+        // It has a second descriptor of each listener.
+        if let Some(steering) = self.steering {
+            steering.abort();
+            let _ = steering.await; // "aborted" is what it says
+        }
+        let accept_for = handover::ACCEPT_FOR;
+        let command = match self.neighbours.are_there() {
+            true => Command::Drain {
+                patience,
+                accept_for,
+            },
+            false => Command::drain(patience),
+        };
+        let workers = self.workers;
+        let mut drained = tokio::task::spawn_blocking(move || workers.drain(&command));
+        let mut endpoints = self.endpoints;
+        loop {
+            if !endpoints.is_empty() && self.neighbours.are_there() {
+                tracing::info!("there is a successor: the endpoints are its");
+                endpoints.drain(..).for_each(|endpoint| endpoint.abort());
+            }
+            // A panic aborts the process, so it can only have drained.
+            if tokio::time::timeout(handover::INTERVAL, &mut drained)
+                .await
+                .is_ok()
+            {
+                return;
+            }
+        }
+    }
 }
 
 impl Control {
@@ -176,17 +249,15 @@ impl Control {
             .build()
             .map_err(|error| RunError::Io("cannot start the control thread's runtime", error))?;
         let patience = self.settings.drain;
-        let workers = runtime.block_on(self.serve())?;
+        let serving = runtime.block_on(self.serve())?;
         tracing::info!("draining for at most {} s", patience.as_secs());
-        // The endpoints go on answering while the workers drain.
-        let drained = runtime.spawn_blocking(move || workers.drain(patience));
-        let _ = runtime.block_on(drained); // a panic aborts the process
+        runtime.block_on(serving.end(patience));
         tracing::info!("drained");
         Ok(())
     }
 
-    /// Serves until a signal or `/quitquitquit`; hands the workers back to be drained.
-    async fn serve(self) -> Result<Workers, RunError> {
+    /// Serves until a signal or `/quitquitquit`; hands over what is to be ended then.
+    async fn serve(self) -> Result<Serving, RunError> {
         let ready = Ready::new();
         let shutdown = Shutdown::new();
         self.publish_to_workers();
@@ -196,14 +267,14 @@ impl Control {
             metrics,
             readiness,
         } = self.endpoints;
-        spawn_endpoint(
-            "metrics",
-            telemetry::serve_metrics(metrics, self.registry, limits),
-        );
-        spawn_endpoint(
-            "readiness",
-            telemetry::serve_readiness(readiness, ready.clone(), limits),
-        );
+        let registry = self.registry;
+        let metrics = spawn_endpoint("metrics", metrics, move |listener| {
+            telemetry::serve_metrics(listener, registry, limits)
+        });
+        let answer = ready.clone();
+        let readiness = spawn_endpoint("readiness", readiness, move |listener| {
+            telemetry::serve_readiness(listener, answer, limits)
+        });
         let (source, certificates) = (self.source, self.certificates);
         let proxy = Arc::clone(&self.settings.proxy);
         let dump = move || crate::admin::config_dump(&source, &certificates, &proxy);
@@ -212,10 +283,11 @@ impl Control {
             logging: self.logging,
             shutdown: shutdown.clone(),
         };
-        spawn_endpoint("admin", telemetry::serve_admin(admin, admin_state, limits));
-        if let Some(steering) = self.steering {
-            tokio::spawn(steering.run(ready.task("listener map")));
-        }
+        let admin = spawn_endpoint("admin", admin, move |listener| {
+            telemetry::serve_admin(listener, admin_state, limits)
+        });
+        let steer = |steering: Steering| tokio::spawn(steering.run(ready.task("listener map")));
+        let steering = self.steering.map(steer);
         if let Some(watcher) = self.watcher {
             tokio::spawn(watcher.run());
         }
@@ -228,7 +300,12 @@ impl Control {
             () = shutdown.triggered() => "/quitquitquit",
         };
         tracing::info!("{reason}: stop accepting");
-        Ok(self.workers)
+        Ok(Serving {
+            workers: self.workers,
+            endpoints: vec![metrics, readiness, admin],
+            steering,
+            neighbours: self.neighbours,
+        })
     }
 
     fn publish_to_workers(&self) {
@@ -241,13 +318,22 @@ impl Control {
     }
 }
 
-fn spawn_endpoint(
+/// Runs the server that `serve` makes of the endpoint's socket, once its port is to be had.
+fn spawn_endpoint<S>(
     name: &'static str,
-    server: impl Future<Output = io::Result<()>> + Send + 'static,
-) {
+    endpoint: Endpoint,
+    serve: impl FnOnce(TcpListener) -> S + Send + 'static,
+) -> JoinHandle<()>
+where
+    S: Future<Output = io::Result<()>> + Send + 'static,
+{
     tokio::spawn(async move {
-        if let Err(error) = server.await {
+        let listener = match endpoint.listener().await {
+            Ok(listener) => listener,
+            Err(error) => return tracing::error!("no {name} endpoint: {error}"),
+        };
+        if let Err(error) = serve(listener).await {
             tracing::error!("{name} endpoint ended: {error}");
         }
-    });
+    })
 }

@@ -2,16 +2,20 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use proxy::Listeners;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::config::Transparent;
+use crate::handover;
 
 /// Connections the kernel holds for us before they are accepted.
 const BACKLOG: i32 = 4096;
-const OUTBOUND: u16 = 15001;
+/// Where captured connections of pods come to.
+pub(crate) const OUTBOUND: u16 = 15001;
 const INBOUND_PLAIN: u16 = 15006;
 const INBOUND_HBONE: u16 = 15008;
 const ADMIN: u16 = 15000;
@@ -37,36 +41,99 @@ pub(crate) enum ListenError {
     },
 }
 
+impl ListenError {
+    fn is_in_use(&self) -> bool {
+        matches!(self, Self::Bind { error, .. } if error.kind() == io::ErrorKind::AddrInUse)
+    }
+}
+
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            ": another process has the port; a ztunnel that was killed can hold it for a second"
+            ": another process has the port; a ztunnel takes a port over from another one of the \
+             same user in the same network namespace, and from nothing else"
         }
         io::ErrorKind::PermissionDenied => ": the process lacks the capability for it",
         _ => "",
     }
 }
 
-/// Sockets of the process's own endpoints.
+/// The process's own endpoints.
 #[derive(Debug)]
 pub(crate) struct Endpoints {
-    pub(crate) admin: TcpListener,
-    pub(crate) metrics: TcpListener,
-    pub(crate) readiness: TcpListener,
+    pub(crate) admin: Endpoint,
+    pub(crate) metrics: Endpoint,
+    pub(crate) readiness: Endpoint,
 }
 
-/// Binds the endpoints; each port must be free.
-pub(crate) fn endpoints(ipv6: bool) -> Result<Endpoints, ListenError> {
+/// One of them.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    purpose: &'static str,
+    addr: SocketAddr,
+    /// None while another ztunnel has the port.
+    listener: Option<TcpListener>,
+}
+
+impl Endpoint {
+    /// `successor`: the port may be another ztunnel's for now. Else it must be free, or become so
+    /// in a moment.
+    fn new(addr: SocketAddr, purpose: &'static str, successor: bool) -> Result<Self, ListenError> {
+        let deadline = Instant::now() + PORT_PATIENCE;
+        let listener = loop {
+            match plain(addr, purpose) {
+                Ok(listener) => break Some(listener),
+                Err(error) if !error.is_in_use() => return Err(error),
+                Err(_) if successor => break None,
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_) => thread::sleep(handover::INTERVAL),
+            }
+        };
+        Ok(Self {
+            purpose,
+            addr,
+            listener,
+        })
+    }
+
+    /// The listening socket, once the port is ours.
+    pub(crate) async fn listener(self) -> Result<TcpListener, ListenError> {
+        if let Some(listener) = self.listener {
+            return Ok(listener);
+        }
+        let Self { purpose, addr, .. } = self;
+        tracing::info!("another ztunnel has {addr} ({purpose}): waiting until it lets go");
+        loop {
+            match plain(addr, purpose) {
+                Ok(listener) => {
+                    tracing::info!("{addr} ({purpose}) is taken over");
+                    return Ok(listener);
+                }
+                Err(error) if !error.is_in_use() => return Err(error),
+                Err(_) => tokio::time::sleep(handover::INTERVAL).await,
+            }
+        }
+    }
+}
+
+/// How long a port that should be free is waited for: a ztunnel may have been killed a moment ago,
+/// or drain and notice that there is a successor.
+const PORT_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Binds the endpoints; each port must be free, or that of the ztunnel that this one succeeds.
+pub(crate) fn endpoints(ipv6: bool, successor: bool) -> Result<Endpoints, ListenError> {
     let any = wildcard(ipv6);
     let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let endpoint = |ip, port, purpose| Endpoint::new(SocketAddr::new(ip, port), purpose, successor);
     Ok(Endpoints {
-        admin: plain(SocketAddr::new(local, ADMIN), "admin")?,
-        metrics: plain(SocketAddr::new(any, METRICS), "metrics")?,
-        readiness: plain(SocketAddr::new(any, READINESS), "readiness")?,
+        admin: endpoint(local, ADMIN, "admin")?,
+        metrics: endpoint(any, METRICS, "metrics")?,
+        readiness: endpoint(any, READINESS, "readiness")?,
     })
 }
 
-/// Binds the data path's listeners: one set for each worker, sharing the ports.
+/// Binds the data path's listeners: one set for each worker, sharing the ports with each other and
+/// with another ztunnel of the same user. They do not listen before [`listen`].
 pub(crate) fn data_path(
     workers: usize,
     cpus: &[u32],
@@ -74,15 +141,6 @@ pub(crate) fn data_path(
     ipv6: bool,
 ) -> Result<Vec<Listeners>, ListenError> {
     let ip = wildcard(ipv6);
-    // A port somebody else has without SO_REUSEPORT fails below; one with it would silently share
-    // connections, so the first socket is bound alone to find out.
-    for (port, purpose) in [
-        (OUTBOUND, "outbound"),
-        (INBOUND_PLAIN, "inbound plaintext"),
-        (INBOUND_HBONE, "HBONE"),
-    ] {
-        drop(plain(SocketAddr::new(ip, port), purpose)?);
-    }
     (0..workers)
         .map(|worker| {
             let cpu = cpus.get(worker).copied();
@@ -95,6 +153,26 @@ pub(crate) fn data_path(
             })
         })
         .collect()
+}
+
+/// From now on connections come to these listeners.
+pub(crate) fn listen(sockets: &[Listeners]) -> Result<(), ListenError> {
+    for set in sockets {
+        for (listener, purpose) in [
+            (&set.outbound, "outbound"),
+            (&set.inbound_plain, "inbound plaintext"),
+            (&set.inbound_hbone, "HBONE"),
+        ] {
+            let listening = SockRef::from(listener).listen(BACKLOG);
+            let addr = || listener.local_addr();
+            listening.map_err(|error| ListenError::Bind {
+                addr: addr().unwrap_or_else(|_| SocketAddr::from(([0; 4], 0))),
+                purpose,
+                error,
+            })?;
+        }
+    }
+    Ok(())
 }
 
 fn wildcard(ipv6: bool) -> IpAddr {
@@ -160,7 +238,6 @@ fn shared(
         let _ = socket.set_cpu_affinity(cpu as usize);
     }
     socket.bind(&addr.into()).map_err(failed)?;
-    socket.listen(BACKLOG).map_err(failed)?;
     Ok(socket.into())
 }
 

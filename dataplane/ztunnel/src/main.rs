@@ -10,6 +10,7 @@ mod admin;
 mod config;
 mod control_thread;
 mod environment;
+mod handover;
 mod listeners;
 mod short_cut;
 mod steering;

@@ -1,7 +1,8 @@
 //! Telling the eBPF redirection which listener takes the connections that arrive on which CPU.
 //!
 //! The node agent pins a socket map; this registers each worker's listeners in it, and again when
-//! the agent has replaced the map. Until it has succeeded once the process is not ready. While
+//! the agent has replaced the map. A younger ztunnel of the same namespace takes the slots of the
+//! elder. Until it has succeeded once the process is not ready. While
 //! packets go to a ztunnel in another network namespace (one takes over from the other), nothing is
 //! registered: the map is that one's. Where the agent's short-cut between sockets is asked for, the
 //! listeners ask for it here, too.
@@ -19,6 +20,7 @@ use proxy::Listeners;
 use redirect::{ListenerMap, Role};
 use telemetry::PendingTask;
 
+use crate::handover::Neighbours;
 use crate::short_cut::ShortCut;
 
 /// How often the pinned map is looked at.
@@ -31,6 +33,7 @@ pub(crate) struct Steering {
     listeners: Vec<[(Role, TcpListener); 3]>,
     cpus: Vec<u32>,
     short_cut: Option<Arc<ShortCut>>,
+    neighbours: Neighbours,
 }
 
 impl Steering {
@@ -40,6 +43,7 @@ impl Steering {
         listeners: &[Listeners],
         cpus: &[u32],
         short_cut: Option<Arc<ShortCut>>,
+        neighbours: &Neighbours,
     ) -> io::Result<Self> {
         let listeners = listeners
             .iter()
@@ -56,15 +60,21 @@ impl Steering {
             listeners,
             cpus: cpus.to_owned(),
             short_cut,
+            neighbours: neighbours.clone(),
         })
     }
 
-    /// Registers now and whenever the map is another one.
+    /// Registers now, whenever the map is another one, and when another ztunnel has ended: where
+    /// the map was replaced while both were there, slots may have been that one's.
     pub(crate) async fn run(self, pending: PendingTask) {
         let mut pending = Some(pending);
         let mut registered = None;
         let mut reported = String::new();
+        let mut accompanied = self.neighbours.are_there();
         loop {
+            if std::mem::replace(&mut accompanied, self.neighbours.are_there()) && !accompanied {
+                registered = None;
+            }
             if let Some(short_cut) = &self.short_cut {
                 let listeners = self.listeners.iter().flatten();
                 short_cut.follow(listeners.map(|(_, listener)| listener.as_fd()));

@@ -256,10 +256,10 @@ impl Workers {
         self.snapshots.clone()
     }
 
-    /// Lets connections finish for `patience`, then ends all workers.
-    pub(crate) fn drain(self, patience: Duration) {
+    /// Has workers end as `command` says, and waits for it.
+    pub(crate) fn drain(self, command: &Command) {
         for (worker, sender) in self.commands.iter().enumerate() {
-            if let Err(error) = sender.send(Command::Drain(patience)) {
+            if let Err(error) = sender.send(command.clone()) {
                 tracing::warn!("cannot drain worker {worker}: {error}");
             }
         }

@@ -95,7 +95,7 @@ fn the_newest_policy_arrives_however_many_there_were_and_in_a_drain() {
             break stream;
         }
     };
-    worker.commands.send(Command::Drain(HANG)).unwrap();
+    worker.commands.send(Command::drain(HANG)).unwrap();
     // The listener's end shows that the drain has begun.
     while std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, worker.outbound)).is_ok() {}
     reload(NOBODY);

@@ -173,7 +173,7 @@ impl Worker {
 
     pub(super) fn drain(self) -> Duration {
         let started = Instant::now();
-        self.commands.send(Command::Drain(HANG)).unwrap();
+        self.commands.send(Command::drain(HANG)).unwrap();
         self.thread.join().unwrap();
         started.elapsed()
     }
@@ -314,12 +314,12 @@ fn a_drain_lets_connections_finish() {
     let open = near.connect(CLIENT);
     told.recv().unwrap();
     let fresh: Vec<TcpStream> = (0..50).map(|_| near.connect(CLIENT)).collect();
-    near.commands.send(Command::Drain(HANG)).unwrap();
+    near.commands.send(Command::drain(HANG)).unwrap();
     let data = pattern(7, 300_000);
     for stream in &fresh {
         assert!(exchange(stream, &data) == data);
     }
-    far.commands.send(Command::Drain(HANG)).unwrap();
+    far.commands.send(Command::drain(HANG)).unwrap();
     thread::sleep(Duration::from_millis(50));
     assert!(exchange(&open, &data) == data);
     drop((fresh, open));

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::task::{Poll, ready};
 
 use super::sockaddr::set_option;
-use super::socket::{Keepalive, Socket, TcpStream, keep_urgent_inline};
+use super::socket::{Keepalive, Socket, TcpStream, keep_urgent_inline, set_nonblocking};
 use crate::exec::{Inner, current};
 use crate::op::{Keep, OpId};
 
@@ -83,6 +83,43 @@ impl Listener {
             }
         })
         .await
+    }
+
+    /// Stops listening. Returns the connections that the kernel had taken by then and nobody has:
+    /// those of the operation under way, and those in the listener's queue. What comes later is
+    /// refused, or goes to another listener of the port (`SO_REUSEPORT`).
+    pub async fn close(mut self) -> Vec<TcpStream> {
+        let mut rest = Vec::new();
+        if let Some(op) = self.op {
+            self.inner.driver.borrow_mut().cancel(op);
+            poll_fn(|cx| {
+                let mut driver = self.inner.driver.borrow_mut();
+                while let Some(done) = ready!(driver.poll_many(op, cx)) {
+                    if done.result >= 0 {
+                        // SAFETY: the kernel has just created this descriptor for us.
+                        let fd = unsafe { OwnedFd::from_raw_fd(done.result) };
+                        rest.push(TcpStream::from_fd(fd));
+                    }
+                }
+                Poll::Ready(())
+            })
+            .await;
+            self.op = None;
+        }
+        set_nonblocking(self.socket.raw());
+        loop {
+            let none = std::ptr::null_mut();
+            // SAFETY: null is allowed for the address.
+            let fd =
+                unsafe { libc::accept4(self.socket.raw(), none, none.cast(), libc::SOCK_CLOEXEC) };
+            if fd >= 0 {
+                // SAFETY: the kernel has just created this descriptor for us.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                rest.push(TcpStream::from_fd(fd));
+            } else if !is_passing(io::Error::last_os_error().raw_os_error().unwrap_or(0)) {
+                return rest;
+            }
+        }
     }
 }
 
