@@ -9,6 +9,7 @@ use mesh::{DenyReason, InboundError, RouteError};
 use telemetry::{Fault, ResponseFlags};
 use tls::HandshakeError;
 
+use crate::relay::Who;
 use crate::tunnel::{SetupError, StreamFailure, TunnelError};
 
 /// An error of one proxied connection.
@@ -111,6 +112,14 @@ pub(crate) enum ProxyError {
     /// The tunnel or the stream in it failed.
     #[error(transparent)]
     Stream(#[from] StreamFailure),
+    /// One side of an established connection is no more.
+    #[error("connection lost: {side}: {error}")]
+    Lost {
+        /// Which.
+        side: Who,
+        /// What its socket said.
+        error: io::Error,
+    },
     /// What several connections waited for has failed.
     #[error(transparent)]
     Shared(Rc<Self>),
@@ -131,7 +140,9 @@ impl ProxyError {
             }
             Self::Identity(_) => ResponseFlags::IdentityError,
             Self::Open(_) => ResponseFlags::H2HandshakeFailure,
-            Self::Io(_) | Self::Stream(_) | Self::Revoked(_) => ResponseFlags::None,
+            Self::Io(_) | Self::Lost { .. } | Self::Stream(_) | Self::Revoked(_) => {
+                ResponseFlags::None
+            }
             _ => ResponseFlags::Connect,
         }
     }
@@ -211,15 +222,4 @@ impl TunnelError {
             Self::Closed | Self::Drained => return None,
         })
     }
-}
-
-/// Whether an error of the application's own connection just means that it went away.
-pub(crate) fn is_gone(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::ConnectionReset
-            | io::ErrorKind::BrokenPipe
-            | io::ErrorKind::NotConnected
-            | io::ErrorKind::UnexpectedEof
-    )
 }

@@ -1,31 +1,31 @@
 //! Moving bytes between an application's socket and a tunnel or another socket, both ways at once,
 //! each direction ending on its own (half-close).
 //!
-//! A reset by the application counts as the end of its data, as upstream does it: the other side
-//! sees a clean end. A receiver that is gone ends its direction only: what it has sent before is
-//! still delivered. Payload that a failed tunnel cut off ends in a reset of the application's
-//! connection, never in what looks like a complete answer.
+//! An end is passed on as an end, and a reset, like every other failure, as a reset (in a tunnel
+//! RST_STREAM with CONNECT_ERROR, RFC 9113 8.5), behind what came before it: what was cut off never
+//! looks like a complete answer (`relay/ends.rs`). Upstream passes resets on as ends.
 
+mod ends;
 #[cfg(debug_assertions)]
 mod slowdown;
 
-use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsFd as _;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::task::Poll;
-use std::time::Duration;
 
 use rt::buf::Buf;
 use rt::net::{Placement, ReadHalf, Splice, Spliced, TcpStream, WriteHalf};
 use telemetry::{ConnectionRecord, ResponseFlags};
 
 use crate::config::ShortCut;
-use crate::error::{ProxyError, is_gone};
-use crate::tunnel::{StreamFailure, TunnelStream};
+use crate::error::ProxyError;
+use crate::tunnel::TunnelStream;
 use crate::watch::Watch;
+pub(crate) use ends::Who;
+use ends::{Flow, Side, both};
 
 /// Which way bytes are counted.
 #[derive(Debug, Clone, Copy)]
@@ -54,14 +54,26 @@ pub(crate) async fn client_to_tunnel(
     server: &TunnelStream,
     record: &ConnectionRecord,
 ) -> Result<(), ProxyError> {
+    let sides = [
+        Side::Socket(client.observer(), Who::Client),
+        Side::Stream(server),
+    ];
     let (mut read, mut write) = client.split();
-    let cut = Cut::default();
-    both(
-        pin!(upload(&mut read, server, record, Way::Request, &cut)),
-        pin!(download(server, &mut write, record, Way::Response)),
-        &cut,
-    )
-    .await
+    let result = {
+        let (up, down) = (Flow::default(), Flow::default());
+        both(
+            pin!(upload(&mut read, server, record, Way::Request, &up)),
+            pin!(download(server, &mut write, record, Way::Response, &down)),
+            [&up, &down],
+            sides,
+        )
+        .await
+    };
+    if result.is_err() {
+        server.cut_off();
+        let _ = write.reset_on_close(); // the client may be gone already
+    }
+    result
 }
 
 /// Inbound: the client is behind a tunnel, the server is a socket.
@@ -71,18 +83,23 @@ pub(crate) async fn tunnel_to_server(
     record: &ConnectionRecord,
     watch: &Watch,
 ) -> Result<(), ProxyError> {
+    let sides = [
+        Side::Socket(server.observer(), Who::Server),
+        Side::Stream(client),
+    ];
     let (mut read, mut write) = server.split();
     let result = {
-        let cut = Cut::default();
-        let up = pin!(upload(&mut read, client, record, Way::Response, &cut));
-        let down = pin!(download(client, &mut write, record, Way::Request));
-        watch.while_allowed(pin!(both(up, down, &cut))).await
+        let (up, down) = (Flow::default(), Flow::default());
+        let upload = pin!(upload(&mut read, client, record, Way::Response, &up));
+        let download = pin!(download(client, &mut write, record, Way::Request, &down));
+        let relay = pin!(both(upload, download, [&up, &down], sides));
+        watch.while_allowed(relay).await.flatten()
     };
     if result.is_err() {
         client.cut_off();
         let _ = write.reset_on_close(); // the application may be gone already
     }
-    result?
+    result
 }
 
 /// Plain: both are sockets. Counted on every one of `records`; ended by `watch`, if there is one.
@@ -94,27 +111,32 @@ pub(crate) async fn client_to_server(
     watch: Option<&Watch>,
     short_cut: Option<&dyn ShortCut>,
 ) -> Result<(), ProxyError> {
+    let sides = [
+        Side::Socket(client.observer(), Who::Client),
+        Side::Socket(server.observer(), Who::Server),
+    ];
     let (mut client_read, mut client_write) = client.split();
     let (mut server_read, mut server_write) = server.split();
     let result = {
-        let cut = Cut::default();
-        let (request, response) = (Books(records, Way::Request), Books(records, Way::Response));
-        let up = pin!(copy(
+        let (up, down) = (Flow::default(), Flow::default());
+        let request = Books(records, Way::Request, &up);
+        let response = Books(records, Way::Response, &down);
+        let upload = pin!(copy(
             &mut client_read,
             &mut server_write,
             request,
             short_cut
         ));
-        let down = pin!(copy(
+        let download = pin!(copy(
             &mut server_read,
             &mut client_write,
             response,
             short_cut
         ));
-        let mut relay = pin!(both(up, down, &cut));
+        let mut relay = pin!(both(upload, download, [&up, &down], sides));
         match watch {
-            Some(watch) => watch.while_allowed(relay).await,
-            None => Ok(relay.as_mut().await),
+            Some(watch) => watch.while_allowed(relay).await.flatten(),
+            None => relay.as_mut().await,
         }
     };
     if result.is_err() {
@@ -122,56 +144,7 @@ pub(crate) async fn client_to_server(
         let _ = client_write.reset_on_close();
         let _ = server_write.reset_on_close();
     }
-    result?
-}
-
-/// Why the stream takes no more from the application, once it does not.
-type Cut = RefCell<Option<StreamFailure>>;
-
-/// How long an application may go on sending what nobody takes after all it gets is on its way.
-const LINGER: Duration = Duration::from_secs(1);
-
-/// Runs both directions to their ends; the first error ends the other one too. If `one` is `cut`
-/// the end of `other` is the end, after [`LINGER`].
-///
-/// Pinned by the caller: a future that is moved into another one's state is in it twice.
-async fn both(
-    mut one: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
-    mut other: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
-    cut: &Cut,
-) -> Result<(), ProxyError> {
-    let (mut one_open, mut other_open) = (true, true);
-    let mut linger = None;
-    poll_fn(|cx| {
-        if one_open && let Poll::Ready(result) = one.as_mut().poll(cx) {
-            one_open = false;
-            if result.is_err() {
-                return Poll::Ready(result);
-            }
-        }
-        if other_open && let Poll::Ready(result) = other.as_mut().poll(cx) {
-            other_open = false;
-            if result.is_err() {
-                return Poll::Ready(result);
-            }
-        }
-        if other_open {
-            return Poll::Pending;
-        }
-        if one_open && cut.borrow().is_some() {
-            let wait = linger.get_or_insert_with(|| Box::pin(rt::time::sleep(LINGER)));
-            if wait.as_mut().poll(cx).is_pending() {
-                return Poll::Pending;
-            }
-        }
-        match &*cut.borrow() {
-            Some(failure) if failure.is_clean() => Poll::Ready(Ok(())),
-            Some(failure) => Poll::Ready(Err(failure.clone().into())),
-            None if one_open => Poll::Pending,
-            None => Poll::Ready(Ok(())),
-        }
-    })
-    .await
+    result
 }
 
 /// Socket into tunnel. Bulk data is received where it will be sealed.
@@ -180,11 +153,12 @@ async fn upload(
     to: &TunnelStream,
     record: &ConnectionRecord,
     way: Way,
-    cut: &Cut,
+    flow: &Flow,
 ) -> Result<(), ProxyError> {
     from.set_placement(Placement::Segmented);
     let mut bufs = VecDeque::new();
     loop {
+        flow.receiving.set(true);
         let received = poll_fn(|cx| {
             // Also while the application is silent: nothing it could say would arrive.
             if let Poll::Ready(failure) = to.poll_failure(cx) {
@@ -192,23 +166,27 @@ async fn upload(
             }
             from.poll_recv(cx, &mut bufs, &mut None).map(Ok)
         });
-        let sent = match received.await {
-            Ok(received) => match end_if_gone(received) {
-                Ok(0) => return Ok(to.finish()?),
-                Ok(n) => to.send(&mut bufs).await.map(|()| n),
-                Err(error) => {
-                    to.cut_off();
-                    return Err(error.into());
-                }
-            },
+        let received = received.await;
+        flow.receiving.set(false);
+        let sent = match received {
+            Ok(Ok(0)) => {
+                to.finish()?;
+                return flow.end().await;
+            }
+            Ok(Ok(n)) => to.send(&mut bufs).await.map(|()| n),
+            Ok(Err(error)) => return Err(error.into()),
             Err(failure) => Err(failure),
         };
         match sent {
-            Ok(n) => way.count(record, n),
-            Err(failure) => {
-                *cut.borrow_mut() = Some(failure);
+            Ok(n) => {
+                way.count(record, n);
+                flow.moved();
+            }
+            Err(failure) if failure.is_clean() => {
+                flow.receiving.set(true);
                 return discard(from, &mut bufs).await;
             }
+            Err(failure) => return Err(failure.into()),
         }
     }
 }
@@ -218,7 +196,7 @@ async fn upload(
 async fn discard(from: &mut ReadHalf, bufs: &mut VecDeque<Buf>) -> Result<(), ProxyError> {
     loop {
         bufs.clear();
-        if end_if_gone(from.recv(bufs).await)? == 0 {
+        if from.recv(bufs).await? == 0 {
             return Ok(());
         }
     }
@@ -230,33 +208,32 @@ async fn download(
     to: &mut WriteHalf,
     record: &ConnectionRecord,
     way: Way,
+    flow: &Flow,
 ) -> Result<(), ProxyError> {
     let mut bufs = VecDeque::new();
     loop {
-        let n = match from.recv(&mut bufs).await {
-            Ok(n) => n,
-            Err(failure) => {
-                let _ = to.reset_on_close(); // the application may be gone already
-                return Err(failure.into());
-            }
-        };
+        flow.receiving.set(true);
+        let received = from.recv(&mut bufs).await;
+        flow.receiving.set(false);
+        let n = received?;
         if n == 0 {
-            return end(to).await;
+            end(to).await?;
+            return flow.end().await;
         }
-        if !deliver(to, &mut bufs).await? {
-            return Ok(());
-        }
+        deliver(to, &mut bufs).await?;
         from.release(n);
         way.count(record, n);
+        flow.moved();
     }
 }
 
 /// Where one direction of a relay between sockets is counted.
 #[derive(Clone, Copy)]
-struct Books<'a>(&'a [&'a ConnectionRecord], Way);
+struct Books<'a>(&'a [&'a ConnectionRecord], Way, &'a Flow);
 
 impl Books<'_> {
     fn count(self, bytes: usize) {
+        self.2.moved();
         for record in self.0 {
             self.1.count(record, bytes);
         }
@@ -313,6 +290,7 @@ async fn copy(
     let mut bufs = VecDeque::new();
     let (mut pipe, mut may_splice) = (None, true);
     let mut gate = Gate::new(short_cut);
+    let flow = books.2;
     loop {
         if may_splice && Splice::is_possible(from) && gate.is_open(from, to) {
             if pipe.is_none() {
@@ -321,44 +299,39 @@ async fn copy(
             may_splice = pipe.is_some();
             if let Some(pipe) = &mut pipe {
                 // Boxed: idle connections would hold its state otherwise.
-                match Box::pin(pipe.relay(from, to, |n| books.count(n))).await {
-                    Ok(Spliced::Small) => {}
-                    Ok(Spliced::End) => return end(to).await,
-                    // Whichever side is gone: nothing more comes, or nobody takes it.
-                    Err(error) if is_gone(&error) => return end(to).await,
-                    Err(error) => return Err(error.into()),
+                match Box::pin(pipe.relay(from, to, |n| books.count(n))).await? {
+                    Spliced::Small => {}
+                    Spliced::End => break,
                 }
             }
         }
-        let n = end_if_gone(from.recv(&mut bufs).await)?;
+        flow.receiving.set(true);
+        let received = from.recv(&mut bufs).await;
+        flow.receiving.set(false);
+        let n = received?;
         if n == 0 {
-            return end(to).await;
+            break;
         }
-        if !deliver(to, &mut bufs).await? {
-            return Ok(());
-        }
+        deliver(to, &mut bufs).await?;
         books.count(n);
         gate.copied(n);
     }
+    end(to).await?;
+    flow.end().await
 }
 
-/// Hands `bufs` over to be sent. False: the receiver is gone, which the other direction sees as its
-/// end.
-async fn deliver(to: &mut WriteHalf, bufs: &mut VecDeque<Buf>) -> Result<bool, ProxyError> {
+/// Hands `bufs` over to be sent.
+async fn deliver(to: &mut WriteHalf, bufs: &mut VecDeque<Buf>) -> io::Result<()> {
     for buf in bufs.drain(..) {
         to.push(buf);
     }
-    match to.hand_over().await {
-        Err(error) if is_gone(&error) => Ok(false),
-        other => Ok(other.map(|()| true)?),
-    }
+    to.hand_over().await
 }
 
-/// Sends what is left, then FIN. A receiver that is gone needs neither.
-async fn end(to: &mut WriteHalf) -> Result<(), ProxyError> {
-    let ended = to.flush().await.and_then(|()| to.shutdown());
-    end_if_gone(ended.map(|()| 0))?;
-    Ok(())
+/// Sends what is left, then FIN.
+async fn end(to: &mut WriteHalf) -> io::Result<()> {
+    to.flush().await?;
+    to.shutdown()
 }
 
 /// Closes the books on a connection that was established.
@@ -366,14 +339,6 @@ pub(crate) fn finish(record: ConnectionRecord, result: Result<(), ProxyError>) {
     match result {
         Ok(()) => record.close(None, ResponseFlags::None),
         Err(error) => record.close(Some(&error), ResponseFlags::None),
-    }
-}
-
-/// An application that went away has reached its end.
-fn end_if_gone(result: io::Result<usize>) -> io::Result<usize> {
-    match result {
-        Err(error) if is_gone(&error) => Ok(0),
-        other => other,
     }
 }
 

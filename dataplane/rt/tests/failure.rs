@@ -46,7 +46,7 @@ fn reset(stream: &TcpStream) {
 type Job = fn(ReadHalf, WriteHalf) -> std::pin::Pin<Box<dyn Future<Output = [Kept; 2]>>>;
 /// What a job leaves as it is for the time of the wait.
 enum Kept {
-    Read(#[allow(dead_code, reason = "only kept")] ReadHalf),
+    Read(ReadHalf),
     Write(#[allow(dead_code, reason = "only kept")] WriteHalf),
 }
 
@@ -68,8 +68,18 @@ fn noticed(backend: Backend, first: fn(&mut TcpStream), job: Job, last: fn(TcpSt
             say.send(counters).unwrap();
             let wait = poll_fn(|cx| observer.poll_failure(cx));
             let waited = rt::time::timeout(Duration::from_secs(3), wait).await;
-            drop(kept);
-            match (waited, observer.failure()) {
+            let failed = observer.failure();
+            for kept in kept {
+                if let (Kept::Read(mut read), true) = (kept, failed.is_some()) {
+                    // What was told of it is not an end now.
+                    let mut bufs = VecDeque::new();
+                    while read.recv(&mut bufs).await.is_ok_and(|n| {
+                        assert!(n > 0, "an end behind an error");
+                        n > 0
+                    }) {}
+                }
+            }
+            match (waited, failed) {
                 (Ok(()), Some(error)) => error.kind().to_string(),
                 (Err(_), None) => "nothing".to_owned(),
                 other => format!("{other:?}"),
@@ -99,6 +109,17 @@ const AFTER_A_MESSAGE: Job = |mut read, write| {
     Box::pin(async {
         let mut bufs = VecDeque::new();
         assert!(read.recv(&mut bufs).await.unwrap() >= 4);
+        [Kept::Read(read), Kept::Write(write)]
+    })
+};
+/// Has found that the flow is bulk.
+const AMID_BULK: Job = |mut read, write| {
+    Box::pin(async {
+        let mut bufs = VecDeque::new();
+        while !read.is_bulk() {
+            assert!(read.recv(&mut bufs).await.unwrap() > 0);
+        }
+        assert!(read.recv(&mut bufs).await.unwrap() > 0);
         [Kept::Read(read), Kept::Write(write)]
     })
 };
@@ -147,13 +168,18 @@ fn flood(client: &mut TcpStream) {
     }
 }
 
+fn bulk(client: &mut TcpStream) {
+    client.write_all(&[1; 1 << 20]).unwrap();
+}
+
 fn a_reset_is_noticed(backend: Backend) {
     type Case = (&'static str, fn(&mut TcpStream), Job);
-    let cases: [Case; 7] = [
+    let cases: [Case; 8] = [
         ("idle", |_| {}, IDLE),
         ("unread", say, IDLE),
         ("after a message", say, AFTER_A_MESSAGE),
         ("after many", flood, AFTER_A_MESSAGE),
+        ("amid bulk", bulk, AMID_BULK),
         ("after its end", end, AFTER_THE_END),
         ("while it does not read", |_| {}, WRITING),
         ("while it does not read, after its end", end, WRITING),

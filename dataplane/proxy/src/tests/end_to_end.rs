@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use hbone::ConnectRequest;
 use mesh::Snapshot;
 use rt::mailbox::{LatestSender, Sender};
-use rt::{Runtime, RuntimeConfig};
+use rt::{Backend, Runtime, RuntimeConfig};
 use telemetry::{Exposition, Registry};
 use tls::CertificateStore;
 
@@ -87,6 +87,17 @@ pub(super) fn worker_with(
     store: &Arc<CertificateStore>,
     change: impl FnOnce(&mut ProxyConfig) + Send + 'static,
 ) -> Worker {
+    let mesh = move |outbound| mesh(outbound, server, policies);
+    worker_on(Backend::Auto, mesh, store, change)
+}
+
+/// A worker on a back end, with the configuration that `mesh` makes of its outbound port.
+pub(super) fn worker_on(
+    backend: Backend,
+    mesh: impl FnOnce(u16) -> String + Send + 'static,
+    store: &Arc<CertificateStore>,
+    change: impl FnOnce(&mut ProxyConfig) + Send + 'static,
+) -> Worker {
     let certificates = Arc::clone(store);
     let any = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
     let listeners = Listeners {
@@ -109,14 +120,18 @@ pub(super) fn worker_with(
                     change(config);
                 }),
                 listeners,
-                snapshot: snapshot(&mesh(outbound, server, policies)),
+                snapshot: snapshot(&mesh(outbound)),
                 certificates,
                 telemetry: metrics.worker(access_log()),
                 snapshots: cell,
                 commands: receiver,
                 seed: 1,
             };
-            let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
+            let config = RuntimeConfig {
+                backend,
+                ..RuntimeConfig::default()
+            };
+            let mut runtime = Runtime::new(config).unwrap();
             runtime.run(crate::serve(setup)).unwrap();
         }
     });

@@ -5,6 +5,7 @@
 mod authorization;
 mod credit;
 mod end_to_end;
+mod ends;
 mod envoy;
 mod handshakes;
 mod hostile;

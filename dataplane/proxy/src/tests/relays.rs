@@ -130,3 +130,83 @@ fn a_half_closed_connection_ends_with_its_tunnel() {
         assert!(result.is_err());
     });
 }
+
+/// Sends more than anything between it and an application that does not read can hold.
+async fn fill(pair: &Pair, far: &TunnelStream) {
+    let mut much = bufs(&pair.server.pool(), &vec![1; 16 << 20]);
+    let sending = rt::time::timeout(Duration::from_millis(500), far.send(&mut much));
+    assert!(sending.await.is_err(), "it was taken");
+}
+
+/// An application that does not read does not keep its connection when nobody is left behind it,
+/// whichever way that has come about.
+#[test]
+fn an_application_that_does_not_read_is_reset() {
+    type Leave = fn(&Pair, TunnelStream);
+    let ways: [(&str, Leave); 5] = [
+        ("the stream is dropped", |_, far| drop(far)),
+        ("the stream is cut off", |_, far| far.cut_off()),
+        (
+            "the stream is reset, then the tunnel closed",
+            |pair, far| {
+                drop(far);
+                pair.server.shutdown_graceful();
+            },
+        ),
+        ("the tunnel breaks", |pair, far| {
+            let error = TunnelError::KeepaliveTimeout;
+            pair.client.abort(error, ErrorCode::NO_ERROR);
+            drop(far);
+        }),
+        ("the peer goes with the tunnel", |pair, far| {
+            let error = TunnelError::KeepaliveTimeout;
+            pair.server.abort(error, ErrorCode::NO_ERROR);
+            drop(far);
+        }),
+    ];
+    for (name, leave) in ways {
+        run(async move {
+            let app = |stream: TcpStream| {
+                let started = std::time::Instant::now();
+                loop {
+                    if let Some(error) = stream.take_error().unwrap() {
+                        return error.kind();
+                    }
+                    assert!(started.elapsed() < Duration::from_secs(20), "it stays");
+                    thread::sleep(Duration::from_millis(10));
+                }
+            };
+            let (seen, result) = relayed(app, async move |pair, far| {
+                fill(pair, &far).await;
+                leave(pair, far);
+            })
+            .await;
+            assert_eq!(seen, ErrorKind::ConnectionReset, "{name}");
+            assert!(result.is_err(), "{name}");
+        });
+    }
+}
+
+/// What was complete when its sender left is kept for a receiver that takes its time.
+#[test]
+fn a_late_reader_gets_a_complete_answer() {
+    let answer = pattern(9, 3_000_000);
+    let expected = answer.clone();
+    run(async move {
+        let app = |mut stream: TcpStream| {
+            thread::sleep(Duration::from_secs(3));
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).map(|_| all)
+        };
+        let (received, result) = relayed(app, async |pair, far| {
+            far.send(&mut bufs(&pair.server.pool(), &answer))
+                .await
+                .unwrap();
+            far.finish().unwrap();
+            drop(far);
+        })
+        .await;
+        assert!(received.unwrap() == expected);
+        assert!(result.is_ok(), "{result:?}");
+    });
+}

@@ -218,7 +218,13 @@ impl TunnelStream {
         Poll::Pending
     }
 
-    fn failure(&self) -> Option<StreamFailure> {
+    /// Whether the peer had sent all it wanted to, when or before it left.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.shared.ended.get()
+    }
+
+    /// Why it cannot go on, if it cannot.
+    pub(crate) fn failure(&self) -> Option<StreamFailure> {
         if let Some(code) = self.shared.reset.get() {
             return Some(StreamFailure::Reset(code));
         }
@@ -240,10 +246,7 @@ impl TunnelStream {
                 return Poll::Ready(Ok(0));
             }
             match self.failure() {
-                Some(failure) if failure.is_clean() => {
-                    self.shared.ended.set(true);
-                    Poll::Ready(Ok(0))
-                }
+                Some(failure) if failure.is_clean() => Poll::Ready(Ok(0)),
                 Some(failure) => Poll::Ready(Err(failure)),
                 None => {
                     register(&self.shared.receiver, cx);

@@ -22,14 +22,19 @@ const GRACE: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub struct Observer {
     socket: Rc<Socket>,
-    inner: Rc<Inner>,
     vigil: Option<Box<Vigil>>,
 }
 
 /// A wait for the failure of a connection. Once begun it goes on: a flow that waits for room again
 /// and again has one operation for all of these times.
 #[derive(Debug)]
-enum Vigil {
+struct Vigil {
+    inner: Rc<Inner>,
+    wait: Wait,
+}
+
+#[derive(Debug)]
+enum Wait {
     Later(Sleep),
     Armed(OpId),
 }
@@ -45,14 +50,10 @@ pub struct Sent {
 
 impl TcpStream {
     /// Looks at this connection from outside.
-    ///
-    /// # Panics
-    /// Outside [`crate::Runtime::run`].
     #[must_use]
     pub fn observer(&self) -> Observer {
         Observer {
             socket: Rc::clone(self.socket()),
-            inner: current(),
             vigil: None,
         }
     }
@@ -70,6 +71,9 @@ impl Observer {
     /// Ready once the connection has failed. For the times in which nothing is received from it:
     /// because what was received waits for somebody else, or because the peer has ended its
     /// stream. Later calls cost next to nothing.
+    ///
+    /// # Panics
+    /// Outside [`crate::Runtime::run`].
     pub fn poll_failure(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.socket.failure().is_none() {
             self.socket.wake_on_failure(cx.waker());
@@ -82,14 +86,19 @@ impl Observer {
     }
 
     fn keep_vigil(&mut self, cx: &mut Context<'_>) {
-        let begin = || Box::new(Vigil::Later(sleep(GRACE)));
+        let begin = || {
+            Box::new(Vigil {
+                inner: current(),
+                wait: Wait::Later(sleep(GRACE)),
+            })
+        };
         let vigil = self.vigil.get_or_insert_with(begin);
-        if let Vigil::Later(sleep) = &mut **vigil
+        if let Wait::Later(sleep) = &mut vigil.wait
             && Pin::new(sleep).poll(cx).is_ready()
         {
             let keep = Keep::Ready(Rc::clone(&self.socket), Readiness::Failure);
-            let op = self.inner.driver.borrow_mut().start(keep);
-            **vigil = Vigil::Armed(op);
+            let op = vigil.inner.driver.borrow_mut().start(keep);
+            vigil.wait = Wait::Armed(op);
         }
     }
 
@@ -110,9 +119,9 @@ impl Observer {
 impl Drop for Observer {
     fn drop(&mut self) {
         if let Some(vigil) = self.vigil.take()
-            && let Vigil::Armed(op) = *vigil
+            && let Wait::Armed(op) = vigil.wait
         {
-            self.inner.driver.borrow_mut().abandon(op);
+            vigil.inner.driver.borrow_mut().abandon(op);
         }
     }
 }

@@ -165,7 +165,10 @@ impl ReadHalf {
                     let done = self.inner.driver.borrow_mut().poll_once(op, cx);
                     let (result, keep) = ready!(done);
                     self.mode = Mode::Idle;
-                    return Poll::Ready(self.finish_single(result, keep, out, carry));
+                    let finished = self.finish_single(result, keep, out, carry);
+                    if !self.eof {
+                        return Poll::Ready(finished);
+                    }
                 }
             }
         }

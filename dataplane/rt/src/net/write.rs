@@ -282,7 +282,11 @@ impl WriteHalf {
     /// # Errors
     /// `ENOTCONN` when the connection is gone.
     pub fn shutdown(&self) -> io::Result<()> {
-        shutdown(&self.socket, Shutdown::Write)
+        shutdown(&self.socket, Shutdown::Write).inspect_err(|error| {
+            // The reason, if nothing else was told.
+            self.socket.look_for_failure();
+            self.socket.note(-error.raw_os_error().unwrap_or(0));
+        })
     }
 
     pub(crate) fn socket(&self) -> &Rc<Socket> {
