@@ -8,6 +8,8 @@ use std::time::Duration;
 use mesh::NodeContext;
 use rt::net::Keepalive;
 
+use crate::memory::TunnelMemory;
+
 /// How traffic reaches the proxy (`REDIRECT_MODE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RedirectMode {
@@ -60,6 +62,8 @@ pub struct ProxyConfig {
     pub handshake_timeout: Duration,
     /// Handshakes under way on one worker in each direction; as many more may wait.
     pub handshakes_max: usize,
+    /// Memory for what has arrived in tunnels, of all workers (`ZTUNNEL_TUNNEL_MEMORY_BYTES`).
+    pub tunnel_memory: Arc<TunnelMemory>,
     /// How long a captured connection waits for its pod's workload to become known.
     pub workload_timeout: Duration,
     /// HTTP/2 settings of tunnels this proxy opens.

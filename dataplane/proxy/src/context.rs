@@ -17,6 +17,7 @@ use tls::CertificateStore;
 use crate::config::{ProxyConfig, RedirectMode, ShortCut};
 use crate::error::ProxyError;
 use crate::gate::{Handshakes, Place};
+use crate::memory::WorkerMemory;
 use crate::pool::Pool;
 use crate::tunnel::{Setup, Tunnel};
 use crate::watch::Watches;
@@ -28,6 +29,7 @@ pub(crate) struct Context {
     pub(crate) telemetry: WorkerTelemetry,
     pub(crate) pool: Pool,
     pub(crate) handshakes: Handshakes,
+    memory: Rc<WorkerMemory>,
     /// Connections that policies have allowed, to be looked at again when those change.
     pub(crate) watches: Watches,
     snapshot: RefCell<Arc<Snapshot>>,
@@ -80,6 +82,7 @@ impl Context {
     ) -> Self {
         Self {
             handshakes: Handshakes::new(config.handshakes_max),
+            memory: WorkerMemory::new(&config.tunnel_memory),
             watches: Watches::default(),
             config,
             certificates,
@@ -228,6 +231,7 @@ impl Context {
             cpu: self.handshakes.cpu(),
             place: Some(place),
             telemetry: &self.telemetry,
+            memory: &self.memory,
             ping: (self.config.ping_interval, self.config.ping_timeout),
         }
     }

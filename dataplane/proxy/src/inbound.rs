@@ -163,6 +163,10 @@ struct Request {
 /// Sets the connection to the server up. Bytes are relayed by a task of their own, which is all
 /// that stays.
 async fn serve(request: Request) {
+    // Reset before it was looked at. Nobody is told: the codec counts, and bounds, such streams.
+    if request.stream.is_gone() {
+        return;
+    }
     let context = &request.context;
     let target = match request.target() {
         Ok(target) => target,
@@ -245,9 +249,11 @@ impl Request {
     /// them must not leave a connection being set up behind for each.
     async fn unless_gone<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let mut future = pin!(future);
-        poll_fn(|cx| match future.as_mut().poll(cx) {
-            Poll::Ready(value) => Poll::Ready(Some(value)),
-            Poll::Pending => self.stream.poll_failure(cx).map(|_| None),
+        poll_fn(|cx| {
+            if self.stream.poll_failure(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            future.as_mut().poll(cx).map(Some)
         })
         .await
     }

@@ -25,6 +25,7 @@ mod context;
 mod error;
 mod gate;
 mod inbound;
+mod memory;
 mod outbound;
 mod plaintext;
 mod pool;
@@ -36,4 +37,5 @@ mod watch;
 mod worker;
 
 pub use config::{ProxyConfig, RedirectMode, ShortCut};
+pub use memory::TunnelMemory;
 pub use worker::{Command, Listeners, WorkerSetup, serve};

@@ -55,6 +55,19 @@ impl Buf {
         self.tail as usize
     }
 
+    /// Bytes of the block that this buffer keeps from its pool, however few of them are its own.
+    #[must_use]
+    pub fn block_bytes(&self) -> usize {
+        self.pool.config().block_size(self.class) as usize
+    }
+
+    /// Whether both are parts of one block.
+    #[must_use]
+    pub fn shares_block(&self, other: &Self) -> bool {
+        let same_pool = std::rc::Rc::ptr_eq(&self.pool.0, &other.pool.0);
+        same_pool && self.class == other.class && self.block == other.block
+    }
+
     /// Extends the buffer by `n` bytes in front; their content is unspecified but initialised.
     ///
     /// # Panics
@@ -254,6 +267,27 @@ mod tests {
         assert_eq!(pool.ring_blocks_in_use(), 1);
         drop(buf);
         assert_eq!(pool.ring_blocks_in_use(), 0);
+    }
+
+    #[test]
+    fn buffers_know_what_they_pin() {
+        let config = PoolConfig::default();
+        let pool = Pool::new(config);
+        let mut buf = pool.large();
+        buf.extend_from_slice(&[7; 1000]);
+        let front = buf.split_to(1);
+        assert!(front.shares_block(&buf));
+        assert_eq!(front.block_bytes(), config.large_bytes());
+        let other = pool.large();
+        assert!(!front.shares_block(&other));
+        let record = pool.record();
+        assert_eq!(record.block_bytes(), config.segment() as usize);
+        assert_eq!(
+            pool.bytes_in_use(),
+            2 * config.large_bytes() + record.block_bytes()
+        );
+        drop((front, buf, record));
+        assert_eq!(pool.bytes_in_use(), config.large_bytes());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use control::LocalConfig;
 use mesh::{NodeContext, WorkloadName};
-use proxy::{ProxyConfig, RedirectMode};
+use proxy::{ProxyConfig, RedirectMode, TunnelMemory};
 use rt::net::Keepalive;
 use rt::{Backend, RuntimeConfig};
 use tls::RecordPath;
@@ -323,6 +323,11 @@ fn proxy_config(
         handshakes_max: environment
             .number("ZTUNNEL_HANDSHAKES_MAX", 1..=65_536)?
             .unwrap_or(1024) as usize,
+        tunnel_memory: TunnelMemory::new(
+            environment
+                .number("ZTUNNEL_TUNNEL_MEMORY_BYTES", 16 << 20..=1 << 40)?
+                .unwrap_or(512 << 20) as usize,
+        ),
         workload_timeout: Duration::from_secs(5),
         client,
         server,

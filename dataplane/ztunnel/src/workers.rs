@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mesh::Snapshot;
-use proxy::{Command, Listeners, ProxyConfig, WorkerSetup};
+use proxy::{Command, Listeners, ProxyConfig, TunnelMemory, WorkerSetup};
 use rt::mailbox::{self, LatestReceiver, LatestSender, Sender};
 use rt::{Backend, Runtime, RuntimeConfig, RuntimeError, SharedCounters};
 use telemetry::{Logging, MetricKind, Registry};
@@ -163,6 +163,37 @@ fn log_backend(worker: usize, asked: Backend, runtime: &Runtime) {
 }
 
 type Read = fn(&SharedCounters) -> u64;
+
+/// Exports what tunnels of all workers hold.
+pub(crate) fn export_memory(registry: &Registry, memory: &Arc<TunnelMemory>) {
+    type Read = fn(&TunnelMemory) -> u64;
+    let metrics: [(&str, &str, MetricKind, Read); 3] = [
+        (
+            "ztunnel_tunnel_memory_bytes",
+            "Memory pinned by payload that has arrived in tunnels and not reached its receiver",
+            MetricKind::Gauge,
+            |memory| memory.held() as u64,
+        ),
+        (
+            "ztunnel_tunnel_memory_limit_bytes",
+            "Bound on that memory",
+            MetricKind::Gauge,
+            |memory| memory.limit() as u64,
+        ),
+        (
+            "ztunnel_tunnel_streams_given_up_total",
+            "Streams reset at that bound because their receivers took nothing or held most",
+            MetricKind::Counter,
+            TunnelMemory::streams_given_up,
+        ),
+    ];
+    for (name, help, kind, read) in metrics {
+        let memory = Arc::clone(memory);
+        if let Err(error) = registry.register(name, help, kind, &[], move || read(&memory)) {
+            tracing::warn!("{name} is not exported: {error}");
+        }
+    }
+}
 
 /// Metrics of a worker: `ztunnel_worker_` and name, help, kind, value.
 const EXPORTED: [(&str, &str, MetricKind, Read); 11] = [

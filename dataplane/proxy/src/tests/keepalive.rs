@@ -55,7 +55,10 @@ fn silence(time: Duration, ping: (Duration, Duration), stall: bool) {
     let mut runtime = Runtime::new(RuntimeConfig::default()).unwrap();
     let main = async {
         let mut pairs: Vec<Pair> = Vec::new();
-        let surroundings = Surroundings { ping };
+        let surroundings = Surroundings {
+            ping,
+            ..Surroundings::default()
+        };
         for _ in 0..TUNNELS {
             pairs.push(pair_in(Config::client(), Config::server(), &surroundings).await);
         }

@@ -13,6 +13,7 @@ mod keepalive;
 mod peer;
 mod pooling;
 mod queueing;
+mod readers;
 mod records;
 mod relays;
 mod short_cut;
@@ -40,6 +41,7 @@ use tls::{Authority, CertificateStore, Handshake, LocalIssuer, WorkloadTls};
 use crate::config::{ProxyConfig, RedirectMode};
 use crate::context::Context;
 use crate::gate::Cpu;
+use crate::memory::{TunnelMemory, WorkerMemory};
 
 use crate::tunnel::{self, ClientSide, Setup, Tunnel, TunnelOwner, TunnelStream};
 
@@ -114,7 +116,7 @@ fn certificate(store: &CertificateStore) -> Arc<WorkloadTls> {
     store.get(&identity("app")).unwrap()
 }
 
-fn listen() -> (TcpListener, SocketAddr) {
+pub(crate) fn listen() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let addr = listener.local_addr().unwrap();
     (listener, addr)
@@ -207,12 +209,17 @@ async fn serve_by(
 #[derive(Clone, Debug)]
 struct Surroundings {
     ping: (Duration, Duration),
+    memory: Rc<WorkerMemory>,
+    limit: Arc<TunnelMemory>,
 }
 
 impl Default for Surroundings {
     fn default() -> Self {
+        let limit = TunnelMemory::new(64 << 20);
         Self {
             ping: (Duration::from_secs(10), Duration::from_secs(20)),
+            memory: WorkerMemory::new(&limit),
+            limit,
         }
     }
 }
@@ -233,6 +240,7 @@ impl Surroundings {
             cpu: CPU.with(|cpu| *cpu),
             place: None,
             telemetry,
+            memory: &self.memory,
             ping: self.ping,
         }
     }
@@ -359,6 +367,7 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(5),
         handshakes_max: 64,
+        tunnel_memory: TunnelMemory::new(64 << 20),
         workload_timeout: Duration::from_millis(200),
         client: Config::client(),
         server: Config::server(),

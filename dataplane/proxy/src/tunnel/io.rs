@@ -17,7 +17,9 @@ use telemetry::{Fault, WorkerTelemetry};
 use tls::{ClientHelloWatch, Handshake, HandshakeError, OpenError, Opened, SealError, Session};
 
 use crate::gate::{Cpu, Displaced, Place};
+use crate::memory::WorkerMemory;
 
+use super::queue::Packing;
 use super::{SEND_LOW, Tunnel, TunnelError, TunnelOwner, keepalive};
 
 /// How long the writer tries to send what is left when a tunnel ends.
@@ -56,6 +58,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) place: Option<&'a Place>,
     /// Where errors are counted.
     pub(crate) telemetry: &'a WorkerTelemetry,
+    /// What payload that arrives is charged to.
+    pub(crate) memory: &'a Rc<WorkerMemory>,
     /// Silence after which the peer is asked for a sign of life, and the time for its answer.
     pub(crate) ping: (Duration, Duration),
 }
@@ -289,10 +293,12 @@ async fn flush(tunnel: &Rc<Tunnel>) -> Result<(), ()> {
 async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>, pool: Pool) {
     let mut reader = Reader {
         tunnel: &tunnel,
+        packing: Packing::new(pool.clone()),
         pool,
         carry: None,
         events: VecDeque::new(),
         stream_errors: 0,
+        opened: 0,
     };
     let mut bufs = early;
     loop {
@@ -300,16 +306,26 @@ async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>,
             if tunnel.error.borrow().is_some() {
                 return;
             }
-            if let Err(error) = reader.bytes(buf) {
-                tunnel.fail(error);
-                return;
+            match reader.bytes(buf) {
+                Ok(None) => {}
+                Ok(Some(rest)) => {
+                    bufs.push_front(rest);
+                    rt::next_turn().await; // others have waited for long enough
+                    reader.opened = 0;
+                }
+                Err(error) => {
+                    tunnel.fail(error);
+                    return;
+                }
             }
         }
+        reader.opened = 0;
         let received = poll_fn(|cx| {
             while tunnel.stop.poll_wait(cx).is_ready() {
                 if tunnel.error.borrow().is_some() {
                     return Poll::Ready(None);
                 }
+                tunnel.admit_waiting();
             }
             read.poll_recv(cx, &mut bufs, &mut reader.carry).map(Some)
         })
@@ -332,16 +348,24 @@ async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>,
 struct Reader<'a> {
     tunnel: &'a Rc<Tunnel>,
     pool: Pool,
+    packing: Packing,
     /// An incomplete record.
     carry: Option<Buf>,
     events: VecDeque<Event>,
     /// Of those the codec has counted, how many are told.
     stream_errors: u64,
+    /// Records opened in this turn.
+    opened: u32,
 }
 
+/// Records opened in one turn of the worker: a receive may bring ten thousand that are very small,
+/// and other connections wait meanwhile.
+const RECORDS_PER_TURN: u32 = 256;
+
 impl Reader<'_> {
-    /// Opens every complete record in `buf`, and in what was carried over before it.
-    fn bytes(&mut self, mut buf: Buf) -> Result<(), TunnelError> {
+    /// Opens every complete record in `buf`, and in what was carried over before it. Returns what is
+    /// left for the next turn, if that is too many of them.
+    fn bytes(&mut self, mut buf: Buf) -> Result<Option<Buf>, TunnelError> {
         while let Some(mut carry) = self.carry.take() {
             // The receive did not continue the carried bytes: complete their record by copying.
             let want = match Session::record_len(&carry) {
@@ -363,22 +387,25 @@ impl Reader<'_> {
                 Ok(_) => {
                     self.carry = Some(carry);
                     if buf.is_empty() {
-                        return Ok(());
+                        return Ok(None);
                     }
                 }
                 Err(error) => return Err(self.tls_failed(&error.into())),
             }
         }
         loop {
+            if self.opened >= RECORDS_PER_TURN && !buf.is_empty() {
+                return Ok(Some(buf));
+            }
             match Session::record_len(&buf) {
                 Ok(Some(len)) if len < buf.len() => self.record(buf.split_to(len))?,
-                Ok(Some(len)) if len == buf.len() => return self.record(buf),
+                Ok(Some(len)) if len == buf.len() => return self.record(buf).map(|()| None),
                 Ok(_) => break,
                 Err(error) => return Err(self.tls_failed(&error.into())),
             }
         }
         self.carry = (!buf.is_empty()).then_some(buf);
-        Ok(())
+        Ok(None)
     }
 
     /// Moves an incomplete record to a block with room for the rest of it.
@@ -389,6 +416,7 @@ impl Reader<'_> {
     }
 
     fn record(&mut self, mut record: Buf) -> Result<(), TunnelError> {
+        self.opened += 1;
         let opened = self.tunnel.session.borrow_mut().open(&mut record);
         match opened {
             Ok(Opened::Data(range)) => self.plaintext(record, range),
@@ -443,6 +471,7 @@ impl Reader<'_> {
                 self.event(event);
             }
         }
+        self.look_after_windows();
         self.tunnel.pump();
         if let Err(error) = result {
             return Err(TunnelError::Http2(error));
@@ -453,13 +482,39 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn payload(&self, id: StreamId, piece: Buf) {
-        let streams = self.tunnel.streams.borrow();
+    /// Receivers that do not read hold nobody else up.
+    fn look_after_windows(&self) {
+        let tunnel = self.tunnel;
+        if tunnel.memory.is_used_up() {
+            tunnel.memory.make_room(&self.pool);
+        }
+        let mut codec = tunnel.codec.borrow_mut();
+        if codec.wants_credit() {
+            codec.lend();
+        }
+        if codec.is_calmed() && !tunnel.calmed.replace(true) {
+            drop(codec);
+            tunnel.telemetry.hbone_error(Fault::Flood);
+            tracing::warn!(
+                "tunnel from {}: too many of its streams come to nothing, it may open no more",
+                tunnel.peer_addr
+            );
+        }
+    }
+
+    fn payload(&mut self, id: StreamId, piece: Buf) {
+        let tunnel = self.tunnel;
+        let memory = &tunnel.memory;
+        let streams = tunnel.streams.borrow();
         match streams.get(&id.get()) {
-            Some(stream) => stream.data(piece, &self.pool),
+            Some(stream) => {
+                let charge = stream.data(piece, memory.is_tight(), &mut self.packing);
+                drop(streams);
+                memory.charge(charge, &self.pool);
+            }
             None => {
                 drop(streams);
-                self.tunnel.release(id, piece.len());
+                tunnel.release(id, piece.len());
             }
         }
     }
@@ -475,7 +530,7 @@ impl Reader<'_> {
         match event {
             Event::Request { id, head } => {
                 let stream = tunnel.attach(id);
-                tunnel.owner.request(tunnel, stream, *head);
+                tunnel.admit(stream, *head);
             }
             Event::Response {
                 id,
@@ -485,7 +540,13 @@ impl Reader<'_> {
                 with(id, &|stream| stream.respond(status, baggage.clone()));
             }
             Event::End { id } => with(id, &|stream| stream.end()),
-            Event::Reset { id, code } => with(id, &|stream| stream.reset_by_peer(code)),
+            Event::Reset { id, code } => {
+                with(id, &|stream| {
+                    stream.reset_by_peer(code);
+                    tunnel.return_credit(stream);
+                });
+                tunnel.forget_waiting(id);
+            }
             Event::Writable { id } => with(id, &|stream| stream.writable()),
             Event::GoAway { .. } | Event::Settings => tunnel.note_change(),
             Event::Pong(_) | Event::Data { .. } => {}

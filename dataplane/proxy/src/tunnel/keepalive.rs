@@ -135,6 +135,9 @@ pub(super) async fn watch(tunnel: Weak<Tunnel>, (interval, patience): (Duration,
         told += Duration::from_secs(seconds);
         let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
         tunnel.codec.borrow_mut().pass_time(seconds);
+        if tunnel.memory.is_used_up() {
+            tunnel.memory.make_room(&tunnel.pool);
+        }
         match keepalive.wake(now, tunnel.signs()) {
             Next::Wait => {}
             Next::Ask => {

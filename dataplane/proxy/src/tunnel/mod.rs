@@ -6,19 +6,23 @@
 //!
 //! What makes it cheap: small DATA frames of all streams that are ready in one turn of the worker
 //! share one TLS record and one send; large ones are sealed in the buffer they were received in.
-//! Received payload is never copied unless a slow application lets it queue up, when small pieces
-//! are packed together so that they do not pin whole receive blocks.
+//! Received payload is copied only where it would pin much more than itself ([`queue`]).
 //!
-//! Bounds: a stream queues at most its window; payload that waits to be sent is bounded by
+//! Bounds: a stream queues at most its window. What streams hold whose receivers do not read is lent
+//! again in the connection's window, so that none of them stops the others; all that is held in the
+//! process has one bound ([`crate::memory`]). Payload that waits to be sent is bounded by
 //! [`SEND_HIGH`] plus one frame, and a peer that lets answers pile up to [`SEND_MAX`] is given up.
+//! As many requests are served at a time as the peer may have streams open, until their tasks have
+//! ended: one whose stream is reset is not served any more, but counts as long as it has anything.
 
 mod io;
 mod keepalive;
 mod outgoing;
+mod queue;
 mod stream;
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::SocketAddr;
@@ -26,15 +30,17 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use hbone::{ConnectRequest, ErrorCode, RequestHead, StreamId};
-use rt::buf::Buf;
+use rt::buf::{Buf, Pool};
 use rt::sync::{Broadcast, Signal};
 use telemetry::WorkerTelemetry;
 use tls::Session;
 
+use crate::memory::WorkerMemory;
+
 pub(crate) use io::{Setup, SetupError, Transport, run};
 use outgoing::Outgoing;
 use stream::StreamShared;
-pub(crate) use stream::{StreamFailure, TunnelStream};
+pub(crate) use stream::{HeldStream, StreamFailure, TunnelStream};
 
 /// Bytes waiting to be sent above which streams stop adding more.
 pub(crate) const SEND_HIGH: usize = 512 * 1024;
@@ -145,6 +151,16 @@ pub(crate) struct Tunnel {
     /// The peer refused a stream although its limit is not reached: none is opened before another
     /// one has ended.
     refusing: Cell<bool>,
+    /// What its streams hold is charged to this.
+    memory: Rc<WorkerMemory>,
+    pool: Pool,
+    /// Server: requests whose tasks have not ended, and how many there may be.
+    served: Cell<usize>,
+    served_max: usize,
+    /// Requests that wait until there are fewer. Their streams count as open for the codec.
+    waiting: RefCell<VecDeque<(TunnelStream, RequestHead)>>,
+    /// It has been told that the peer's streams come to nothing.
+    calmed: Cell<bool>,
 }
 
 impl fmt::Debug for Tunnel {
@@ -166,6 +182,7 @@ impl Tunnel {
         owner: Box<dyn TunnelOwner>,
     ) -> Rc<Self> {
         let now = Instant::now();
+        let pool = write.pool().clone();
         let tunnel = Rc::new(Self {
             session: RefCell::new(session),
             codec: RefCell::new(hbone::Connection::new(setup.role, setup.config)),
@@ -186,7 +203,14 @@ impl Tunnel {
             owner,
             telemetry: setup.telemetry.clone(),
             refusing: Cell::new(false),
+            memory: Rc::clone(setup.memory),
+            pool,
+            served: Cell::new(0),
+            served_max: setup.config.max_concurrent_streams as usize,
+            waiting: RefCell::default(),
+            calmed: Cell::new(false),
         });
+        setup.memory.add(&tunnel);
         tunnel.pump();
         tunnel
     }
@@ -277,7 +301,51 @@ impl Tunnel {
         }
     }
 
-    fn detach(&self, id: StreamId) {
+    /// Server: a request has arrived. It is served now, or when one of those before it has ended.
+    fn admit(self: &Rc<Self>, stream: TunnelStream, head: RequestHead) {
+        if self.served.get() >= self.served_max {
+            self.waiting.borrow_mut().push_back((stream, head));
+            return;
+        }
+        self.served.set(self.served.get() + 1);
+        stream.note_served();
+        self.owner.request(self, stream, head);
+    }
+
+    /// Serves requests that have waited, as many as there is room for.
+    fn admit_waiting(self: &Rc<Self>) {
+        while self.served.get() < self.served_max {
+            let Some((stream, head)) = self.waiting.borrow_mut().pop_front() else {
+                return;
+            };
+            if !stream.is_gone() {
+                self.admit(stream, head);
+            }
+        }
+    }
+
+    /// The stream of a request is gone: if it has waited it is forgotten.
+    fn forget_waiting(&self, id: StreamId) {
+        let mut waiting = self.waiting.borrow_mut();
+        let at = waiting.iter().rposition(|(stream, _)| stream.id() == id);
+        let gone = at.and_then(|at| waiting.remove(at));
+        drop(waiting);
+        drop(gone); // it looks at the tunnel
+    }
+
+    /// Streams whose payload pins memory.
+    pub(crate) fn held_streams(self: &Rc<Self>, out: &mut Vec<HeldStream>) {
+        let streams = self.streams.borrow();
+        out.extend(streams.values().filter_map(|stream| stream.held_by(self)));
+    }
+
+    fn detach(&self, id: StreamId, served: bool) {
+        if served {
+            self.served.set(self.served.get() - 1);
+            if !self.waiting.borrow().is_empty() {
+                self.stop.set(); // the reader lets the next one in
+            }
+        }
         let mut streams = self.streams.borrow_mut();
         streams.remove(&id.get());
         self.refusing.set(false);
@@ -319,6 +387,7 @@ impl Tunnel {
         for stream in self.streams.borrow().values() {
             stream.wake();
         }
+        drop(std::mem::take(&mut *self.waiting.borrow_mut()));
         self.note_change();
         self.drained.notify();
         self.failed.set();
@@ -416,8 +485,15 @@ impl Tunnel {
 
     /// The worker's buffer memory.
     #[cfg(test)]
-    pub(crate) fn pool(&self) -> rt::buf::Pool {
-        self.out.borrow_mut().write().pool().clone()
+    pub(crate) fn pool(&self) -> Pool {
+        self.pool.clone()
+    }
+
+    /// Payload bytes that have arrived and that nobody has taken or released.
+    #[cfg(test)]
+    pub(crate) fn held_bytes(&self) -> usize {
+        let streams = self.streams.borrow();
+        streams.values().map(|stream| stream.held_bytes()).sum()
     }
 
     fn reset(&self, id: StreamId, code: ErrorCode) {

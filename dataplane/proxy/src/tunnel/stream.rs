@@ -7,15 +7,11 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use hbone::{ErrorCode, StreamId};
-use rt::buf::{Buf, Pool};
+use rt::buf::Buf;
 use telemetry::Happening;
 
+use super::queue::{self, Packing};
 use super::{Tunnel, TunnelError};
-
-/// Queued pieces up to this size are packed together.
-const PACK_MAX: usize = 2048;
-/// With this much queued the application is slow, and every piece is packed.
-const PACK_ALL: usize = 64 * 1024;
 
 /// State of a stream, shared by the tunnel's reader and the stream's owner.
 #[derive(Debug)]
@@ -23,8 +19,18 @@ pub(super) struct StreamShared {
     pub(super) id: StreamId,
     incoming: RefCell<VecDeque<Buf>>,
     queued: Cell<usize>,
+    /// Bytes that have arrived and not been released.
+    held: Cell<usize>,
+    /// Bytes of the blocks that they pin.
+    pinned: Cell<usize>,
+    /// Something was released since somebody began to watch.
+    moves: Cell<bool>,
+    /// The peer has credit for all that is held: the stream is gone.
+    credited: Cell<bool>,
     ended: Cell<bool>,
     reset: Cell<Option<ErrorCode>>,
+    /// Given up for want of memory: the bound.
+    given_up: Cell<Option<usize>>,
     response: RefCell<Option<Response>>,
     receiver: RefCell<Option<Waker>>,
     sender: RefCell<Option<Waker>>,
@@ -45,8 +51,13 @@ impl StreamShared {
             id,
             incoming: RefCell::default(),
             queued: Cell::new(0),
+            held: Cell::new(0),
+            pinned: Cell::new(0),
+            moves: Cell::new(false),
+            credited: Cell::new(false),
             ended: Cell::new(false),
             reset: Cell::new(None),
+            given_up: Cell::new(None),
             response: RefCell::default(),
             receiver: RefCell::default(),
             sender: RefCell::default(),
@@ -58,17 +69,36 @@ impl StreamShared {
         wake(&self.sender);
     }
 
-    /// Queues received payload.
-    pub(super) fn data(&self, piece: Buf, pool: &Pool) {
+    /// Queues received payload. Returns the bytes of the blocks that it pins in addition.
+    pub(super) fn data(&self, piece: Buf, tight: bool, packing: &mut Packing) -> usize {
         let mut incoming = self.incoming.borrow_mut();
-        self.queued.set(self.queued.get() + piece.len());
-        let slow = piece.len() <= PACK_MAX || self.queued.get() > PACK_ALL;
-        if incoming.is_empty() || !slow {
-            incoming.push_back(piece);
-        } else {
-            pack(&mut incoming, &piece, pool);
-        }
+        let (len, have) = (piece.len(), (self.held.get(), self.pinned.get()));
+        let charge = queue::push(&mut incoming, piece, have, tight, packing);
+        self.queued.set(self.queued.get() + len);
+        self.held.set(have.0 + len);
+        self.pinned.set(have.1 + charge);
         wake(&self.receiver);
+        charge
+    }
+
+    /// `n` bytes have reached their receiver. Returns the bytes of blocks that are free by that.
+    fn discharge(&self, n: usize) -> usize {
+        let (held, pinned) = (self.held.get(), self.pinned.get());
+        self.moves.set(true);
+        let n = n.min(held);
+        let freed = match held - n {
+            0 => pinned,
+            // Which blocks they were is not known: a part of them.
+            _ => (pinned as u64 * n as u64 / held as u64) as usize,
+        };
+        self.held.set(held - n);
+        self.pinned.set(pinned - freed);
+        freed
+    }
+
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        self.held.get()
     }
 
     pub(super) fn end(&self) {
@@ -91,21 +121,6 @@ impl StreamShared {
 
     pub(super) fn writable(&self) {
         wake(&self.sender);
-    }
-}
-
-/// Copies `piece` behind what is queued, into blocks of its own.
-fn pack(incoming: &mut VecDeque<Buf>, mut piece: &[u8], pool: &Pool) {
-    while !piece.is_empty() {
-        match incoming.back_mut() {
-            // A slice of a receive block has no tail room; only packed blocks have.
-            Some(last) if last.tail_room() > 0 => {
-                let n = piece.len().min(last.tail_room());
-                last.extend_from_slice(&piece[..n]);
-                piece = &piece[n..];
-            }
-            _ => incoming.push_back(pool.record()),
-        }
     }
 }
 
@@ -134,6 +149,12 @@ pub(crate) enum StreamFailure {
     /// The peer reset it.
     #[error("stream reset by peer: {0}")]
     Reset(ErrorCode),
+    /// Its receiver does not read, and the memory for what tunnels hold is used up.
+    #[error(
+        "stream given up: its receiver takes nothing and the {0} bytes for data that tunnels hold \
+         are used up (ZTUNNEL_TUNNEL_MEMORY_BYTES)"
+    )]
+    GivenUp(usize),
 }
 
 impl StreamFailure {
@@ -156,8 +177,8 @@ pub(crate) struct TunnelStream {
     finished: Cell<bool>,
     /// What a reset says if the stream is dropped before its end.
     parting: Cell<ErrorCode>,
-    /// Bytes taken by `recv` and not given back yet.
-    taken: Cell<usize>,
+    /// It counts against the requests that its tunnel serves at a time.
+    served: Cell<bool>,
     /// Waits for a window.
     stalled: Cell<bool>,
 }
@@ -169,7 +190,7 @@ impl TunnelStream {
             shared,
             finished: Cell::new(false),
             parting: Cell::new(ErrorCode::CANCEL),
-            taken: Cell::new(0),
+            served: Cell::new(false),
             stalled: Cell::new(false),
         }
     }
@@ -218,13 +239,30 @@ impl TunnelStream {
         Poll::Pending
     }
 
+    /// Server: the request is being served from now on.
+    pub(super) fn note_served(&self) {
+        self.served.set(true);
+    }
+
+    pub(super) fn id(&self) -> StreamId {
+        self.shared.id
+    }
+
     /// Whether the peer had sent all it wanted to, when or before it left.
     pub(crate) fn is_complete(&self) -> bool {
         self.shared.ended.get()
     }
 
+    /// Whether nobody waits for what becomes of it.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.failure().is_some()
+    }
+
     /// Why it cannot go on, if it cannot.
     pub(crate) fn failure(&self) -> Option<StreamFailure> {
+        if let Some(limit) = self.shared.given_up.get() {
+            return Some(StreamFailure::GivenUp(limit));
+        }
         if let Some(code) = self.shared.reset.get() {
             return Some(StreamFailure::Reset(code));
         }
@@ -238,7 +276,6 @@ impl TunnelStream {
         poll_fn(|cx| {
             let queued = self.shared.queued.replace(0);
             if queued > 0 {
-                self.taken.set(self.taken.get() + queued);
                 out.append(&mut self.shared.incoming.borrow_mut());
                 return Poll::Ready(Ok(queued));
             }
@@ -259,9 +296,7 @@ impl TunnelStream {
 
     /// Gives the peer credit for `n` bytes.
     pub(crate) fn release(&self, n: usize) {
-        let n = n.min(self.taken.get());
-        self.taken.set(self.taken.get() - n);
-        self.tunnel.release(self.shared.id, n);
+        self.tunnel.released(&self.shared, n);
     }
 
     /// Queues all of `bufs` as the windows and the congestion of the tunnel allow.
@@ -345,11 +380,82 @@ impl Drop for TunnelStream {
             self.tunnel.reset(id, self.parting.get());
         }
         // Payload that nobody takes any more still counts against the connection's window.
-        let left = std::mem::take(&mut *self.shared.incoming.borrow_mut());
-        let left = left.iter().map(|buf| buf.len()).sum::<usize>() + self.taken.get();
-        if left > 0 {
-            self.tunnel.release(id, left);
+        drop(std::mem::take(&mut *self.shared.incoming.borrow_mut()));
+        self.tunnel.released(&self.shared, self.shared.held.get());
+        self.tunnel.detach(id, self.served.get());
+    }
+}
+
+/// A stream that may be given up where memory runs out.
+#[derive(Debug)]
+pub(crate) struct HeldStream {
+    tunnel: Rc<Tunnel>,
+    shared: Rc<StreamShared>,
+}
+
+impl HeldStream {
+    /// Bytes of the blocks that its payload pins.
+    pub(crate) fn charge(&self) -> usize {
+        self.shared.pinned.get()
+    }
+
+    /// Whether its receiver has taken anything since [`HeldStream::begin_watch`].
+    pub(crate) fn moves(&self) -> bool {
+        self.shared.moves.get()
+    }
+
+    /// Notes from now on whether its receiver takes anything.
+    pub(crate) fn begin_watch(&self) {
+        self.shared.moves.set(false);
+    }
+
+    /// Resets it: both applications see their connection reset.
+    pub(crate) fn give_up(&self, limit: usize) {
+        let shared = &self.shared;
+        shared.given_up.set(Some(limit));
+        self.tunnel.reset(shared.id, ErrorCode::ENHANCE_YOUR_CALM);
+        self.tunnel.return_credit(shared);
+        shared.queued.set(0);
+        drop(std::mem::take(&mut *shared.incoming.borrow_mut()));
+        self.tunnel.forgo_charge(shared);
+        shared.wake();
+    }
+}
+
+impl StreamShared {
+    /// As [`HeldStream`], if it pins anything.
+    pub(super) fn held_by(self: &Rc<Self>, tunnel: &Rc<Tunnel>) -> Option<HeldStream> {
+        (self.pinned.get() > 0 && self.given_up.get().is_none()).then(|| HeldStream {
+            tunnel: Rc::clone(tunnel),
+            shared: Rc::clone(self),
+        })
+    }
+}
+
+impl Tunnel {
+    /// `n` bytes of a stream have reached their receiver: credit for the peer, and memory.
+    fn released(&self, shared: &StreamShared, n: usize) {
+        let n = n.min(shared.held.get());
+        if n == 0 {
+            return;
         }
-        self.tunnel.detach(id);
+        let freed = shared.discharge(n);
+        self.memory.discharge(freed, &self.pool);
+        if !shared.credited.get() {
+            self.release(shared.id, n);
+        }
+    }
+
+    /// The stream is gone: what of it is still held counts against no window, whoever holds it.
+    pub(super) fn return_credit(&self, shared: &StreamShared) {
+        if !shared.credited.replace(true) && shared.held.get() > 0 {
+            self.release(shared.id, shared.held.get());
+        }
+    }
+
+    /// What the stream's task still has it lets go of at once.
+    fn forgo_charge(&self, shared: &StreamShared) {
+        let freed = shared.pinned.replace(0);
+        self.memory.discharge(freed, &self.pool);
     }
 }

@@ -64,6 +64,15 @@ impl Pool {
         self.count(Blocks::in_use)
     }
 
+    /// Bytes of all blocks that are in use by buffers.
+    #[must_use]
+    pub fn bytes_in_use(&self) -> usize {
+        let size = |class| self.0.config.block_size(class) as usize;
+        let ring = self.0.ring.lent() as usize * size(Class::Ring);
+        let in_use = |class| self.0.blocks(class).borrow().in_use() * size(class);
+        ring + Class::ON_DEMAND.into_iter().map(in_use).sum::<usize>()
+    }
+
     /// Record, large and huge blocks that are kept for reuse.
     #[must_use]
     pub fn spare_blocks(&self) -> usize {
