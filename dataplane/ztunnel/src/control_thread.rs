@@ -76,7 +76,6 @@ pub(crate) fn run() -> Result<(), RunError> {
     };
     let registry = Registry::new(env!("CARGO_PKG_VERSION"));
     export_dropped_lines(&registry, &logging);
-    workers::export_memory(&registry, &settings.proxy.tunnel_memory);
     let common = Common {
         config: Arc::clone(&settings.proxy),
         snapshot: source.snapshot(),

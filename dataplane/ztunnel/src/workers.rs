@@ -51,6 +51,7 @@ pub(crate) fn start(
     cpus: &[u32],
     runtime: RuntimeConfig,
 ) -> Result<Workers, StartError> {
+    export_memory(&common.registry, &common.config.tunnel_memory);
     let mut workers = Workers {
         threads: Vec::new(),
         commands: Vec::new(),
@@ -165,7 +166,7 @@ fn log_backend(worker: usize, asked: Backend, runtime: &Runtime) {
 type Read = fn(&SharedCounters) -> u64;
 
 /// Exports what tunnels of all workers hold.
-pub(crate) fn export_memory(registry: &Registry, memory: &Arc<TunnelMemory>) {
+fn export_memory(registry: &Registry, memory: &Arc<TunnelMemory>) {
     type Read = fn(&TunnelMemory) -> u64;
     let metrics: [(&str, &str, MetricKind, Read); 3] = [
         (

@@ -363,8 +363,8 @@ struct Reader<'a> {
 const RECORDS_PER_TURN: u32 = 256;
 
 impl Reader<'_> {
-    /// Opens every complete record in `buf`, and in what was carried over before it. Returns what is
-    /// left for the next turn, if that is too many of them.
+    /// Opens every complete record in `buf`, and in what was carried over before it. Returns what
+    /// is left for the next turn, if that is too many of them.
     fn bytes(&mut self, mut buf: Buf) -> Result<Option<Buf>, TunnelError> {
         while let Some(mut carry) = self.carry.take() {
             // The receive did not continue the carried bytes: complete their record by copying.

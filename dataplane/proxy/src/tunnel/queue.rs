@@ -66,8 +66,8 @@ impl Packing {
     }
 }
 
-/// Appends `piece` to `queue`, of a stream that holds `held` bytes in blocks of `pinned` bytes, this
-/// piece not included. Returns the bytes of the blocks that are pinned in addition.
+/// Appends `piece` to `queue`, of a stream that holds `held` bytes in blocks of `pinned` bytes,
+/// this piece not included. Returns the bytes of the blocks that are pinned in addition.
 pub(super) fn push(
     queue: &mut VecDeque<Buf>,
     piece: Buf,
