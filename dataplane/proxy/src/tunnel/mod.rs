@@ -9,8 +9,8 @@
 //! Received payload is copied only where it would pin much more than itself ([`queue`]).
 //!
 //! Bounds: a stream queues at most its window. What streams hold whose receivers do not read is
-//! lent again in the connection's window, so that none of them stops the others; all that is held in the
-//! process has one bound ([`crate::memory`]). Payload that waits to be sent is bounded by
+//! lent again in the connection's window, so that none of them stops the others; all that is held
+//! in the process has one bound ([`crate::memory`]). Payload that waits to be sent is bounded by
 //! [`SEND_HIGH`] plus one frame, and a peer that lets answers pile up to [`SEND_MAX`] is given up.
 //! As many requests are served at a time as the peer may have streams open, until their tasks have
 //! ended: one whose stream is reset is not served any more, but counts as long as it has anything.
