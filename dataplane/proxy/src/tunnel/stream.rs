@@ -250,7 +250,8 @@ impl TunnelStream {
 
     /// Whether the peer had sent all it wanted to, when or before it left.
     pub(crate) fn is_complete(&self) -> bool {
-        self.shared.ended.get()
+        // What was queued of one that is given up is lost.
+        self.shared.ended.get() && self.shared.given_up.get().is_none()
     }
 
     /// Whether nobody waits for what becomes of it.
@@ -279,7 +280,7 @@ impl TunnelStream {
                 out.append(&mut self.shared.incoming.borrow_mut());
                 return Poll::Ready(Ok(queued));
             }
-            if self.shared.ended.get() {
+            if self.is_complete() {
                 return Poll::Ready(Ok(0));
             }
             match self.failure() {
