@@ -64,14 +64,4 @@ static __always_inline int is_error_about_hbone(struct __sk_buff *skb, const str
 	return in_pod_cidrs(&sent.peer_addr) && !(pod && is_older(pod, &sent));
 }
 
-/* ICMP error about a DNS query that nobody takes. */
-static __always_inline int is_dns_refusal(struct __sk_buff *skb, const struct config *cfg,
-					  const struct packet *p)
-{
-	struct flow sent;
-
-	return (cfg->flags & CONFIG_DNS) && icmp_error_about(skb, p, &sent) == IPPROTO_UDP &&
-	       sent.peer_port == bpf_htons(PORT_DNS) && same_addr(&sent.pod_addr, &p->daddr);
-}
-
 #endif

@@ -350,7 +350,7 @@ int ztunnel_host(struct __sk_buff *skb)
 	parse(skb, &p);
 	if (!cfg)
 		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
-	if (p.kind == KIND_IP && (is_dns_answer(cfg, &p) || is_dns_refusal(skb, cfg, &p))) {
+	if (p.kind == KIND_IP && is_dns_answer(cfg, &p)) {
 		pod = get_pod(&p.daddr);
 		return pod ? to_peer(me, REASON_DNS, pod->ifindex) : next(me, REASON_PASSED);
 	}

@@ -9,6 +9,7 @@ mod defects;
 mod dns;
 mod ebpf;
 mod enrolment;
+mod errors;
 mod ipv6;
 mod live;
 mod older;

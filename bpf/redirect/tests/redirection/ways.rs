@@ -10,25 +10,27 @@ use crate::topology::{Answer, Echo, Server, Topology, can_run, inside, run};
 
 /// The addresses of one family.
 #[derive(Debug)]
-struct Net {
-    tool: &'static str,
+pub(crate) struct Net {
+    pub(crate) tool: &'static str,
     /// As pods know the node, on its underlay, and on an interface that nobody named.
     gateway: Option<&'static str>,
-    underlay: &'static str,
+    pub(crate) underlay: &'static str,
     other: &'static str,
-    app1: &'static str,
-    app2: &'static str,
-    plain: &'static str,
+    pub(crate) app1: &'static str,
+    pub(crate) app2: &'static str,
+    pub(crate) plain: &'static str,
     ztunnel: &'static str,
     /// A pod of another node, that node, and a host outside the cluster.
-    remote: &'static str,
-    other_node: &'static str,
-    outside: &'static str,
+    pub(crate) remote: &'static str,
+    pub(crate) other_node: &'static str,
+    pub(crate) outside: &'static str,
     /// The same, for which pods' addresses are masqueraded.
     masqueraded: &'static str,
+    /// A pod of another node, behind a narrow link if there is one.
+    pub(crate) deep: &'static str,
     pod_cidr: &'static str,
     /// Service addresses: this and a last digit.
-    service: &'static str,
+    pub(crate) service: &'static str,
 }
 
 const V4: Net = Net {
@@ -44,6 +46,7 @@ const V4: Net = Net {
     other_node: "172.31.9.2",
     outside: "192.0.2.1",
     masqueraded: "192.0.2.2",
+    deep: "10.244.2.99",
     pod_cidr: "10.244.0.0/16",
     service: "10.96.0.",
 };
@@ -61,11 +64,12 @@ const V6: Net = Net {
     other_node: "fd00:9::2",
     outside: "2001:db8::1",
     masqueraded: "2001:db8::2",
+    deep: "fd00:2::99",
     pod_cidr: "fd00::/14",
     service: "fd00:96::",
 };
 
-const NETS: [&Net; 2] = [&V4, &V6];
+pub(crate) const NETS: [&Net; 2] = [&V4, &V6];
 
 /// Services by last digit, and node ports 30000 + digit: where they lead.
 const REMOTE_POD: u16 = 1;
@@ -76,7 +80,7 @@ const HAIRPIN: u16 = 5;
 /// Node port with externalTrafficPolicy Local: not masqueraded.
 const LOCAL_POLICY: u16 = 6;
 
-fn at(address: &str, port: u16) -> SocketAddr {
+pub(crate) fn at(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(address.parse().unwrap(), port)
 }
 
@@ -89,7 +93,7 @@ fn bracketed(net: &Net, address: &str) -> String {
 }
 
 /// Runs lines of iptables on the node.
-fn rules(topology: &Topology, net: &Net, lines: &[String]) {
+pub(crate) fn rules(topology: &Topology, net: &Net, lines: &[String]) {
     inside(&topology.netns("node"), || {
         for line in lines {
             run(&format!("{} -w {line}", net.tool));
@@ -98,7 +102,7 @@ fn rules(topology: &Topology, net: &Net, lines: &[String]) {
 }
 
 /// What kube-proxy puts on a node in iptables mode, as far as it judges or translates.
-fn kube_proxy(topology: &Topology, net: &Net) {
+pub(crate) fn judge(topology: &Topology, net: &Net) {
     let mut lines = vec![
         "-A FORWARD -m conntrack --ctstate INVALID -j DROP".to_owned(),
         "-t nat -N MASQ".to_owned(),
@@ -165,8 +169,15 @@ fn on_node<T: Send>(topology: &Topology, work: impl FnOnce(&mut dyn Redirection)
     })
 }
 
+pub(crate) fn install(topology: &Topology) {
+    on_node(topology, |redirection| {
+        redirection.install().unwrap();
+        redirection.add_pods(&pods(topology)).unwrap();
+    });
+}
+
 /// Two families, hosts outside, an interface that the settings do not name.
-fn cluster() -> Topology {
+pub(crate) fn cluster() -> Topology {
     let topology = Topology::new();
     topology.add_ipv6();
     topology.ip("node", "link add other0 type bridge");
@@ -200,14 +211,11 @@ fn cluster() -> Topology {
 }
 
 /// With redirection, kube-proxy's rules, and servers everywhere.
-fn judged_cluster() -> (Topology, Vec<Server>) {
+pub(crate) fn judged_cluster() -> (Topology, Vec<Server>) {
     let topology = cluster();
-    on_node(&topology, |redirection| {
-        redirection.install().unwrap();
-        redirection.add_pods(&pods(&topology)).unwrap();
-    });
+    install(&topology);
     for net in NETS {
-        kube_proxy(&topology, net);
+        judge(&topology, net);
     }
     let mut servers = EBPF.listeners(&topology);
     for host in ["remote", "app1", "app2", "plain"] {
@@ -285,7 +293,7 @@ fn what_ztunnel_dials_for_a_pod_comes_back_by_the_way_it_went() {
     }
 }
 
-fn ip(text: &str) -> IpAddr {
+pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
@@ -462,12 +470,9 @@ fn long_conversations_keep_their_way() {
         return;
     }
     let topology = cluster();
-    on_node(&topology, |redirection| {
-        redirection.install().unwrap();
-        redirection.add_pods(&pods(&topology)).unwrap();
-    });
+    install(&topology);
     for net in NETS {
-        kube_proxy(&topology, net);
+        judge(&topology, net);
     }
     let bpffs = topology.settings().bpffs;
     let map = bpffs.join("listeners");

@@ -16,6 +16,9 @@ use super::inside;
 
 pub(super) const CONNECT_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// What stalls this long is lost.
+const TALK_PATIENCE: Duration = Duration::from_secs(8);
+
 pub(super) fn connect(from: Option<IpAddr>, to: SocketAddr) -> Result<TcpStream, std::io::Error> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
     if let Some(source) = from {
@@ -112,9 +115,8 @@ pub(crate) struct Talk(TcpStream);
 impl Talk {
     pub(super) fn new(stream: TcpStream) -> Self {
         stream.set_nodelay(true).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(3)))
-            .unwrap();
+        stream.set_read_timeout(Some(TALK_PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(TALK_PATIENCE)).unwrap();
         Self(stream)
     }
 
