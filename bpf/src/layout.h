@@ -74,7 +74,7 @@ struct flow {
 
 /* Counter index is program * REASON_COUNT + reason. */
 enum program { PROG_APP_OUTBOUND, PROG_APP_INBOUND, PROG_ZTUNNEL_HOST, PROG_UNDERLAY,
-	       PROG_ZTUNNEL_INGRESS, PROG_CUT_OFF, PROG_COUNT };
+	       PROG_ZTUNNEL_INGRESS, PROG_CUT_OFF, PROG_ZTUNNEL_GUARD, PROG_COUNT };
 
 enum reason {
 	REASON_PASSED,		/* not for the mesh: left to the stack */
@@ -93,6 +93,10 @@ enum reason {
 	REASON_ENROLLING,	/* dropped while such connections are collected; TCP sends again */
 	REASON_DNS,		/* DNS query or its answer: redirected */
 	REASON_CUT_OFF,		/* dropped: a pod that cannot be captured */
+	REASON_VLAN,		/* dropped: frame with a VLAN tag */
+	REASON_ETHERTYPE,	/* dropped: frame that is neither IPv4 nor IPv6 nor ARP */
+	REASON_NEIGHBOUR,	/* dropped: ARP or neighbour discovery about another's address */
+	REASON_ENCAPSULATED,	/* dropped: a packet in a packet that a node would open */
 	REASON_COUNT
 };
 

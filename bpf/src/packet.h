@@ -23,6 +23,11 @@
 #define ZT_NEXT (-1)		/* TCX_NEXT, and TC_ACT_UNSPEC under clsact: the next program decides */
 #define ZT_DROP 2		/* TC_ACT_SHOT */
 
+#ifndef AF_INET
+#define AF_INET 2
+#define AF_INET6 10
+#endif
+
 #define IP_MORE_FRAGMENTS 0x2000
 #define IP_FRAGMENT_OFFSET 0x1fff
 
@@ -31,6 +36,8 @@
 #define ZT_ICMP_TIME_EXCEEDED 11
 #define ZT_ICMP_PARAMETER_PROBLEM 12
 #define ZT_NDP_FIRST 133		/* router solicitation */
+#define ZT_NDP_SOLICITATION 135	/* of a neighbour */
+#define ZT_NDP_ADVERTISEMENT 136
 #define ZT_NDP_LAST 137		/* redirect */
 #define ZT_ICMPV6_INFORMATION 128	/* types below are errors */
 
@@ -45,7 +52,7 @@ struct icmp_header {
 };
 
 enum kind {
-	KIND_OTHER,		/* neither IPv4 nor IPv6: ARP and the like */
+	KIND_OTHER,		/* neither IPv4 nor IPv6, ARP and the like; or with a VLAN tag */
 	KIND_MALFORMED,
 	KIND_IP,		/* not TCP */
 	KIND_TCP,		/* TCP, fragments included, and what may hide it */
@@ -242,9 +249,22 @@ static __always_inline void parse_ipv6(struct __sk_buff *skb, struct packet *p)
 	p->kind = p->protocol == IPPROTO_ICMPV6 || p->protocol == IPPROTO_UDP ? KIND_IP : KIND_TCP;
 }
 
+/*
+ * Whether the frame has a VLAN tag: the first one is in the buffer's metadata, and others are in
+ * place of the protocol. Of number 0 the stack takes off as many as there are.
+ */
+static __always_inline int is_tagged(const struct __sk_buff *skb)
+{
+	return skb->vlan_present || skb->protocol == bpf_htons(ETH_P_8021Q) ||
+	       skb->protocol == bpf_htons(ETH_P_8021AD);
+}
+
+/* What is tagged is of another link: a VLAN's. */
 static __always_inline void parse(struct __sk_buff *skb, struct packet *p)
 {
 	__builtin_memset(p, 0, sizeof(*p));
+	if (skb->vlan_present)
+		return;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		parse_ipv4(skb, p);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))

@@ -6,19 +6,23 @@
  *   app_inbound      tc egress of it: what the node's stack delivers to the pod (fallback)
  *   ztunnel_host     tc ingress of ztunnel's host interface: what ztunnel sends
  *   underlay_ingress tc ingress of the underlay: HBONE from other nodes
+ *   ztunnel_guard    tc egress of it: what the node's stack delivers to ztunnel
  *   ztunnel_ingress  sk_lookup in ztunnel's netns: which listener a new connection gets
  *   cut_off          in place of the first two, for a pod that cannot be captured
  *
  * Rules that hold throughout:
  * - ztunnel takes a connection's direction and the workload's identity from its source address,
  *   so no packet may reach ztunnel with a pod's address that did not come from that pod's
- *   interface. Three programs check it, one for each way in.
+ *   interface. Four programs check it, one for each way in.
  * - What should be captured and cannot be (fragments, IP options, IPv6 extension headers that may
  *   hide TCP, no ztunnel, no listener) is dropped, never let around the mesh. A fragment or option
  *   that the stack would accept and these programs cannot steer would be a bypass; real TCP stacks
  *   send neither.
- * - ARP, ICMP, ICMPv6 (neighbour discovery included), UDP and other IP protocols are not the
- *   mesh's and pass, except from a spoofed source. DNS queries are ztunnel's if it is asked for.
+ * - ICMP, ICMPv6, UDP and other IP protocols are not the mesh's and pass, except from a spoofed
+ *   source, and so do ARP and neighbour discovery about oneself. DNS queries are ztunnel's if it is
+ *   asked for. No other frame passes at a pod's interface or ztunnel's, none with a VLAN tag, and
+ *   nothing a pod sends that a node would open to find another packet (pod_frames.h). On the
+ *   underlay tagged frames and those of other protocols are the node's business.
  * - A connection that is older than the pod's capture is left alone until it ends: user space
  *   lists it in `older_flows`. None can be added by a packet, and a SYN never counts as one.
  * - A connection takes one way in both directions, or what judges it in the node's stack
@@ -38,52 +42,11 @@
 #include "errors.h"
 #include "flows.h"
 #include "layout.h"
+#include "listener.h"
 #include "maps.h"
 #include "packet.h"
-
-#ifndef AF_INET
-#define AF_INET 2
-#define AF_INET6 10
-#endif
-
-static __always_inline int next(__u32 program, __u32 reason)
-{
-	count(program, reason);
-	return ZT_NEXT;
-}
-
-/* Without a wake-up: the reader looks from time to time, and a flood must not cost more. */
-static __noinline int report(struct event *event)
-{
-	if (!event)
-		return 0;
-	count(event->program, event->reason);
-	return (int)bpf_ringbuf_output(&events, event, sizeof(*event), BPF_RB_NO_WAKEUP);
-}
-
-static __always_inline int drop(__u32 program, __u32 reason, const struct __sk_buff *skb,
-				const struct packet *p)
-{
-	struct event event = {
-		.saddr = p->saddr,
-		.daddr = p->daddr,
-		.sport = p->sport,
-		.dport = p->dport,
-		.ifindex = skb->ifindex,
-		.program = program,
-		.reason = reason,
-		.protocol = p->protocol,
-	};
-
-	report(&event);
-	return ZT_DROP;
-}
-
-static __always_inline int to_peer(__u32 program, __u32 reason, __u32 ifindex)
-{
-	count(program, reason);
-	return bpf_redirect_peer(ifindex, 0);
-}
+#include "pod_frames.h"
+#include "verdict.h"
 
 /* From an egress hook there is no redirect_peer: across the veth, with ztunnel's MAC. */
 static __always_inline int to_ztunnel_by_egress(struct __sk_buff *skb, __u32 reason,
@@ -123,6 +86,19 @@ static __always_inline int is_with_node(struct pod *pod, const struct packet *p,
 	return 1;
 }
 
+/* What a pod sends that is neither IPv4 nor IPv6. */
+static __always_inline int other_than_ip(struct __sk_buff *skb, struct packet *p)
+{
+	const __u32 me = PROG_APP_OUTBOUND;
+	__u32 refused = refused_frame(skb);
+
+	if (refused)
+		return drop(me, refused, skb, p);
+	if (!is_own_arp(skb, p))
+		return drop(me, REASON_NEIGHBOUR, skb, p);
+	return next(me, REASON_PASSED);
+}
+
 /* What a pod sends that is not TCP. */
 static __always_inline int other_than_tcp(struct __sk_buff *skb, const struct packet *p,
 					  const struct config *cfg, const struct pod *pod)
@@ -153,10 +129,18 @@ int app_outbound(struct __sk_buff *skb)
 	parse(skb, &p);
 	if (!cfg)
 		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
-	if (p.kind == KIND_OTHER || stays_on_link(&p))
-		return next(me, REASON_PASSED);
+	if (p.kind == KIND_OTHER)
+		return other_than_ip(skb, &p);
 	if (p.kind == KIND_MALFORMED)
 		return drop(me, REASON_MALFORMED, skb, &p);
+	if (p.kind == KIND_IP) {
+		__u32 refused = refused_packet(skb, &p);
+
+		if (refused)
+			return drop(me, refused, skb, &p);
+		if (stays_on_link(&p))
+			return next(me, REASON_PASSED);
+	}
 	pod = get_pod(&p.saddr);
 	if (!pod || pod->ifindex != skb->ifindex)
 		return drop(me, p.v6 && !pod ? REASON_IPV6 : REASON_SPOOFED, skb, &p);
@@ -262,8 +246,11 @@ int app_inbound(struct __sk_buff *skb)
 	parse(skb, &p);
 	if (!cfg)
 		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
-	if (p.kind == KIND_OTHER)
-		return next(me, REASON_PASSED);
+	if (p.kind == KIND_OTHER) {
+		__u32 refused = refused_frame(skb);
+
+		return refused ? drop(me, refused, skb, &p) : next(me, REASON_PASSED);
+	}
 	if (p.kind == KIND_MALFORMED)
 		return drop(me, REASON_MALFORMED, skb, &p);
 	if (cfg->ztunnel_ifindex && is_error_for_ztunnel(skb, &p))
@@ -374,6 +361,53 @@ int ztunnel_host(struct __sk_buff *skb)
 	return to_peer(me, REASON_REDIRECTED, pod->ifindex);
 }
 
+/*
+ * Whether TCP or a DNS query with a pod's address may come to ztunnel by the node's stack: of a
+ * connection older than the pod's capture, or one that app_inbound has let by (is_by_stack).
+ */
+static __always_inline int may_come_by_stack(const struct packet *p, struct pod *sender)
+{
+	struct flow flow;
+
+	if (p->kind != KIND_TCP || p->fragment || p->options)
+		return 0;
+	flow_from(&flow, p);
+	if (age_of(sender, p, &flow) == OLDER)
+		return 1;
+	flow_to(&flow, p);
+	return stack_flow(sender, &flow) == FLOW_OF_ZTUNNEL;
+}
+
+/*
+ * Pods' packets come to ztunnel past the stack and this hook. What comes by it with a pod's address
+ * was forged outside: opened out of a tunnel by the node, or bridged.
+ */
+SEC("classifier")
+int ztunnel_guard(struct __sk_buff *skb)
+{
+	const __u32 me = PROG_ZTUNNEL_GUARD;
+	struct config *cfg = get_config();
+	struct packet p;
+	struct pod *sender;
+
+	parse(skb, &p);
+	if (!cfg)
+		return drop(me, REASON_NO_ZTUNNEL, skb, &p);
+	if (p.kind == KIND_OTHER) {
+		__u32 refused = refused_frame(skb);
+
+		return refused ? drop(me, refused, skb, &p) : next(me, REASON_PASSED);
+	}
+	if (p.kind == KIND_MALFORMED)
+		return drop(me, REASON_MALFORMED, skb, &p);
+	if (p.kind != KIND_TCP && !is_dns_query(cfg, &p))
+		return next(me, REASON_PASSED);
+	sender = get_pod(&p.saddr);
+	if (sender && !may_come_by_stack(&p, sender))
+		return drop(me, REASON_SPOOFED, skb, &p);
+	return next(me, REASON_PASSED);
+}
+
 SEC("classifier")
 int underlay_ingress(struct __sk_buff *skb)
 {
@@ -388,6 +422,10 @@ int underlay_ingress(struct __sk_buff *skb)
 	/* Without configuration nothing is diverted here; app_inbound still guards the pods. */
 	if (!cfg || (p.kind != KIND_TCP && p.kind != KIND_IP))
 		return next(me, REASON_PASSED);
+	/* Nodes' own tunnels have nodes' addresses at both ends. */
+	if (p.kind == KIND_IP && carries_packet(skb, &p) && is_for_a_node(&p) &&
+	    in_pod_cidrs(&p.saddr))
+		return drop(me, REASON_ENCAPSULATED, skb, &p);
 	pod = get_pod(&p.daddr);
 	if (!pod && !is_ztunnel_address(cfg, &p.daddr))
 		return next(me, REASON_PASSED);
@@ -430,129 +468,6 @@ int cut_off(struct __sk_buff *skb)
 
 	parse(skb, &p);
 	return drop(PROG_CUT_OFF, REASON_CUT_OFF, skb, &p);
-}
-
-struct ends {
-	struct addr local, remote;
-};
-
-static __always_inline int refuse(const struct bpf_sk_lookup *ctx, const struct ends *ends,
-				  __u32 reason)
-{
-	struct event event = {
-		.saddr = ends->remote,
-		.daddr = ends->local,
-		.sport = (__be16)ctx->remote_port,
-		.dport = bpf_htons((__u16)ctx->local_port),
-		.program = PROG_ZTUNNEL_INGRESS,
-		.reason = reason,
-		.protocol = ctx->protocol,
-	};
-
-	report(&event);
-	return SK_DROP;
-}
-
-static __always_inline int ends_of(const struct bpf_sk_lookup *ctx, struct ends *ends)
-{
-	if (ctx->family == AF_INET) {
-		set_ipv4(&ends->local, ctx->local_ip4);
-		set_ipv4(&ends->remote, ctx->remote_ip4);
-		return 0;
-	}
-	if (ctx->family != AF_INET6)
-		return -1;
-	for (int i = 0; i < 4; i++) {
-		ends->local.w[i] = ctx->local_ip6[i];
-		ends->remote.w[i] = ctx->remote_ip6[i];
-	}
-	return 0;
-}
-
-static __always_inline int is_loopback(const struct addr *addr)
-{
-	if (is_mapped(addr))
-		return (addr->w[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
-	return addr->w[3] == bpf_htonl(1) && !addr->w[2] && !addr->w[1] && !addr->w[0];
-}
-
-static __always_inline int is_capture_port(__u32 port)
-{
-	return port == PORT_OUTBOUND || port == PORT_INBOUND_PLAIN || port == PORT_INBOUND_HBONE;
-}
-
-/* By way of the stack, see is_by_stack: not what the pod at the other end sends out. */
-static __always_inline int is_inbound_by_stack(const struct bpf_sk_lookup *ctx,
-					       const struct ends *ends, const struct pod *dialler)
-{
-	struct flow flow = {
-		.pod_addr = ends->local,
-		.peer_addr = ends->remote,
-		.pod_port = bpf_htons((__u16)ctx->local_port),
-		.peer_port = (__be16)ctx->remote_port,
-	};
-
-	return ctx->protocol == IPPROTO_TCP && stack_flow(dialler, &flow) == FLOW_OF_ZTUNNEL;
-}
-
-/*
- * Runs for new connections only: established sockets, half-open ones and TIME_WAIT are matched
- * before it. The worker on this CPU gets the connection; NO_REUSEPORT, so that the kernel does
- * not pick another member of the listener's group. For UDP it runs for each DNS query.
- */
-SEC("sk_lookup")
-int ztunnel_ingress(struct bpf_sk_lookup *ctx)
-{
-	struct config *cfg = get_config();
-	__u32 port = ctx->local_port, cpu = bpf_get_smp_processor_id(), key, role;
-	int tcp = ctx->protocol == IPPROTO_TCP, dns, from_pod;
-	struct bpf_sock *sk;
-	struct ends ends;
-	struct pod *pod;
-	long err;
-
-	if (ends_of(ctx, &ends))
-		return SK_PASS;
-	if (!cfg)
-		return tcp ? refuse(ctx, &ends, REASON_NO_ZTUNNEL) : SK_PASS;
-	dns = (cfg->flags & CONFIG_DNS) && port == PORT_DNS;
-	if (!tcp && !dns)
-		return SK_PASS;
-	/* ztunnel's own addresses: administration, metrics, readiness. The capture ports have no
-	 * business there: whoever dials them directly would choose the direction himself. */
-	if (is_ztunnel_address(cfg, &ends.local) || is_loopback(&ends.local) ||
-	    is_link_local(&ends.local)) {
-		if (tcp && is_capture_port(port))
-			return refuse(ctx, &ends, REASON_CAPTURE_PORT);
-		count(PROG_ZTUNNEL_INGRESS, REASON_PASSED);
-		return SK_PASS;
-	}
-	pod = get_pod(&ends.remote);
-	from_pod = pod && !is_inbound_by_stack(ctx, &ends, pod);
-	if (!tcp && !from_pod)
-		return SK_PASS;
-	if (!from_pod)
-		role = port == PORT_INBOUND_HBONE ? ROLE_INBOUND_HBONE : ROLE_INBOUND_PLAIN;
-	else if (dns)
-		role = tcp ? ROLE_DNS_TCP : ROLE_DNS_UDP;
-	else
-		role = ROLE_OUTBOUND;
-	if (cpu >= MAX_CPUS)
-		cpu = 0;
-	key = role * MAX_CPUS + cpu;
-	sk = bpf_map_lookup_elem(&listeners, &key);
-	if (!sk && cpu) {
-		key = role * MAX_CPUS;
-		sk = bpf_map_lookup_elem(&listeners, &key);
-	}
-	if (!sk)
-		return refuse(ctx, &ends, REASON_NO_LISTENER);
-	err = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
-	bpf_sk_release(sk);
-	if (err)
-		return refuse(ctx, &ends, REASON_NO_LISTENER);
-	count(PROG_ZTUNNEL_INGRESS, dns && from_pod ? REASON_DNS : REASON_REDIRECTED);
-	return SK_PASS;
 }
 
 /* Half of the files' dual licence; some helpers are for GPL-compatible programs only. */

@@ -1,7 +1,7 @@
 //! Redirection of mesh pods' TCP through the node's ztunnel.
 //!
 //! One trait, [`Redirection`], and two complete back ends, so that they can be compared honestly:
-//! [`iptables_tunnel`], the node-level path of Istio 1.17-1.20, and [`ebpf`], five tc programs
+//! [`iptables_tunnel`], the node-level path of Istio 1.17-1.20, and [`ebpf`], six tc programs
 //! and one socket-lookup program.
 //!
 //! Invariants, for both:

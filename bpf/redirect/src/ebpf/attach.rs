@@ -54,7 +54,7 @@ impl Hook<'_> {
     }
 
     pub(crate) fn egress(&self) -> bool {
-        self.program == layout::APP_INBOUND
+        [layout::APP_INBOUND, layout::ZTUNNEL_GUARD].contains(&self.program)
     }
 
     pub(crate) fn attach_type(&self) -> TcAttachType {

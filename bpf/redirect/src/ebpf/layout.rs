@@ -75,19 +75,21 @@ pub(crate) const ZTUNNEL_HOST: &str = "ztunnel_host";
 pub(crate) const UNDERLAY_INGRESS: &str = "underlay_ingress";
 pub(crate) const ZTUNNEL_INGRESS: &str = "ztunnel_ingress";
 pub(crate) const CUT_OFF: &str = "cut_off";
+pub(crate) const ZTUNNEL_GUARD: &str = "ztunnel_guard";
 
 /// In the order of `enum program`.
-pub(crate) const PROGRAMS: [&str; 6] = [
+pub(crate) const PROGRAMS: [&str; 7] = [
     APP_OUTBOUND,
     APP_INBOUND,
     ZTUNNEL_HOST,
     UNDERLAY_INGRESS,
     ZTUNNEL_INGRESS,
     CUT_OFF,
+    ZTUNNEL_GUARD,
 ];
 
 /// In the order of `enum reason`.
-pub(crate) const REASONS: [&str; 16] = [
+pub(crate) const REASONS: [&str; 20] = [
     "passed",
     "redirected",
     "host",
@@ -104,6 +106,10 @@ pub(crate) const REASONS: [&str; 16] = [
     "enrolling",
     "dns",
     "cut_off",
+    "vlan",
+    "ethertype",
+    "neighbour",
+    "encapsulated",
 ];
 
 /// What became of the packets that a reason is counted for.

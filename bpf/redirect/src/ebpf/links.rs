@@ -18,9 +18,17 @@ enum Kind {
     Other,
 }
 
-/// Index and kind by name.
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    index: u32,
+    kind: Kind,
+    /// Whether its packets come in Ethernet frames.
+    has_ethernet: bool,
+}
+
+/// Interfaces by name.
 #[derive(Debug, Default)]
-pub(crate) struct Links(HashMap<String, (u32, Kind)>);
+pub(crate) struct Links(HashMap<String, Link>);
 
 impl Links {
     pub(crate) fn read(node: &Netns) -> Result<Self> {
@@ -41,13 +49,18 @@ impl Links {
             } else {
                 Kind::Other
             };
-            Some((name, (index, kind)))
+            let link = Link {
+                index,
+                kind,
+                has_ethernet: line.contains(" link/ether "),
+            };
+            Some((name, link))
         };
         Self(shown.lines().filter_map(entry).collect())
     }
 
     pub(crate) fn index(&self, name: &str) -> Result<u32> {
-        let found = self.0.get(name).map(|&(index, _)| index);
+        let found = self.0.get(name).map(|link| link.index);
         found.ok_or_else(|| Error::Interface {
             name: name.to_owned(),
             place: "the node".to_owned(),
@@ -59,8 +72,8 @@ impl Links {
     /// kind would vanish.
     pub(crate) fn veth(&self, field: &'static str, name: &str) -> Result<u32> {
         let index = self.index(name)?;
-        match self.0.get(name) {
-            Some((_, Kind::Pair)) => Ok(index),
+        match self.0.get(name).map(|link| link.kind) {
+            Some(Kind::Pair) => Ok(index),
             _ => Err(Error::Setting {
                 field,
                 value: name.to_owned(),
@@ -69,11 +82,27 @@ impl Links {
         }
     }
 
+    /// Index of an interface whose packets come in Ethernet frames: where they do not, the programs
+    /// would look for their headers in what a sender chose to put there.
+    pub(crate) fn with_ethernet(&self, field: &'static str, name: &str) -> Result<u32> {
+        let index = self.index(name)?;
+        match self.0.get(name) {
+            Some(link) if link.has_ethernet => Ok(index),
+            _ => Err(Error::Setting {
+                field,
+                value: name.to_owned(),
+                reason: "has no Ethernet header (TUN, WireGuard, IP in IP): name the interfaces \
+                         that carry the tunnel"
+                    .to_owned(),
+            }),
+        }
+    }
+
     /// Index of an interface that is one pod's alone, by its kind.
     pub(crate) fn of_one_pod(&self, name: &str) -> Result<u32> {
         let index = self.index(name)?;
-        match self.0.get(name) {
-            Some((_, Kind::Pair | Kind::Tun)) => Ok(index),
+        match self.0.get(name).map(|link| link.kind) {
+            Some(Kind::Pair | Kind::Tun) => Ok(index),
             _ => Err(Error::Setting {
                 field: "pods.host_interface",
                 value: name.to_owned(),
@@ -100,6 +129,8 @@ mod tests {
         assert_eq!(links.index("lo").unwrap(), 1);
         assert_eq!(links.of_one_pod("va1").unwrap(), 12);
         assert_eq!(links.of_one_pod("t0").unwrap(), 4);
+        assert_eq!(links.with_ethernet("x", "va1").unwrap(), 12);
+        links.with_ethernet("x", "t0").unwrap_err();
         links.of_one_pod("lo").unwrap_err();
         links.veth("x", "t0").unwrap_err();
         let text = links.veth("x", "lo").unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! Redirection by six BPF programs, without iptables or tunnels.
+//! Redirection by seven BPF programs, without iptables or tunnels.
 //!
 //! The node's side is tc programs that hand packets straight to the peer of ztunnel's or a pod's
 //! veth; ztunnel's side is one policy rule (what comes in by its interface is local) and a socket
@@ -90,7 +90,7 @@ impl Ebpf {
         let outside = links.veth("host_interface", &s.ztunnel.host_interface)?;
         let mut underlays = Vec::new();
         for name in &s.node.interfaces {
-            underlays.push((name.clone(), links.index(name)?));
+            underlays.push((name.clone(), links.with_ethernet("node.interfaces", name)?));
         }
         make_dirs(&mut self.journal, &s.bpffs)?;
         let config = self.config(ztunnel, outside, &underlays)?;
@@ -148,13 +148,16 @@ impl Ebpf {
         let netns = self.settings.ztunnel.netns.clone();
         let mut attacher = self.attacher(node)?;
         attacher.attach_sk_lookup(&netns)?;
-        let mut hooks = vec![Hook {
-            program: layout::ZTUNNEL_HOST,
-            interface: &interface,
-            index: outside,
-            owner: None,
-            cut_off: false,
-        }];
+        let of_ztunnel = [layout::ZTUNNEL_HOST, layout::ZTUNNEL_GUARD];
+        let mut hooks: Vec<_> = of_ztunnel
+            .map(|program| Hook {
+                program,
+                interface: &interface,
+                index: outside,
+                owner: None,
+                cut_off: false,
+            })
+            .into();
         hooks.extend(underlays.iter().map(|(interface, index)| Hook {
             program: layout::UNDERLAY_INGRESS,
             interface,
@@ -446,7 +449,11 @@ fn remove_stale_hooks(pins: &Path, wanted: &[Hook<'_>]) -> Result<()> {
         .iter()
         .map(|hook| pins.join(hook.pin_name()))
         .collect();
-    let own = [layout::ZTUNNEL_HOST, layout::UNDERLAY_INGRESS];
+    let own = [
+        layout::ZTUNNEL_HOST,
+        layout::ZTUNNEL_GUARD,
+        layout::UNDERLAY_INGRESS,
+    ];
     for pin in attach::own_pins(pins) {
         let name = pin
             .file_name()

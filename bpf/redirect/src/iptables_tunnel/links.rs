@@ -112,8 +112,10 @@ fn choose(journal: &mut Journal, node: &Netns, remote: Ipv4Addr) -> Result<Trans
         Undo::command(node, format!("ip link del {}", end.name)),
     )?;
     let mut failure = None;
+    // A port of our own: what comes to it and is not ztunnel's is dropped.
+    let taken = tunnel_ports(node)?;
     for driver in DRIVERS {
-        for port in PORT_FIRST..=PORT_LAST {
+        for port in (PORT_FIRST..=PORT_LAST).filter(|port| !taken.contains(port)) {
             let transport = Transport { driver, port };
             match node.run(|| ip(&add_line(end, transport, remote))) {
                 Ok(_) => {
@@ -134,8 +136,20 @@ fn choose(journal: &mut Journal, node: &Netns, remote: Ipv4Addr) -> Result<Trans
     Err(failure.unwrap_or_else(|| Error::Setting {
         field: "tunnel",
         value: end.name.to_owned(),
-        reason: "no driver was tried".to_owned(),
+        reason: format!("other tunnels have all ports of {PORT_FIRST} to {PORT_LAST}"),
     }))
+}
+
+/// UDP ports of the tunnels that there are.
+fn tunnel_ports(node: &Netns) -> Result<Vec<u16>> {
+    let shown = node.run(|| ip("-d -o link show"))?;
+    let port = |line: &str| {
+        let mut words = line
+            .split_whitespace()
+            .skip_while(|word| *word != "dstport");
+        words.nth(1)?.parse().ok()
+    };
+    Ok(shown.lines().filter_map(port).collect())
 }
 
 fn add_line(end: &End, transport: Transport, remote: Ipv4Addr) -> String {

@@ -13,9 +13,9 @@
 //! With ztunnel gone, packets find no listener and are dropped; with its interface gone too, the
 //! hardened variant has routes that end there, where the faithful one lets what is left of open
 //! connections out by the main table. Limits: IPv4 only as upstream, IPv6 is left alone and so is a
-//! way around the mesh where pods have it; UDP other than captured DNS is exempt; a pod may use
-//! another's source address (there is no check); a pod's open connections break when it is added
-//! or removed.
+//! way around the mesh where pods have it; UDP other than captured DNS is exempt, but for what
+//! would be opened out of a tunnel on the node; a pod may use another's source address (there is no
+//! check); a pod's open connections break when it is added or removed.
 
 pub(crate) mod links;
 pub(crate) mod rules;

@@ -46,6 +46,7 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
         }
     }
     mangle.extend(output(settings));
+    mangle.extend(own_tunnels(settings, port));
     let accept = |chain| format!("-A ztunnel-{chain} -m mark --mark 0x100/0x100 -j ACCEPT");
     vec![
         Table {
@@ -130,6 +131,43 @@ fn prerouting(settings: &Settings, port: u16) -> Vec<String> {
         .chain(after_dns)
         .map(|rule| format!("-A ztunnel-PREROUTING {rule}"))
         .collect()
+}
+
+/// IP protocols that carry packets, without a key: IP in IP, IPv6 in IP, GRE, mobile IP, EtherIP,
+/// encapsulation, compression, L2TP, MPLS. A node with such a device would open them.
+const CARRIERS: [u8; 9] = [4, 41, 47, 55, 97, 98, 108, 115, 137];
+
+/// UDP ports of tunnels that a node with such a device opens, whoever sent the datagram: VXLAN,
+/// VXLAN-GPE, GENEVE, MPLS, VXLAN as Linux had it first.
+const CARRIER_PORTS: [u16; 5] = [4789, 4790, 6081, 6635, 8472];
+
+/// Nobody but ztunnel and the node speaks in their tunnels: whoever got a packet in there would
+/// have it taken for any pod's, or for one that has been let through. Their port is no other
+/// tunnel's (`links.rs`), so that nothing else is meant. Nor do pods get packets opened by other
+/// tunnels that end here.
+fn own_tunnels(settings: &Settings, port: u16) -> Vec<String> {
+    if settings.variant == Variant::Faithful {
+        return Vec::new();
+    }
+    let (zv, zip) = (&settings.ztunnel.host_interface, settings.ztunnel.address);
+    let datagrams = format!("-p udp -m udp --dport {port}");
+    let pods = format!("-m set --match-set {POD_SET} src -j DROP");
+    let ports = CARRIER_PORTS.into_iter().filter(|other| *other != port);
+    let ports = ports.map(|port| format!("INPUT -p udp -m udp --dport {port} {pods}"));
+    // What there is most of does not look at all of them.
+    let usual = ["udp", "tcp", "icmp"].map(|usual| format!("INPUT -p {usual} -j RETURN"));
+    let carriers = CARRIERS.map(|carrier| format!("INPUT -p {carrier} {pods}"));
+    [
+        format!("INPUT ! -i {zv} {datagrams} -j DROP"),
+        format!("INPUT ! -s {zip} {datagrams} -j DROP"),
+        format!("FORWARD -o {zv} {datagrams} -j DROP"),
+    ]
+    .into_iter()
+    .chain(ports)
+    .chain(usual)
+    .chain(carriers)
+    .map(|rule| format!("-A ztunnel-{rule}"))
+    .collect()
 }
 
 /// Exemption of what the node's own sockets send to pods (probes).

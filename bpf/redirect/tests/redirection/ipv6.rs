@@ -235,6 +235,11 @@ fn unlisted_addresses_are_dropped() {
     expect_drop(&topology, "app_outbound", "ipv6", || {
         ask(&topology, "app1", (REMOTE_V6, 80)).is_ok()
     });
+    // What the pod says of that address is dropped, too, so that nobody finds it.
+    let mac = topology.ip("app1", "-br link show dev eth0");
+    let mac = mac.split_whitespace().nth(2).unwrap();
+    let known = format!("neigh replace {APP1_V6} lladdr {mac} dev va1 nud permanent");
+    topology.ip("node", &known);
     for host in ["plain", "remote"] {
         expect_drop(&topology, "app_inbound", "ipv6", || {
             ask(&topology, host, (APP1_V6, 80)).is_ok()

@@ -10,6 +10,7 @@ mod dns;
 mod ebpf;
 mod enrolment;
 mod errors;
+mod frames;
 mod ipv6;
 mod live;
 mod older;

@@ -8,6 +8,7 @@
 //! ```
 //! Addresses are /32 with a route per pod on the node, as cloud network plugins give them.
 
+pub(crate) mod frames;
 mod many;
 mod servers;
 mod traces;
