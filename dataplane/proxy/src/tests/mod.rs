@@ -7,6 +7,7 @@ mod credit;
 mod end_to_end;
 mod ends;
 mod envoy;
+mod floods;
 mod handshakes;
 mod hostile;
 mod keepalive;
@@ -19,6 +20,7 @@ mod relays;
 mod short_cut;
 mod streams;
 mod violations;
+mod whole_tunnels;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -489,6 +489,13 @@ impl Tunnel {
         self.pool.clone()
     }
 
+    /// Seals with new keys from now on.
+    #[cfg(test)]
+    pub(crate) fn update_keys(&self, ask_peer: bool) {
+        self.session.borrow_mut().update_keys(ask_peer);
+        self.flush.set();
+    }
+
     /// Payload bytes that have arrived and that nobody has taken or released.
     #[cfg(test)]
     pub(crate) fn held_bytes(&self) -> usize {

@@ -244,7 +244,7 @@ impl TunnelStream {
         self.served.set(true);
     }
 
-    pub(super) fn id(&self) -> StreamId {
+    pub(crate) fn id(&self) -> StreamId {
         self.shared.id
     }
 
