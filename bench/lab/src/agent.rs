@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
+use crate::mesh_file::NAMESPACE;
 use crate::network::namespace::HostCommand;
 use crate::network::{has_ipv6, netns_path};
 use crate::state::{Redirect, State, directory};
@@ -39,6 +40,11 @@ pub(crate) fn config_path(lab: &str, node: Node) -> PathBuf {
 /// The agent's log on `node`.
 pub(crate) fn log_path(lab: &str, node: Node) -> PathBuf {
     directory(lab).join(format!("{}-agent.log", node.name()))
+}
+
+/// The table of pods that the agent on `node` keeps for ztunnel.
+pub(crate) fn pod_table(lab: &str, node: Node) -> PathBuf {
+    redirect::pod_table::path(&directory(lab).join(node.name()))
 }
 
 /// Writes the agent's configuration for `node`. JSON is YAML.
@@ -73,6 +79,9 @@ fn config(state: &State, node: Node) -> Value {
         .map(|pod| {
             json!({
                 "uid": pod.name(),
+                "namespace": NAMESPACE,
+                "name": pod.name(),
+                "service_account": pod.name(),
                 "addresses": addresses(pod),
                 "netns": netns_path(lab, pod),
                 "host_interface": pod.host_interface(),

@@ -9,7 +9,8 @@ use crate::topology::{Host, Role};
 /// its target on purpose, so that port mapping is exercised.
 pub(crate) const PORTS: &[(u16, u16)] = &[(80, 8080), (8080, 8080), (9000, 9000), (6379, 6379)];
 
-const NAMESPACE: &str = "default";
+/// Kubernetes namespace of all pods of the lab.
+pub(crate) const NAMESPACE: &str = "default";
 
 /// Trust domain of every identity in the lab.
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::command;
 use crate::error::{Error, Result};
 use crate::netns::Netns;
+use crate::pod_table::Writer;
 use crate::settings::{Iptables, Pod};
 use crate::status::Uncaptured;
 use crate::sysctl;
@@ -51,6 +52,8 @@ pub(crate) struct Journal {
     content: Option<Content>,
     /// Inside [`Journal::batch`]: the file is written at its end.
     held: bool,
+    /// What ztunnel is told of the pods: theirs before they are captured, until they no longer are.
+    table: Writer,
     /// Subjects of all entries; None after entries were removed, until it is needed.
     subjects: Option<HashSet<Undo>>,
 }
@@ -75,6 +78,7 @@ impl Journal {
             redirect,
             content,
             held: false,
+            table: Writer::new(state_dir),
             subjects: None,
         })
     }
@@ -116,6 +120,14 @@ impl Journal {
         content.map_or(0, |content| content.older_broken)
     }
 
+    /// Of the table of pods, for an inventory: nothing if somebody else has changed it.
+    pub(crate) fn describe_table(&self) -> Option<String> {
+        let pods = self.pods();
+        let addresses = pods.iter().map(|pod| pod.addresses.len()).sum::<usize>();
+        let is_current = self.table.is_current(pods);
+        is_current.then(|| format!("pod table of {addresses} addresses"))
+    }
+
     /// Prepares for installation by this back end: whatever is left of a node or a ztunnel
     /// namespace that is gone, or is no longer ztunnel's, is dealt with.
     pub(crate) fn begin(&mut self, node: &Netns, ztunnel: &Netns) -> Result<()> {
@@ -155,6 +167,7 @@ impl Journal {
             .mode(0o700)
             .create(dir)
             .map_err(|e| Error::file("make state directory", dir, e))?;
+        self.table.forget();
         self.save()
     }
 
@@ -436,6 +449,7 @@ impl Journal {
     fn remove_file(&mut self) -> Result<()> {
         self.content = None;
         self.subjects = None;
+        self.table.remove()?;
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(Error::file("remove", &self.path, error))
@@ -451,8 +465,8 @@ impl Journal {
         })
     }
 
-    /// Replaces the file in one step.
-    fn save(&self) -> Result<()> {
+    /// Replaces the file in one step, and the table of pods if they are others.
+    fn save(&mut self) -> Result<()> {
         let Some(content) = self.content.as_ref().filter(|_| !self.held) else {
             return Ok(());
         };
@@ -462,7 +476,8 @@ impl Journal {
         })?;
         let new = self.path.with_extension("new");
         fs::write(&new, bytes).map_err(|e| Error::file("write", &new, e))?;
-        fs::rename(&new, &self.path).map_err(|e| Error::file("replace", &self.path, e))
+        fs::rename(&new, &self.path).map_err(|e| Error::file("replace", &self.path, e))?;
+        self.table.write(&content.pods)
     }
 }
 

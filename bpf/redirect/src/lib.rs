@@ -11,6 +11,7 @@
 //!   the state directory first, so that clean-up after a crash removes exactly that.
 //! - A step that fails takes back what its operation did before it.
 //! - A pod that cannot be captured never keeps another from being captured, and is cut off.
+//! - Whose each captured address is stands in the [`PodTable`] before the pod is captured.
 //! - Installing over what an earlier process left adopts it: capture is not interrupted.
 //!
 //! Everything runs in the caller's network namespace, which must be the node's. Kernel floor:
@@ -31,6 +32,7 @@ mod listener_map;
 mod local_addresses;
 mod netns;
 mod pins;
+pub mod pod_table;
 mod privileges;
 mod settings;
 pub mod sockmap;
@@ -43,6 +45,7 @@ pub use error::{Error, Result};
 pub use listener_map::{ListenerMap, MAX_CPUS, Role};
 pub use local_addresses::AddressWatch;
 pub use netns::{Observation, check_namespaces, interface_index};
+pub use pod_table::{Lookup, PodIdentity, PodTable};
 pub use privileges::check as check_privileges;
 pub use settings::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
 pub use status::{Counters, Failure, PodStatus, Status, Uncaptured, Why};

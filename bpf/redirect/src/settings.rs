@@ -19,6 +19,10 @@ const POD_ADDRESSES_MAX: usize = 16;
 const INTERFACE_CHARS_MAX: usize = 15;
 /// Longest pod UID; what an ipset comment takes.
 const UID_CHARS_MAX: usize = 255;
+/// Longest name of a Kubernetes namespace (RFC 1123 label).
+const NAMESPACE_CHARS_MAX: usize = 63;
+/// Longest name of a pod or service account (RFC 1123 subdomain).
+const NAME_CHARS_MAX: usize = 253;
 
 /// Everything but the pods.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -85,6 +89,16 @@ pub struct Ztunnel {
 pub struct Pod {
     /// Unique and stable name.
     pub uid: String,
+    /// Its Kubernetes namespace. This and the next two tell ztunnel whose address it is
+    /// ([`crate::PodTable`]); journals of earlier versions have none of them.
+    #[serde(default)]
+    pub namespace: String,
+    /// Its name in that namespace.
+    #[serde(default)]
+    pub name: String,
+    /// Its Kubernetes service account.
+    #[serde(default)]
+    pub service_account: String,
     /// Its addresses of either family (1 to 16). `ebpf` captures all of them and drops what has
     /// another; `tunnel` needs an IPv4 one and leaves IPv6 alone, as Istio did.
     pub addresses: Vec<IpAddr>,
@@ -152,6 +166,22 @@ fn check_interface(field: &'static str, name: &str) -> Result<()> {
     } else {
         setting(field, &name, "must be an interface name of 1 to 15 bytes")
     }
+}
+
+/// As Kubernetes does, but for where dots and hyphens stand.
+fn check_name(field: &'static str, name: &str, chars_max: usize, uid: &str) -> Result<()> {
+    let sound = (1..=chars_max).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b));
+    if sound {
+        return Ok(());
+    }
+    let reason = format!(
+        "pod {uid} needs the name Kubernetes knows it by: 1 to {chars_max} lower-case letters, \
+         digits, - or ."
+    );
+    setting(field, &name, &reason)
 }
 
 impl Settings {
@@ -233,6 +263,13 @@ impl Settings {
             let reason = "must be 1 to 255 letters, digits or any of -_./:";
             return setting("pods.uid", &pod.uid, reason);
         }
+        for (field, name, chars_max) in [
+            ("pods.namespace", &pod.namespace, NAMESPACE_CHARS_MAX),
+            ("pods.name", &pod.name, NAME_CHARS_MAX),
+            ("pods.service_account", &pod.service_account, NAME_CHARS_MAX),
+        ] {
+            check_name(field, name, chars_max, &pod.uid)?;
+        }
         check_interface("pods.host_interface", &pod.host_interface)?;
         if pod.host_interface == self.ztunnel.host_interface
             || self.node.interfaces.contains(&pod.host_interface)
@@ -266,6 +303,12 @@ impl Settings {
 }
 
 impl Pod {
+    /// Whether `other` is captured by the same entries: whose they are may differ.
+    pub(crate) fn is_captured_as(&self, other: &Self) -> bool {
+        (&self.uid, &self.addresses) == (&other.uid, &other.addresses)
+            && (&self.netns, &self.host_interface) == (&other.netns, &other.host_interface)
+    }
+
     /// Its IPv4 addresses.
     pub fn ipv4(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
         self.addresses.iter().filter_map(|address| match address {
@@ -307,6 +350,9 @@ mod tests {
     fn pod(uid: &str, address: &str, interface: &str) -> Pod {
         Pod {
             uid: uid.into(),
+            namespace: "default".into(),
+            name: uid.into(),
+            service_account: "default".into(),
             addresses: vec![address.parse().unwrap()],
             netns: "/run/netns/p".into(),
             host_interface: interface.into(),

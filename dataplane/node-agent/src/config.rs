@@ -226,7 +226,8 @@ ztunnel: {netns: /run/netns/z, interface: eth0, host_interface: vz, address: 10.
 state_dir: /run/x
 bpffs: /run/y
 pods:
-- {uid: a, addresses: [10.244.1.11], netns: /run/netns/a, host_interface: va1}
+- {uid: a, namespace: n, name: a, service_account: s, addresses: [10.244.1.11], netns: /run/netns/a,
+   host_interface: va1}
 ";
 
     fn error(text: &str) -> String {

@@ -131,7 +131,8 @@ mod tests {
         serde_saphyr::from_str::<File>(&text).unwrap().pods
     }
 
-    const SOUND: &str = "{uid: a, addresses: [10.244.1.11], netns: /n, host_interface: va1}";
+    const SOUND: &str = "{uid: a, namespace: n, name: p, service_account: s, \
+                         addresses: [10.244.1.11], netns: /n, host_interface: va1}";
 
     #[test]
     fn a_pod_is_read_with_what_is_optional() {

@@ -46,7 +46,8 @@ Configuration:
   sockmap_memory_mib: 512     # memory of all TCP sockets that ends it; default: the kernel's limit
   stats_address: 127.0.0.1:15014  # counters for Prometheus at /metrics; default: nowhere
   pods:
-  - {uid: a, addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}
+  - {uid: a, namespace: default, name: web-1, service_account: web,
+     addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}
 A pod may have phase (Kubernetes' status.phase) and started (status.startTime): of two pods with
 one address the running and newer one is captured. A pod that is not captured is cut off.
 With ebpf, IPv6 needs ztunnel.address_v6, and node.other_addresses for addresses of the node

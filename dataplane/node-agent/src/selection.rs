@@ -212,6 +212,9 @@ mod tests {
         Listed {
             pod: Pod {
                 uid: uid.into(),
+                namespace: "default".into(),
+                name: "pod".into(),
+                service_account: "default".into(),
                 addresses: vec![Ipv4Addr::new(10, 244, 1, last).into()],
                 netns: "/n".into(),
                 host_interface: interface.into(),
@@ -271,6 +274,9 @@ mod tests {
         let mut wrong = b(Some(2));
         wrong.pod.addresses.push(Ipv4Addr::LOCALHOST.into());
         case(a(Some(1)), wrong, "a", Why::Invalid);
+        let mut unnamed = b(Some(2));
+        unnamed.pod.service_account.clear();
+        case(a(Some(1)), unnamed, "a", Why::Invalid);
     }
 
     #[test]

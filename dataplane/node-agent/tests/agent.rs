@@ -142,8 +142,12 @@ impl Site {
             .filter(|pod| pods.contains(&pod.uid.as_str()))
         {
             text += &format!(
-                "- {{uid: {}, addresses: [{}], netns: {}, host_interface: {}}}\n",
+                "- {{uid: {}, namespace: {}, name: {}, service_account: {}, addresses: [{}], \
+                 netns: {}, host_interface: {}}}\n",
                 pod.uid,
+                pod.namespace,
+                pod.name,
+                pod.service_account,
                 pod.addresses[0],
                 pod.netns.display(),
                 pod.host_interface,

@@ -39,6 +39,7 @@ pub(crate) fn take(
     }
     all.extend(crate::cut_off::inventory(journal, node));
     all.extend(sysctl::describe(journal));
+    all.extend(journal.describe_table());
     Ok(all)
 }
 

@@ -134,6 +134,9 @@ mod tests {
         assert_eq!(key[32..], [0, 1, 0, 2]);
         let pod = Pod {
             uid: "a".into(),
+            namespace: "default".into(),
+            name: "pod".into(),
+            service_account: "default".into(),
             addresses: vec![ends.0.ip()],
             netns: "/x".into(),
             host_interface: "x".into(),

@@ -186,8 +186,9 @@ fn outdated<'a>(redirection: &Ebpf, pods: &[(&'a Pod, u32)]) -> Result<Vec<&'a s
     let known: HashMap<_, _> = known.map(|pod| (&pod.uid, pod)).collect();
     let differs = |pod: &Pod, index: u32| {
         let known = known.get(&pod.uid).copied();
-        known
-            .is_some_and(|known| known != pod || map.get(known).is_none_or(|[now, _]| now != index))
+        known.is_some_and(|known| {
+            !known.is_captured_as(pod) || map.get(known).is_none_or(|[now, _]| now != index)
+        })
     };
     let chosen = pods.iter().filter(|(pod, index)| differs(pod, *index));
     Ok(chosen.map(|(pod, _)| pod.uid.as_str()).collect())

@@ -274,7 +274,8 @@ impl IptablesTunnel {
         let known = self.journal.pods().iter();
         let known: HashMap<_, _> = known.map(|pod| (pod.uid.as_str(), pod)).collect();
         let old = |pod: &&Pod| {
-            let old = known.get(pod.uid.as_str()).filter(|old| **old != *pod)?;
+            let old = known.get(pod.uid.as_str());
+            let old = old.filter(|old| !old.is_captured_as(pod))?;
             Some((*old).clone())
         };
         let outdated: Vec<Pod> = pods.iter().filter_map(old).collect();
@@ -528,6 +529,7 @@ impl Redirection for IptablesTunnel {
             all.extend(ztunnel.run(|| inventory_of("ztunnel", iptables))?);
         }
         all.extend(sysctl::describe(&self.journal));
+        all.extend(self.journal.describe_table());
         Ok(all)
     }
 

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use redirect::ebpf::Ebpf;
 use redirect::iptables_tunnel::IptablesTunnel;
-use redirect::{Attach, Pod, Redirection, Role, Settings, Variant};
+use redirect::{Attach, Lookup, Pod, PodTable, Redirection, Role, Settings, Variant};
 
 use crate::topology::{
     APP1, APP2, Answer, NODE, REMOTE, Server, Topology, UNDERLAY, ZTUNNEL, can_run, inside,
@@ -241,6 +241,69 @@ fn pods_come_and_go(kind: Kind) {
         redirection.add_pod(&thief).unwrap_err()
     });
     assert!(error.to_string().contains("app1"), "{error}");
+}
+
+/// Whose an address is stands in the table from before its capture to after it: a pod that ztunnel
+/// cannot be told of is not captured.
+#[test]
+fn a_captured_address_is_in_the_table_first() {
+    for kind in [EBPF, HARDENED] {
+        if !can_run("a_captured_address_is_in_the_table_first") {
+            return;
+        }
+        let topology = Topology::new();
+        kind.on_node(&topology, |redirection| redirection.install().unwrap());
+        let path = redirect::pod_table::path(&kind.settings(&topology).state_dir);
+        let pod = topology.pods().remove(0);
+        let mut table = PodTable::new(&path);
+        let mut owner = || match table.get(APP1.into()) {
+            Lookup::Pod(found) => found.name.to_string(),
+            other => format!("{other:?}"),
+        };
+        assert_eq!(owner(), "NotCaptured");
+        let captured = |redirection: &dyn Redirection| {
+            let lines = redirection.inventory().unwrap();
+            lines.iter().any(|line| line.contains(&APP1.to_string()))
+        };
+        for turn in 0..3 {
+            let named = |name: &str| Pod {
+                uid: format!("uid-{turn}"),
+                name: format!("{name}-{turn}"),
+                ..pod.clone()
+            };
+            let (first, renamed) = (named("first"), named("renamed"));
+            kind.on_node(&topology, |redirection| {
+                redirection.install().unwrap();
+                redirection.add_pod(&first).unwrap();
+                assert_eq!(owner(), first.name);
+                // Who has it changes, and nothing of its capture.
+                redirection.add_pod(&renamed).unwrap();
+                assert_eq!(owner(), renamed.name);
+                assert!(captured(redirection));
+                redirection.remove_pod(&first.uid).unwrap();
+            });
+            assert_eq!(owner(), "NotCaptured");
+        }
+        kind.on_node(&topology, |redirection| {
+            redirection.install().unwrap();
+            // Where the next table is to be made there is something else.
+            let next = path.with_extension("new");
+            std::fs::create_dir(&next).unwrap();
+            let error = redirection.add_pod(&pod).unwrap_err().to_string();
+            assert!(error.contains("pods/table.new"), "{error}");
+            assert!(!captured(redirection), "captured, and ztunnel not told");
+            std::fs::remove_dir(&next).unwrap();
+            redirection.add_pod(&pod).unwrap();
+            // Somebody removes it: that is seen, and the next installation brings it back.
+            std::fs::remove_file(&path).unwrap();
+            let has = |lines: BTreeSet<String>| lines.contains("pod table of 1 addresses");
+            assert!(!has(redirection.inventory().unwrap()));
+            redirection.install().unwrap();
+            assert!(has(redirection.inventory().unwrap()));
+            redirection.cleanup().unwrap();
+        });
+        assert!(!path.exists() && !path.parent().unwrap().exists());
+    }
 }
 
 /// What an agent killed with SIGKILL leaves is adopted; the connection attempts that go on

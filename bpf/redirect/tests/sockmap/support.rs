@@ -172,6 +172,9 @@ impl Net {
     pub(crate) fn pod(&self) -> Pod {
         Pod {
             uid: "pod".to_owned(),
+            namespace: "default".into(),
+            name: "pod".into(),
+            service_account: "default".into(),
             addresses: vec![IpAddr::V4(POD), IpAddr::V6(POD6)],
             netns: self.netns("pod"),
             host_interface: "unused".to_owned(),

@@ -16,7 +16,8 @@ const SILENCE: Duration = Duration::from_millis(1200);
 /// One entry of the file.
 fn pod(uid: &str, address: &str, netns: &str, interface: &str, more: &str) -> String {
     format!(
-        "- {{uid: {uid}, addresses: [{address}], netns: {netns}, host_interface: {interface}{more}}}\n"
+        "- {{uid: {uid}, namespace: default, name: pod, service_account: default, \
+         addresses: [{address}], netns: {netns}, host_interface: {interface}{more}}}\n"
     )
 }
 

@@ -58,6 +58,9 @@ fn pod(number: u32, name: &str) -> Pod {
     let address = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 245, 0, 0)) + number);
     Pod {
         uid: format!("many-{number}"),
+        namespace: "default".into(),
+        name: format!("many-{number}"),
+        service_account: "default".into(),
         addresses: vec![address.into()],
         netns: PathBuf::from("/run/netns").join(name),
         host_interface: format!("vm{number}"),

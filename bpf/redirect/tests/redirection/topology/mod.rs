@@ -269,6 +269,9 @@ impl Topology {
         [("app1", APP1, "va1"), ("app2", APP2, "va2")]
             .map(|(host, address, interface)| Pod {
                 uid: host.into(),
+                namespace: "default".into(),
+                name: host.into(),
+                service_account: "default".into(),
                 addresses: vec![address.into()],
                 netns: self.netns(host),
                 host_interface: interface.into(),
