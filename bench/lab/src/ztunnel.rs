@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::agent::listener_map;
+use crate::agent::{listener_map, pod_table};
 use crate::daemon::{Daemon, last_words};
 use crate::error::{Error, Result};
 use crate::http::http_get;
@@ -81,6 +81,7 @@ fn shared(state: &State, binary: &Path, node: Node) -> HostCommand {
         .env("NODE_NAME", node.name())
         .env("XDS_ADDRESS", "")
         .env("CA_ADDRESS", "")
+        .env("ZTUNNEL_POD_TABLE", pod_table(&state.name, node))
         .env("SOCKMAP", if state.sockmap { "on" } else { "off" });
     if state.redirect == Redirect::Ebpf {
         command.env("ZTUNNEL_LISTENER_MAP", listener_map(&state.name, node));

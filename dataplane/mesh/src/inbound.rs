@@ -164,6 +164,24 @@ impl Snapshot {
         }
     }
 
+    /// Resolves what a connection in plain text to `conn_dst`, an address of a local workload,
+    /// asks for: just that, unless it is one of this proxy's own ports. Authorization is a
+    /// separate step.
+    ///
+    /// # Errors
+    /// [`InboundError::OwnPort`].
+    pub fn resolve_plain(
+        &self,
+        context: &NodeContext,
+        conn_dst: SocketAddr,
+    ) -> Result<SocketAddr, InboundError> {
+        let target = SocketAddr::new(conn_dst.ip().to_canonical(), conn_dst.port());
+        if context.is_own_port(target.port()) {
+            return Err(InboundError::OwnPort(target));
+        }
+        Ok(target)
+    }
+
     /// Whether `local` is the waypoint of the service or workload with this address.
     fn is_waypoint_of(&self, context: &NodeContext, local: &Workload, ip: IpAddr) -> bool {
         if let Some(service) = self.service_by_vip(context, &local.namespace, ip) {

@@ -1,9 +1,10 @@
 //! The mesh as data, and the decisions taken on it.
 //!
 //! A [`Snapshot`] is built from workloads, services and policies and never changes. It answers
-//! three questions: where an outbound connection goes ([`Snapshot::route`]), what a tunnel that
-//! arrived asks for ([`Snapshot::resolve_inbound`]), and whether a connection may reach a
-//! workload ([`Snapshot::authorize`]).
+//! these questions: where an outbound connection goes ([`Snapshot::route`]) and whether it meets a
+//! pod of this node there ([`Route::delivery`]), what a tunnel that arrived asks for
+//! ([`Snapshot::resolve_inbound`]), and whether a connection may reach a workload
+//! ([`Snapshot::authorize`]).
 //!
 //! Nothing here performs I/O, reads a clock, starts a thread or keeps state: equal inputs give
 //! equal answers. Decisions cost a few hash lookups and reference counts; none allocates unless
@@ -14,6 +15,7 @@ pub mod address;
 pub mod authorize;
 mod balance;
 mod build;
+pub mod delivery;
 mod error;
 pub mod identity;
 pub mod inbound;
@@ -25,6 +27,7 @@ mod validate;
 pub mod workload;
 
 pub use authorize::{Decision, DenyReason, DryRun, Verdict};
+pub use delivery::Delivery;
 pub use error::{ItemKind, ItemRef, ModelError};
 pub use identity::{Identity, IdentityError};
 pub use inbound::InboundError;

@@ -72,7 +72,7 @@ pub(crate) enum WaypointTarget {
     Unknown { destination: Arc<str> },
 }
 
-/// A workload by its name, for a proxy that serves no other.
+/// A workload by its name.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct WorkloadName {
     /// Kubernetes namespace.
@@ -86,7 +86,8 @@ pub struct WorkloadName {
 }
 
 impl WorkloadName {
-    fn names(&self, workload: &WorkloadConfig) -> bool {
+    /// Whether this is the name of `workload`.
+    pub fn names(&self, workload: &WorkloadConfig) -> bool {
         let domain = self.trust_domain.as_ref();
         workload.namespace == self.namespace
             && workload.name == self.name

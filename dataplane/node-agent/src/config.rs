@@ -226,7 +226,7 @@ ztunnel: {netns: /run/netns/z, interface: eth0, host_interface: vz, address: 10.
 state_dir: /run/x
 bpffs: /run/y
 pods:
-- {uid: a, namespace: n, name: a, service_account: s, addresses: [10.244.1.11], netns: /run/netns/a,
+- {uid: a, namespace: ns, name: a, service_account: s, addresses: [10.244.1.11], netns: /run/netns/a,
    host_interface: va1}
 ";
 

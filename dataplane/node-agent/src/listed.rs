@@ -131,7 +131,7 @@ mod tests {
         serde_saphyr::from_str::<File>(&text).unwrap().pods
     }
 
-    const SOUND: &str = "{uid: a, namespace: n, name: p, service_account: s, \
+    const SOUND: &str = "{uid: a, namespace: ns, name: p, service_account: s, \
                          addresses: [10.244.1.11], netns: /n, host_interface: va1}";
 
     #[test]

@@ -1,11 +1,12 @@
 //! What a worker needs to know that does not change while it runs.
 
 use std::fmt::Debug;
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh::NodeContext;
+use mesh::{NodeContext, WorkloadName};
 use rt::net::Keepalive;
 
 use crate::memory::TunnelMemory;
@@ -39,6 +40,39 @@ pub trait ShortCut: Debug + Send + Sync {
     fn is_plain(&self, socket: BorrowedFd<'_>) -> bool;
 }
 
+/// A pod of this node, as redirection knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CapturedPod {
+    /// What Kubernetes calls it; of any trust domain.
+    pub name: WorkloadName,
+    /// Redirection's own name for it, for people.
+    pub uid: Arc<str>,
+}
+
+/// What redirection says of an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lookup {
+    /// It captures this pod there. The entry is there before the pod is captured, and changes
+    /// before another pod with that address is.
+    Pod(Arc<CapturedPod>),
+    /// It captures none there.
+    NotCaptured,
+    /// It cannot be asked (yet).
+    NoTable,
+}
+
+/// Tells one worker which pods redirection captures. Asked once or twice for each connection.
+pub trait PodReader: Debug {
+    /// Who has `ip` now.
+    fn pod(&mut self, ip: IpAddr) -> Lookup;
+}
+
+/// Where [`PodReader`]s come from.
+pub trait LocalPods: Debug + Send + Sync {
+    /// One for the calling worker.
+    fn reader(&self) -> Box<dyn PodReader>;
+}
+
 /// Settings of the data path.
 #[derive(Debug, Clone)]
 pub struct ProxyConfig {
@@ -50,6 +84,9 @@ pub struct ProxyConfig {
     pub original_source: bool,
     /// In node mode: pods of this node are reached by a tunnel, too (`SAME_NODE_TUNNEL`).
     pub same_node_tunnel: bool,
+    /// In node mode: which pods redirection captures at which addresses (`ZTUNNEL_POD_TABLE`).
+    /// Without it an address is whose the configuration says.
+    pub pods: Option<Arc<dyn LocalPods>>,
     /// What the sockets of this proxy may take in node mode (`SOCKMAP`); without it they never do.
     pub short_cut: Option<Arc<dyn ShortCut>>,
     /// `SO_MARK` of outgoing sockets (`PACKET_MARK`).

@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use crate::config::{ProxyConfig, RedirectMode, ShortCut};
 use crate::error::ProxyError;
 use crate::gate::{Handshakes, Place};
 use crate::memory::WorkerMemory;
+use crate::pods::Pods;
 use crate::pool::Pool;
 use crate::tunnel::{Setup, Tunnel};
 use crate::watch::Watches;
@@ -32,9 +33,11 @@ pub(crate) struct Context {
     memory: Rc<WorkerMemory>,
     /// Connections that policies have allowed, to be looked at again when those change.
     pub(crate) watches: Watches,
+    /// What redirection says of addresses of this node.
+    pub(crate) pods: Pods,
     snapshot: RefCell<Arc<Snapshot>>,
     /// The snapshot was replaced.
-    updated: Broadcast,
+    pub(crate) updated: Broadcast,
     /// Accepted tunnels, for draining.
     accepted: RefCell<Vec<Weak<Tunnel>>>,
     pub(crate) draining: Cell<bool>,
@@ -84,6 +87,7 @@ impl Context {
             handshakes: Handshakes::new(config.handshakes_max),
             memory: WorkerMemory::new(&config.tunnel_memory),
             watches: Watches::default(),
+            pods: Pods::new(config.pods.as_ref()),
             config,
             certificates,
             telemetry,
@@ -130,14 +134,6 @@ impl Context {
         x.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// The workload of this node that has `ip`.
-    pub(crate) fn local_workload(&self, ip: IpAddr) -> Option<Arc<Workload>> {
-        let snapshot = self.snapshot.borrow();
-        let node = &self.config.node;
-        let workload = snapshot.workload_by_ip(&node.network, ip)?;
-        node.is_local(workload).then(|| Arc::clone(workload))
-    }
-
     /// The workload with `ip` anywhere in the mesh.
     pub(crate) fn workload(&self, ip: IpAddr) -> Option<Arc<Workload>> {
         self.snapshot
@@ -146,31 +142,27 @@ impl Context {
             .cloned()
     }
 
-    /// As [`Context::local_workload`], waiting a while for a pod that has just started.
-    pub(crate) async fn wait_for_workload(&self, ip: IpAddr) -> Result<Arc<Workload>, ProxyError> {
-        if let Some(workload) = self.local_workload(ip) {
-            return Ok(workload);
-        }
-        let found = rt::time::timeout(self.config.workload_timeout, async {
-            loop {
-                self.updated.wait().await;
-                if let Some(workload) = self.local_workload(ip) {
-                    return workload;
-                }
-            }
-        });
-        let node = (*self.config.node.node).into();
-        found
-            .await
-            .map_err(|_| ProxyError::UnknownSource { ip, node })
-    }
-
     /// Where a captured connection was going.
     pub(crate) fn original_dst(&self, stream: &TcpStream) -> std::io::Result<SocketAddr> {
         match self.config.mode {
             RedirectMode::Node => stream.local_addr(),
             RedirectMode::InPod => stream.original_dst().or_else(|_| stream.local_addr()),
         }
+    }
+
+    /// Refuses what would come back to this proxy, again and again: one of its own ports at an
+    /// address of its namespace or of the client. At other addresses they are anyone's.
+    pub(crate) fn check_not_ourselves(
+        &self,
+        source: &Workload,
+        dst: SocketAddr,
+    ) -> Result<(), ProxyError> {
+        if self.config.node.is_own_port(dst.port())
+            && (source.workload_ips.contains(&dst.ip()) || is_of_this_namespace(dst.ip()))
+        {
+            return Err(ProxyError::Recursive(dst));
+        }
+        Ok(())
     }
 
     /// Connects to `addr`, from `source` if one is given, within the time allowed.
@@ -275,4 +267,11 @@ impl Context {
         all.extend(self.pool.tunnels());
         all
     }
+}
+
+/// Whether an interface here has `ip`: only then can a socket that is not transparent be bound to
+/// it. What cannot be found out counts as one.
+fn is_of_this_namespace(ip: IpAddr) -> bool {
+    let bound = UdpSocket::bind((ip, 0));
+    !bound.is_err_and(|error| error.kind() == std::io::ErrorKind::AddrNotAvailable)
 }

@@ -5,10 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
 use hbone::ConnectionError;
-use mesh::{DenyReason, InboundError, RouteError};
+use mesh::{DenyReason, Identity, InboundError, RouteError};
 use telemetry::{Fault, ResponseFlags};
 use tls::HandshakeError;
 
+use crate::pods::Nobody;
 use crate::relay::Who;
 use crate::tunnel::{SetupError, StreamFailure, TunnelError};
 
@@ -21,21 +22,36 @@ pub(crate) enum ProxyError {
     /// The client's address belongs to no workload of this node.
     #[error(
         "failed to fetch information about local workload: no workload on node {node} has \
-         address {ip}; it is not in the configuration (yet), or its node is another"
+         address {ip}; {why}"
     )]
     UnknownSource {
         /// The client.
         ip: IpAddr,
         /// This node.
         node: Box<str>,
+        /// As far as is known.
+        why: Nobody,
     },
     /// The destination is not a workload of this node.
-    #[error("workload not found: no workload on node {node} has address {ip}")]
+    #[error("workload not found: no workload on node {node} has address {ip}; {why}")]
     UnknownDestination {
         /// Where the connection was to go.
         ip: IpAddr,
         /// This node.
         node: Box<str>,
+        /// As far as is known.
+        why: Nobody,
+    },
+    /// The pod of this node that would be reached is not one that was meant.
+    #[error(
+        "tls error: {ip} is of {found} now, which is none of the identities expected there: the \
+         configuration is probably out of date"
+    )]
+    OtherIdentity {
+        /// The destination.
+        ip: IpAddr,
+        /// Whose it is.
+        found: Identity,
     },
     /// No way to the destination.
     #[error(transparent)]
@@ -135,9 +151,10 @@ impl ProxyError {
             Self::Shared(error) => error.flags(),
             Self::Denied(_) | Self::Status(401) => ResponseFlags::Deny,
             Self::HboneTimeout { .. } => ResponseFlags::NetworkPolicy,
-            Self::Setup { .. } | Self::HandshakeTimeout { .. } | Self::HandshakeOverload { .. } => {
-                ResponseFlags::TlsFailure
-            }
+            Self::Setup { .. }
+            | Self::HandshakeTimeout { .. }
+            | Self::HandshakeOverload { .. }
+            | Self::OtherIdentity { .. } => ResponseFlags::TlsFailure,
             Self::Identity(_) => ResponseFlags::IdentityError,
             Self::Open(_) => ResponseFlags::H2HandshakeFailure,
             Self::Io(_) | Self::Lost { .. } | Self::Stream(_) | Self::Revoked(_) => {

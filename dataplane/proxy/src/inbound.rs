@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use hbone::{RequestHead, Role};
-use mesh::{ConnectionFacts, Identity, Workload};
+use mesh::{Identity, Workload};
 use rt::net::TcpStream;
 use telemetry::{ConnectionInfo, HboneTarget, Reporter, Security};
 use tls::Handshake;
@@ -16,10 +16,11 @@ use tls::Handshake;
 use crate::baggage::baggage;
 use crate::context::{Alive, Context};
 use crate::error::ProxyError;
+use crate::local::{Admitted, Arrival};
+use crate::pods::Nobody;
 use crate::pool::Key;
-use crate::relay;
 use crate::tunnel::{self, Transport, Tunnel, TunnelOwner, TunnelStream};
-use crate::watch::Watch;
+use crate::{plaintext, relay};
 
 /// Accepts one tunnel. The tunnel's own tasks go on after this returns.
 pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, _alive: Alive) {
@@ -31,7 +32,8 @@ pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, _alive: Aliv
 }
 
 /// The client's end of a connection whose other end is accepted here, as if it had come from a pod
-/// of this node to another's HBONE port. It goes over loopback.
+/// of this node to another: its HBONE port, or whichever it wants tunnels on. It goes over
+/// loopback.
 pub(crate) async fn own_end(context: &Rc<Context>, key: &Key) -> Result<TcpStream, ProxyError> {
     let dst = key.gateway;
     let failed = |error| ProxyError::Connect { addr: dst, error };
@@ -48,7 +50,14 @@ pub(crate) async fn own_end(context: &Rc<Context>, key: &Key) -> Result<TcpStrea
         }
     };
     let src = SocketAddr::new(key.source.unwrap_or_else(|| local.ip()), local.port());
-    rt::spawn(handle_from(Rc::clone(context), server, src, dst));
+    if dst.port() == context.config.node.hbone_port {
+        rt::spawn(handle_from(Rc::clone(context), server, src, dst));
+    } else {
+        let (context, alive) = (Rc::clone(context), context.alive());
+        rt::spawn(async move {
+            plaintext::serve(&context, server, (src, dst), None, alive).await;
+        });
+    }
     Ok(client)
 }
 
@@ -77,10 +86,12 @@ async fn accept(
     src: SocketAddr,
     dst: SocketAddr,
 ) -> Result<Rc<Tunnel>, ProxyError> {
-    let Some(workload) = context.local_workload(dst.ip()) else {
-        let _ = client.reset_on_close(); // the client may be gone already
-        let node = (*context.config.node.node).into();
-        return Err(ProxyError::UnknownDestination { ip: dst.ip(), node });
+    let workload = match context.wait_for_destination(dst.ip()).await {
+        Ok(workload) => workload,
+        Err(error) => {
+            let _ = client.reset_on_close(); // the client may be gone already
+            return Err(error);
+        }
     };
     let owner = Box::new(Inbound {
         context: Rc::clone(context),
@@ -185,7 +196,7 @@ async fn serve(request: Request) {
         return;
     };
     match connected {
-        Ok((server, watch)) => {
+        Ok(Admitted { server, watch }) => {
             let baggage = context
                 .config
                 .response_baggage
@@ -217,32 +228,30 @@ impl Request {
             let method: String = self.head.method.chars().take(32).collect();
             return Err(ProxyError::Method(method.into()));
         }
-        let node = &self.context.config.node;
-        let snapshot = self.context.snapshot();
-        let workload =
-            snapshot
-                .current(&self.workload)
-                .ok_or_else(|| ProxyError::UnknownDestination {
-                    ip: self.dst.ip(),
-                    node: (*node.node).into(),
-                })?;
-        Ok(snapshot.resolve_inbound(node, workload, self.dst, &self.head.authority)?)
+        let (context, ip) = (&self.context, self.dst.ip());
+        let pod = context
+            .pod_at(ip)
+            .and_then(|pod| match pod.uid == self.workload.uid {
+                true => Ok(pod),
+                false => Err(Nobody::Changed),
+            });
+        let pod = pod.map_err(|why| {
+            // Whose certificate was shown is not there any more: what comes next is to see another.
+            self.stream.tunnel().shutdown_graceful();
+            context.unknown_destination(ip, why)
+        })?;
+        let (node, snapshot) = (&context.config.node, context.snapshot());
+        Ok(snapshot.resolve_inbound(node, &pod, self.dst, &self.head.authority)?)
     }
 
-    async fn connect(&self, target: SocketAddr) -> Result<(TcpStream, Watch), ProxyError> {
-        let context = &self.context;
-        let facts = ConnectionFacts {
+    async fn connect(&self, target: SocketAddr) -> Result<Admitted, ProxyError> {
+        let arrival = Arrival {
+            pod: &self.workload,
             identity: self.identity.as_ref(),
             src: self.src.ip(),
-            dst: target,
+            target,
         };
-        let snapshot = context.snapshot();
-        let watch = context
-            .watches
-            .authorize(&snapshot, &self.workload, &facts)?;
-        let connect = context.connect(target, context.source_for(self.src.ip()));
-        let server = watch.while_allowed(pin!(connect)).await??;
-        Ok((server, watch))
+        self.context.admit(&arrival).await
     }
 
     /// Runs `future` as long as the client waits for its answer. One that opens streams and resets

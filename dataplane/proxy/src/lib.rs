@@ -14,6 +14,9 @@
 //! namespace: a pod is known by its source address (which redirection guarantees), the original
 //! destination is the accepted socket's own address, and connections go out with the pod's address.
 //!
+//! The last step to a pod of this node is one (`local.rs`), whichever way a connection takes to it:
+//! who the pod is, whether it may be reached, and for how long.
+//!
 //! Failure behaviour: every refusal is logged with who, what and why, and counted; the client
 //! sees a reset, never an empty success. Whatever is not allowed for certain is refused.
 
@@ -25,9 +28,11 @@ mod context;
 mod error;
 mod gate;
 mod inbound;
+mod local;
 mod memory;
 mod outbound;
 mod plaintext;
+mod pods;
 mod pool;
 mod relay;
 #[cfg(test)]
@@ -36,6 +41,6 @@ mod tunnel;
 mod watch;
 mod worker;
 
-pub use config::{ProxyConfig, RedirectMode, ShortCut};
+pub use config::{CapturedPod, LocalPods, Lookup, PodReader, ProxyConfig, RedirectMode, ShortCut};
 pub use memory::TunnelMemory;
 pub use worker::{Command, Listeners, WorkerSetup, serve};

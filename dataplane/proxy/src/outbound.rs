@@ -1,21 +1,21 @@
 //! Connections captured from local pods (port 15001).
 
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use hbone::ConnectRequest;
-use mesh::{Authority, ConnectionFacts, Route, Workload};
+use mesh::{Authority, Delivery, Identity, Route, Workload};
 use rt::net::TcpStream;
-use telemetry::{ConnectionInfo, HboneTarget, Reporter, ResponseFlags, Security};
+use telemetry::{ConnectionInfo, HboneTarget, Reporter, Security};
 
 use crate::baggage::{baggage, forwarded, traceparent};
 use crate::config::RedirectMode;
 use crate::context::{Alive, Context};
 use crate::error::ProxyError;
+use crate::local::{self, Arrival, Books};
 use crate::pool::Key;
-use crate::relay;
+use crate::{plaintext, relay};
 
 /// Sets one captured connection up. Its bytes are relayed by a task of their own: what setting up
 /// takes is several times the state of the relay, and would be spread between its parts.
@@ -39,21 +39,25 @@ async fn serve(
     dst: SocketAddr,
     alive: Alive,
 ) -> Result<(), ProxyError> {
-    let reset = |client: &TcpStream| {
-        let _ = client.reset_on_close(); // the client may be gone already
-    };
     let prepared = async {
-        let source = context.wait_for_workload(src.ip()).await?;
-        let route = route(context, &source, dst)?;
+        let source = context.wait_for_source(src.ip()).await?;
+        let node = &context.config.node;
+        let route = context
+            .snapshot()
+            .route(node, &source, dst, context.random())?;
+        if let Route::Passthrough { dst } | Route::Tcp { dst, .. } = &route {
+            context.check_not_ourselves(&source, *dst)?;
+        }
         Ok::<_, ProxyError>((source, route))
     };
     let (source, route) = match prepared.await {
         Ok(prepared) => prepared,
         Err(error) => {
-            reset(&client);
+            let _ = client.reset_on_close(); // the client may be gone already
             return Err(error);
         }
     };
+    let delivery = delivery(context, &route);
     let connection = Connection {
         context,
         client,
@@ -61,62 +65,54 @@ async fn serve(
         source,
         alive,
     };
-    match route {
-        Route::Passthrough { dst } => connection.plain(dst, None, None).await,
-        Route::Tcp {
-            dst,
-            workload,
-            service,
-        } => {
-            connection.plain(dst, Some(workload), service).await;
+    match (route, delivery) {
+        (Route::Passthrough { dst }, delivery) => {
+            connection.plain(dst, delivery, None, None).await;
         }
-        route @ Route::Hbone { .. } => match local_target(context, &route) {
-            Some((target, workload)) if !context.config.same_node_tunnel => {
-                connection.local(target, workload, route).await;
-            }
-            own => connection.hbone(route, own.is_some()).await,
-        },
+        (
+            Route::Tcp {
+                dst,
+                workload,
+                service,
+            },
+            delivery,
+        ) => {
+            connection
+                .plain(dst, delivery, Some(workload), service)
+                .await;
+        }
+        (route @ Route::Hbone { .. }, Delivery::OneHop(target)) => {
+            connection.one_hop(target, route).await;
+        }
+        (route @ Route::Hbone { .. }, delivery) => {
+            connection
+                .hbone(route, delivery == Delivery::OwnTunnel)
+                .await;
+        }
     }
     Ok(())
 }
 
-fn route(context: &Context, source: &Workload, dst: SocketAddr) -> Result<Route, ProxyError> {
-    let node = &context.config.node;
-    let route = context
-        .snapshot()
-        .route(node, source, dst, context.random())?;
-    match &route {
-        // Not a workload, and one of our ports: only this proxy listens there.
-        Route::Passthrough { dst } if node.is_own_port(dst.port()) => {
-            Err(ProxyError::Recursive(*dst))
+/// In node mode captured pods of this node are not reached by the network (what is sent to them
+/// from here goes past redirection) but by this proxy in its other role.
+fn delivery(context: &Context, route: &Route) -> Delivery {
+    match context.config.mode {
+        RedirectMode::InPod => Delivery::Network,
+        RedirectMode::Node => {
+            // Without redirection's word, waypoints are taken for pods that terminate tunnels
+            // themselves.
+            let waypoint = matches!(
+                route,
+                Route::Hbone {
+                    to_waypoint: true,
+                    ..
+                }
+            );
+            let guess = waypoint && context.config.pods.is_none();
+            let is_captured = |ip| !guess && context.is_captured(ip);
+            route.delivery(is_captured, context.config.same_node_tunnel)
         }
-        // The pod's own address: it would arrive here again, and again.
-        Route::Tcp { dst, .. }
-            if node.is_own_port(dst.port()) && source.workload_ips.contains(&dst.ip()) =>
-        {
-            Err(ProxyError::Recursive(*dst))
-        }
-        _ => Ok(route),
     }
-}
-
-/// In node mode a pod of this node is not reached by a tunnel through the network (its HBONE port
-/// is captured for this very proxy) but directly, after the checks the far end would have made, or
-/// by a tunnel that does not leave this process.
-fn local_target(context: &Context, route: &Route) -> Option<(SocketAddr, Arc<Workload>)> {
-    let Route::Hbone {
-        authority: Authority::Address(target),
-        workload: Some(workload),
-        to_waypoint: false,
-        ..
-    } = route
-    else {
-        return None;
-    };
-    let local = context.config.mode == RedirectMode::Node
-        && context.config.node.is_local(workload)
-        && workload.workload_ips.contains(&target.ip());
-    local.then(|| (*target, Arc::clone(workload)))
 }
 
 /// A captured connection whose way is known.
@@ -139,6 +135,7 @@ impl Connection<'_> {
     async fn plain(
         self,
         dst: SocketAddr,
+        delivery: Delivery,
         workload: Option<Arc<Workload>>,
         service: Option<Arc<mesh::Service>>,
     ) {
@@ -146,6 +143,16 @@ impl Connection<'_> {
         info.destination = workload;
         info.service = service;
         let record = self.context.telemetry.opened(info);
+        if delivery != Delivery::Network {
+            let ends = (self.src, dst);
+            let Self {
+                context,
+                client,
+                alive,
+                ..
+            } = self;
+            return plaintext::serve(context, client, ends, Some(record), alive).await;
+        }
         // The pod's own address where the socket is not in its namespace.
         let source = match self.context.config.mode {
             RedirectMode::Node => self.context.source_for(self.src.ip()),
@@ -235,58 +242,68 @@ impl Connection<'_> {
     }
 
     /// To a pod of this node: one hop, both proxies' duties.
-    async fn local(self, target: SocketAddr, workload: Arc<Workload>, route: Route) {
-        let service = match route {
-            Route::Hbone { service, .. } => service,
-            _ => None,
+    async fn one_hop(self, target: SocketAddr, route: Route) {
+        let Route::Hbone {
+            workload,
+            service,
+            expected,
+            ..
+        } = route
+        else {
+            return;
         };
+        let identity = self.source.identity();
         let mut info = self.info(Reporter::Source, target);
-        info.destination = Some(Arc::clone(&workload));
+        info.destination = workload;
         info.service = service;
-        info.source_identity = Some(self.source.identity());
-        info.destination_identity = Some(workload.identity());
+        info.source_identity = Some(identity.clone());
+        info.destination_identity = expected.first().cloned();
+        let found = self.find(target, &expected).await;
+        if let Ok((pod, _)) = &found {
+            info.destination = Some(Arc::clone(pod));
+            info.destination_identity = Some(pod.identity());
+        }
         let inbound = ConnectionInfo {
             reporter: Reporter::Destination,
             ..info.clone()
         };
-        let outbound = self.context.telemetry.opened(info);
-        let inbound = self.context.telemetry.opened(inbound);
-        let connected = async {
-            let identity = self.source.identity();
-            let snapshot = self.context.snapshot();
-            let node = &self.context.config.node;
-            let authority = target.to_string();
-            let target = snapshot.resolve_inbound(node, &workload, target, &authority)?;
-            let facts = ConnectionFacts {
-                identity: Some(&identity),
-                src: self.src.ip(),
-                dst: target,
-            };
-            let context = self.context;
-            let watch = context.watches.authorize(&snapshot, &workload, &facts)?;
-            let connect = context.connect(target, context.source_for(self.src.ip()));
-            let server = watch.while_allowed(pin!(connect)).await??;
-            Ok::<_, ProxyError>((server, watch))
+        let books = Books {
+            outbound: Some(self.context.telemetry.opened(info)),
+            inbound: self.context.telemetry.opened(inbound),
         };
-        match connected.await {
-            Ok((server, watch)) => {
-                let Self { client, alive, .. } = self;
-                rt::spawn(async move {
-                    let records = [&outbound, &inbound];
-                    let (watch, short_cut) = (Some(&watch), alive.context().short_cut());
-                    let relay = relay::client_to_server(client, server, &records, watch, short_cut);
-                    let result = relay.await;
-                    let error = result.as_ref().err();
-                    let shown = error.map(|error| error as &dyn std::fmt::Display);
-                    outbound.close(shown, ResponseFlags::None);
-                    inbound.close(shown, ResponseFlags::None);
-                });
+        let admitted = match found {
+            Ok((pod, target)) => {
+                let arrival = Arrival {
+                    pod: &pod,
+                    identity: Some(&identity),
+                    src: self.src.ip(),
+                    target,
+                };
+                self.context.admit(&arrival).await
             }
-            Err(error) => {
-                let _ = self.client.reset_on_close();
-                outbound.close(Some(&error), error.flags());
-                inbound.close(Some(&error), error.flags());
-            }
+            Err(error) => Err(error),
+        };
+        local::relay_if(admitted, self.client, books, self.alive);
+    }
+
+    /// The pod at `target`, if it is one of those `expected` there, and where in it the connection
+    /// goes.
+    async fn find(
+        &self,
+        target: SocketAddr,
+        expected: &[Identity],
+    ) -> Result<(Arc<Workload>, SocketAddr), ProxyError> {
+        let context = self.context;
+        let pod = context.wait_for_destination(target.ip()).await?;
+        let found = pod.identity();
+        if !expected.contains(&found) {
+            let ip = target.ip();
+            return Err(ProxyError::OtherIdentity { ip, found });
         }
+        let (node, authority) = (&context.config.node, target.to_string());
+        let target = context
+            .snapshot()
+            .resolve_inbound(node, &pod, target, &authority)?;
+        Ok((pod, target))
     }
 }

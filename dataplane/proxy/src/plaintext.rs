@@ -1,17 +1,17 @@
-//! Connections to local pods from outside the mesh (port 15006): authorized without an identity.
+//! Connections to local pods in plain text: from outside the mesh (port 15006), and from pods of
+//! this node whose route is plain. Authorized without an identity.
 
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mesh::ConnectionFacts;
+use mesh::Workload;
 use rt::net::TcpStream;
-use telemetry::{ConnectionInfo, Reporter};
+use telemetry::{ConnectionInfo, ConnectionRecord, Reporter};
 
 use crate::context::{Alive, Context};
 use crate::error::ProxyError;
-use crate::relay;
+use crate::local::{self, Arrival, Books};
 
 /// Sets one captured connection up. Its bytes are relayed by a task of their own.
 pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, alive: Alive) {
@@ -19,63 +19,52 @@ pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, alive: Alive
     let Ok(dst) = context.original_dst(&client) else {
         return;
     };
-    if let Err((client, error)) = serve(&context, client, src, dst, alive).await {
-        let _ = client.reset_on_close(); // the client may be gone already
-        context
-            .telemetry
-            .failed_early(Reporter::Destination, src, dst, &error);
-    }
+    serve(&context, client, (src, dst), None, alive).await;
 }
 
-/// Errors returned are those before the connection was counted as opened.
-async fn serve(
+/// Serves a connection between the two addresses `ends`. `outbound` is the client's side, if its
+/// pod is of this node.
+pub(crate) async fn serve(
     context: &Rc<Context>,
     client: TcpStream,
-    src: SocketAddr,
-    dst: SocketAddr,
+    ends: (SocketAddr, SocketAddr),
+    outbound: Option<ConnectionRecord>,
     alive: Alive,
-) -> Result<(), (TcpStream, ProxyError)> {
-    let node = &context.config.node;
-    if node.is_own_port(dst.port()) {
-        return Err((client, ProxyError::Recursive(dst)));
-    }
-    let Some(workload) = context.local_workload(dst.ip()) else {
-        let error = ProxyError::UnknownDestination {
-            ip: dst.ip(),
-            node: (*node.node).into(),
-        };
-        return Err((client, error));
+) {
+    let (src, dst) = ends;
+    let (pod, target) = match find(context, dst).await {
+        Ok(found) => found,
+        Err(error) => {
+            let _ = client.reset_on_close(); // the client may be gone already
+            if let Some(outbound) = outbound {
+                outbound.close(Some(&error), error.flags());
+            }
+            let telemetry = &context.telemetry;
+            return telemetry.failed_early(Reporter::Destination, src, dst, &error);
+        }
     };
     let mut info = ConnectionInfo::new(Reporter::Destination, src, dst);
     info.source = context.workload(src.ip());
-    info.destination = Some(Arc::clone(&workload));
-    let record = context.telemetry.opened(info);
-    let facts = ConnectionFacts {
+    info.destination = Some(Arc::clone(&pod));
+    let inbound = context.telemetry.opened(info);
+    let arrival = Arrival {
+        pod: &pod,
         identity: None,
         src: src.ip(),
-        dst,
+        target,
     };
-    let connected = async {
-        let snapshot = context.snapshot();
-        let watch = context.watches.authorize(&snapshot, &workload, &facts)?;
-        let connect = context.connect(dst, context.source_for(src.ip()));
-        let server = watch.while_allowed(pin!(connect)).await??;
-        Ok::<_, ProxyError>((server, watch))
-    };
-    match connected.await {
-        Ok((server, watch)) => {
-            rt::spawn(async move {
-                let records = [&record];
-                let (watch, short_cut) = (Some(&watch), alive.context().short_cut());
-                let relay = relay::client_to_server(client, server, &records, watch, short_cut);
-                let result = relay.await;
-                relay::finish(record, result);
-            });
-        }
-        Err(error) => {
-            let _ = client.reset_on_close();
-            record.close(Some(&error), error.flags());
-        }
-    }
-    Ok(())
+    let admitted = context.admit(&arrival).await;
+    local::relay_if(admitted, client, Books { outbound, inbound }, alive);
+}
+
+/// The pod at `dst`, and where the connection goes there.
+async fn find(
+    context: &Context,
+    dst: SocketAddr,
+) -> Result<(Arc<Workload>, SocketAddr), ProxyError> {
+    let target = context
+        .snapshot()
+        .resolve_plain(&context.config.node, dst)?;
+    let pod = context.wait_for_destination(dst.ip()).await?;
+    Ok((pod, target))
 }

@@ -32,6 +32,7 @@ pub(crate) fn config_dump(
                 "generation": status.generation,
                 "lastError": status.last_error,
                 "redirectMode": proxy.mode.label(),
+                "podTable": proxy.pods.is_some(),
                 "sameNodeTunnel": proxy.mode == RedirectMode::InPod || proxy.same_node_tunnel,
             }),
         );

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use control::LocalConfig;
 use mesh::{NodeContext, WorkloadName};
-use proxy::{ProxyConfig, RedirectMode, TunnelMemory};
+use proxy::{LocalPods, ProxyConfig, RedirectMode, TunnelMemory};
 use rt::net::Keepalive;
 use rt::{Backend, RuntimeConfig};
 use tls::RecordPath;
 
 use crate::environment::{BadSetting, Environment};
+use crate::pod_table::PodTablePath;
 use crate::short_cut::ShortCut;
 
 /// Why the settings cannot be used. `Display` is one line.
@@ -316,6 +317,7 @@ fn proxy_config(
         short_cut: None,
         original_source: environment.boolean("ENABLE_ORIG_SRC")?.unwrap_or(true),
         same_node_tunnel: same_node_tunnel(environment, mode)?,
+        pods: pods(environment, mode)?,
         mark: mark.map(|mark| mark as u32).or(default_mark),
         keepalive: keepalive(environment)?,
         connect_timeout: Duration::from_secs(10),
@@ -357,6 +359,26 @@ fn same_node_tunnel(
         });
     }
     Ok(wanted)
+}
+
+/// The node agent's word on whose an address is.
+fn pods(
+    environment: &Environment<'_>,
+    mode: RedirectMode,
+) -> Result<Option<Arc<dyn LocalPods>>, ConfigError> {
+    let name = "ZTUNNEL_POD_TABLE";
+    let Some(value) = environment.text(name) else {
+        return Ok(None);
+    };
+    if mode != RedirectMode::Node {
+        let instead = "it is for REDIRECT_MODE=node, where the node agent captures pods; unset it";
+        return Err(ConfigError::Unsupported {
+            name,
+            value,
+            instead,
+        });
+    }
+    Ok(Some(Arc::new(PodTablePath::new(Path::new(&value)))))
 }
 
 fn http2(environment: &Environment<'_>) -> Result<(hbone::Config, hbone::Config), ConfigError> {
@@ -553,6 +575,11 @@ mod tests {
         assert!(lacking.contains("ZTUNNEL_LISTENER_MAP"), "{lacking}");
         let tunnel = with(&[("REDIRECT_MODE", "node"), ("SAME_NODE_TUNNEL", "true")]);
         assert!(tunnel.unwrap().proxy.same_node_tunnel);
+        let table = ("ZTUNNEL_POD_TABLE", "/run/agent/pods/table");
+        assert!(with(&[node, table]).unwrap().proxy.pods.is_some());
+        assert!(with(&[node]).unwrap().proxy.pods.is_none());
+        let elsewhere = with(&[table]).unwrap_err().to_string();
+        assert!(elsewhere.contains("REDIRECT_MODE=node"), "{elsewhere}");
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub(crate) fn run() -> Result<(), RunError> {
         &cpus[..settings.workers.min(cpus.len())],
         settings.proxy.mode,
     );
-    warn_of_dedication(&settings, &source);
+    warn_of_clients(&settings, &source);
     let control = Control {
         settings,
         source,
@@ -150,8 +150,9 @@ fn authority(source: &AuthoritySource) -> Result<Authority, AuthorityError> {
     }
 }
 
-/// Says what an operator of a dedicated proxy must know.
-fn warn_of_dedication(settings: &Settings, source: &ConfigSource) {
+/// Says what an operator must know of whom is served.
+fn warn_of_clients(settings: &Settings, source: &ConfigSource) {
+    warn_of_missing_table(settings);
     if settings.authority == AuthoritySource::Fake {
         tracing::warn!("FAKE_CA: certificates prove nothing, the CA's key is public; tests only");
     }
@@ -171,6 +172,17 @@ fn warn_of_dedication(settings: &Settings, source: &ConfigSource) {
             "no workload {namespace}/{} of service account {account} in the configuration: \
              nothing is served until there is; check PROXY_WORKLOAD_INFO and TRUST_DOMAIN",
             name.name
+        );
+    }
+}
+
+/// Says what it means that redirection does not tell whose an address is.
+fn warn_of_missing_table(settings: &Settings) {
+    if settings.proxy.mode == RedirectMode::Node && settings.proxy.pods.is_none() {
+        tracing::warn!(
+            "ZTUNNEL_POD_TABLE is not set: whose an address of this node is comes from the \
+             configuration alone, which may be late, and the policies of this node's workloads \
+             bind other pods of the node also where they are not captured"
         );
     }
 }

@@ -12,6 +12,7 @@ mod control_thread;
 mod environment;
 mod handover;
 mod listeners;
+mod pod_table;
 mod short_cut;
 mod steering;
 mod workers;
@@ -41,6 +42,7 @@ Settings come from the environment; docs/configuration.md lists all of them. The
   PROXY_WORKLOAD_INFO   namespace/name/service-account a dedicated proxy serves
   NETWORK               network of this node (default: empty)
   ZTUNNEL_LISTENER_MAP  pinned socket map of the eBPF redirection (node mode)
+  ZTUNNEL_POD_TABLE     the node agent's table of whose an address is (node mode)
   ZTUNNEL_WORKER_THREADS  N, N% or 0 for all CPUs
   ZTUNNEL_RUNTIME_BACKEND  auto (default), io_uring or epoll
   RUST_LOG, LOG_FORMAT  log filter; plain (default) or json

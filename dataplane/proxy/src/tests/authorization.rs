@@ -163,7 +163,7 @@ fn waits_for_a_workload_are_forgotten() {
         });
         let unknown = IpAddr::V4(Ipv4Addr::new(127, 9, 9, 9));
         for _ in 0..50 {
-            assert!(context.wait_for_workload(unknown).await.is_err());
+            assert!(context.wait_for_source(unknown).await.is_err());
         }
         assert_eq!(context.waiting_for_workloads(), 0);
         // And one that becomes known while somebody waits is found.
@@ -172,7 +172,7 @@ fn waits_for_a_workload_are_forgotten() {
         rt::spawn({
             let context = Rc::clone(&patient);
             async move {
-                let workload = context.wait_for_workload(CLIENT).await.unwrap();
+                let workload = context.wait_for_source(CLIENT).await.unwrap();
                 sender.send(workload.name.to_string()).unwrap();
             }
         });

@@ -363,6 +363,7 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         mode: RedirectMode::InPod,
         original_source: false,
         same_node_tunnel: false,
+        pods: None,
         short_cut: None,
         mark: None,
         keepalive: None,
