@@ -74,15 +74,17 @@ static __always_inline int is_dns_answer(const struct config *cfg, const struct 
  * Whether what a pod sends to an address of the node is the node's: exempt. But ztunnel may be
  * speaking with that address, for what the node masqueraded on its way to the pod. What the pod
  * dials is noted, as the address may be a node port's: the answers come by the stack then, from
- * elsewhere.
+ * elsewhere. Each packet does so that finds no note, as others may have pushed it out.
  */
 static __always_inline int is_with_node(struct pod *pod, const struct packet *p,
 					const struct flow *flow)
 {
-	if (!p->syn)
-		return !bpf_map_lookup_elem(&node_flows, flow);
-	bpf_map_delete_elem(&node_flows, flow);
-	note_stack_flow(pod, flow, FLOW_OF_POD);
+	if (p->syn)
+		bpf_map_delete_elem(&node_flows, flow);
+	else if (bpf_map_lookup_elem(&node_flows, flow))
+		return 0;
+	if (stack_flow(pod, flow) != FLOW_OF_POD)
+		note_stack_flow(pod, flow, FLOW_OF_POD);
 	return 1;
 }
 
@@ -174,15 +176,13 @@ int app_outbound(struct __sk_buff *skb)
  * packet came from it, or from ztunnel, which speaks for it. For ztunnel it is inbound plain text
  * all the same, whose answer must meet the translation.
  */
-static __always_inline int is_by_stack(const struct __sk_buff *skb, const struct packet *p,
-				       const struct config *cfg, struct pod *sender,
-				       const struct flow *flow)
+static __always_inline int is_by_stack(const struct __sk_buff *skb, const struct config *cfg,
+				       struct pod *sender, const struct flow *flow)
 {
 	if (skb->ingress_ifindex != sender->ifindex && skb->ingress_ifindex != cfg->ztunnel_ifindex)
 		return 0;
-	if (!p->syn)
-		return stack_flow(sender, flow) == FLOW_OF_ZTUNNEL;
-	note_stack_flow(sender, flow, FLOW_OF_ZTUNNEL);
+	if (stack_flow(sender, flow) != FLOW_OF_ZTUNNEL)
+		note_stack_flow(sender, flow, FLOW_OF_ZTUNNEL);
 	return 1;
 }
 
@@ -224,7 +224,7 @@ static __always_inline int forwarded_to_app(struct __sk_buff *skb, const struct 
 		age = age_of(pod, p, &flow);
 	if (age == OLDER)
 		return next(me, REASON_OLDER);
-	if (sender && !is_by_stack(skb, p, cfg, sender, &flow))
+	if (sender && !is_by_stack(skb, cfg, sender, &flow))
 		return drop(me, REASON_SPOOFED, skb, p);
 	if (!sender && pod && is_answer_to_pod(p, pod, &flow))
 		return next(me, REASON_HOST);

@@ -504,3 +504,47 @@ fn long_conversations_keep_their_way() {
         }
     }
 }
+
+/// Forgets what was noted of connections, as when others have pushed it out.
+fn forget_stack_flows(topology: &Topology) -> usize {
+    let pin = topology.settings().bpffs.join("stack_flows");
+    let pin = pin.display();
+    let shown = run(&format!("bpftool -j map dump pinned {pin}"));
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    let all = shown.as_array().unwrap();
+    for entry in all {
+        let key = entry["key"].as_array().unwrap();
+        let key: Vec<_> = key.iter().map(|byte| byte.as_str().unwrap()).collect();
+        let key = key.join(" ").replace("0x", "");
+        run(&format!("bpftool map delete pinned {pin} key hex {key}"));
+    }
+    all.len()
+}
+
+/// The notes are bounded, and a pod that dials its node without end costs others' connections
+/// nothing: they are noted again.
+#[test]
+fn a_connection_whose_note_was_pushed_out_goes_on() {
+    if !can_run("a_connection_whose_note_was_pushed_out_goes_on") {
+        return;
+    }
+    let topology = cluster();
+    install(&topology);
+    let map = topology.settings().bpffs.join("listeners");
+    let _plain = Echo::role(&topology.netns("ztunnel"), Role::InboundPlain, &map);
+    let _remote = Echo::app(&topology.netns("remote"), 8080);
+    let mut talks = Vec::new();
+    for net in NETS {
+        judge(&topology, net);
+        for digit in [REMOTE_POD, LOCAL_POD, LOCAL_POLICY] {
+            talks.push(topology.talk("app1", at(net.underlay, 30000 + digit)));
+        }
+        let service = at(&format!("{}{LOCAL_POD}", net.service), 80);
+        talks.push(topology.talk_any("ztunnel", Some(ip(net.app1)), service));
+    }
+    for _ in 0..3 {
+        talks.iter_mut().for_each(|talk| talk.ping().unwrap());
+        // For each of the pod's, and for those to another mesh pod that are not masqueraded.
+        assert!(forget_stack_flows(&topology) >= 10);
+    }
+}
