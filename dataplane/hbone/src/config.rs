@@ -32,7 +32,8 @@ pub struct Config {
     /// lowered by what the peer advertises. 1..=2^31-1.
     pub max_concurrent_streams: u32,
     /// Units of work without progress accepted before ENHANCE_YOUR_CALM. A PING, an empty DATA
-    /// frame, a WINDOW_UPDATE, a PRIORITY or an unknown frame costs 1, SETTINGS 16. Progress gives
+    /// frame, a WINDOW_UPDATE, a PRIORITY or an unknown frame costs 1, SETTINGS 16, and 32 streams
+    /// that are told of a larger window 1. Progress gives
     /// units back, calls do not: a DATA frame with payload in either direction 2 and 1 more for
     /// each 512 bytes, and a second that has passed
     /// ([`pass_time`](crate::Connection::pass_time)) 32.

@@ -109,11 +109,11 @@ impl RecvWindow {
         self.credit += len;
     }
 
-    /// Whether less than a quarter is left to use, mostly because receivers hold the rest.
+    /// Whether less than a quarter is left to use. Receivers hold the rest, or it is credit that is
+    /// announced with the next release: there may be none.
     #[inline]
     pub(super) fn is_scarce(&self) -> bool {
-        let left = i64::from(self.remaining) + i64::from(self.credit);
-        left < i64::from(self.size / 4) && self.unreleased > self.size / 2
+        i64::from(self.remaining) < i64::from(self.size / 4)
     }
 
     /// Opens the window again although its bytes are held, to half of the size. The increment.
@@ -121,7 +121,7 @@ impl RecvWindow {
         // What was released is the peer's anyway.
         let target = i64::from(self.size / 2);
         let missing = target - i64::from(self.remaining) - i64::from(self.credit);
-        let lent = u32::try_from(missing).ok()?.min(MAX_31 - self.lent);
+        let lent = u32::try_from(missing.max(0)).ok()?.min(MAX_31 - self.lent);
         self.lent += lent;
         let increment = lent + std::mem::take(&mut self.credit);
         self.remaining += increment as i32;
@@ -262,6 +262,29 @@ mod tests {
         window.release(50);
         assert_eq!(window.take_update(), Some(50));
         assert_eq!((window.remaining(), window.total()), (100, 100));
+    }
+
+    #[test]
+    fn credit_that_was_too_little_is_announced_when_nothing_else_is_left() {
+        let mut window = RecvWindow::new(100);
+        assert!(window.debit(50));
+        window.deliver(50);
+        window.release(40);
+        assert_eq!(window.take_shared_update(), None);
+        // Now everybody stops: nothing is released any more.
+        assert!(window.debit(50));
+        window.deliver(50);
+        assert!(window.is_scarce());
+        assert_eq!(window.lend(), Some(50));
+        assert_eq!((window.remaining(), window.total()), (50, 100));
+        // Credit alone may be enough.
+        let mut window = RecvWindow::new(100);
+        assert!(window.debit(80));
+        window.deliver(60);
+        window.refund(20);
+        window.release(45);
+        assert_eq!(window.lend(), Some(65));
+        assert_eq!(window.total(), 100);
     }
 
     #[test]

@@ -166,13 +166,16 @@ impl Connection {
         if self.shutdown == Shutdown::Dead {
             return self.failure.map_or(Ok(()), Err);
         }
-        if let Err(error) = self.parse(input, events) {
+        let mut outcome = self.parse(input, events);
+        if outcome.is_ok() && std::mem::take(&mut self.unblocked) {
+            let told = self.report_writable(events);
+            // For next to nothing a peer could have all streams looked at again and again.
+            outcome = self.charge(told / TOLD_PER_UNIT, "windows opened by next to nothing");
+        }
+        if let Err(error) = outcome {
             self.failure = Some(error);
             self.die(error.code(), error.code().name().as_bytes());
             return Err(error);
-        }
-        if std::mem::take(&mut self.unblocked) {
-            self.report_writable(events);
         }
         Ok(())
     }
@@ -377,10 +380,12 @@ impl Connection {
         }
     }
 
-    fn report_writable(&mut self, events: &mut VecDeque<Event>) {
+    /// Returns how many streams are told.
+    fn report_writable(&mut self, events: &mut VecDeque<Event>) -> u32 {
         if self.send.available() == 0 {
-            return;
+            return 0;
         }
+        let before = events.len();
         self.turn = self.turn.wrapping_add(1);
         for stream in self.streams.iter_from(self.turn) {
             if self.may_send(stream) && stream.send.available() > 0 {
@@ -389,6 +394,7 @@ impl Connection {
                 });
             }
         }
+        u32::try_from(events.len() - before).unwrap_or(u32::MAX)
     }
 
     fn queue_preface(&mut self) {
@@ -438,6 +444,8 @@ const DEFAULT_TABLE_SIZE: u32 = 4096;
 const BYTES_PER_UNIT: u32 = 512;
 /// Units of the flood budget, and streams without success, that a second makes up for.
 const UNITS_PER_SECOND: u32 = 32;
+/// Streams that are told that they may send, for each unit of the flood budget.
+const TOLD_PER_UNIT: u32 = 32;
 /// What a stream costs of the flood budget that comes to nothing after all patience.
 const RESET_COST: u32 = 2;
 /// Highest identifier a client may use.

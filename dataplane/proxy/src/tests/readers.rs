@@ -2,14 +2,18 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hbone::{Config, Connection, ErrorCode, Role};
 use rt::net::Listener;
 
+use super::end_to_end::{CLIENT, exchange, worker_with};
 use super::peer::{Peer, frame};
 use super::{
     Pair, Surroundings, bufs, certificate, listen, pair, pair_in, pattern, request, run, serve,
@@ -317,7 +321,7 @@ fn tiny_records_take_turns() {
             peer.send(codec.output()).unwrap();
             let data = frame(0, 0, 1, b"x");
             let records: Vec<u8> = (0..RECORDS).flat_map(|_| peer.record(&data)).collect();
-            std::io::Write::write_all(&mut peer.stream, &records).unwrap();
+            peer.stream.write_all(&records).unwrap();
             peer
         }
     });
@@ -372,4 +376,110 @@ fn a_stream_that_is_given_up_is_reset_for_the_peer() {
             "{failure}"
         );
     });
+}
+
+/// What a server does with the connections it accepts: those whose first byte is `s` are not read.
+fn partly_deaf_server() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            thread::spawn(move || {
+                let mut first = [0];
+                if stream.peek(&mut first).is_err() || first[0] == b's' {
+                    thread::sleep(super::HANG * 2);
+                    return;
+                }
+                let (mut from, mut to) = (&stream, &stream);
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = stream.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    port
+}
+
+/// Through whole workers: six applications that do not read, each sent as much as their windows and
+/// sockets take, and one that does in the same tunnel. How many of the six were reset.
+fn beside_deaf_applications(limit: usize) -> usize {
+    let memory = TunnelMemory::new(limit);
+    let port = partly_deaf_server();
+    let worker = worker_with(port, "", &store(), {
+        let memory = Arc::clone(&memory);
+        move |config| config.tunnel_memory = memory
+    });
+    let mut moving = worker.connect(CLIENT);
+    let mut back = [0; 5];
+    moving.write_all(b"hello").unwrap();
+    moving.read_exact(&mut back).unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let stuck = Arc::new(AtomicUsize::new(0));
+    let deaf: Vec<_> = (0..DEAF)
+        .map(|_| {
+            let (done, stuck) = (Arc::clone(&done), Arc::clone(&stuck));
+            let mut stream = worker.connect(CLIENT);
+            thread::spawn(move || {
+                stream
+                    .set_write_timeout(Some(Duration::from_millis(1_500)))
+                    .unwrap();
+                let (piece, mut is_stuck) = (vec![b's'; 100_000], false);
+                while !done.load(Ordering::Relaxed) {
+                    match stream.write(&piece) {
+                        Ok(_) => {}
+                        Err(error) if error.kind() == ErrorKind::WouldBlock && !is_stuck => {
+                            is_stuck = true;
+                            stuck.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                        Err(_) => {
+                            stuck.fetch_add(usize::from(!is_stuck), Ordering::Relaxed);
+                            return true;
+                        }
+                    }
+                }
+                false
+            })
+        })
+        .collect();
+    wait("all are stuck or reset", || {
+        stuck.load(Ordering::Relaxed) == DEAF
+    });
+    wait("they hold no more than they may", || memory.held() <= limit);
+    let data = pattern(3, 3_000_000);
+    assert!(exchange(&moving, &data) == data);
+    let data = pattern(4, 100_000);
+    assert!(exchange(&worker.connect(CLIENT), &data) == data);
+    let given_up = memory.streams_given_up() > 0;
+    if given_up {
+        wait("those who are given up are told", || {
+            deaf.iter().any(|t| t.is_finished())
+        });
+    }
+    done.store(true, Ordering::Relaxed);
+    let reset = deaf
+        .into_iter()
+        .map(|thread| usize::from(thread.join().unwrap()));
+    let resets: usize = reset.sum();
+    assert_eq!(given_up, resets > 0);
+    resets
+}
+
+const DEAF: usize = 6;
+
+fn wait(what: &str, mut is: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !is() {
+        assert!(started.elapsed() < super::HANG, "{what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn applications_that_do_not_read_stop_nobody() {
+    assert_eq!(beside_deaf_applications(512 << 20), 0);
+}
+
+#[test]
+fn applications_that_do_not_read_are_given_up_at_the_bound_and_only_they() {
+    assert!(beside_deaf_applications(16 << 20) > 0);
 }

@@ -273,3 +273,38 @@ fn a_burst_of_cancellations_is_accepted() {
         .collect();
     assert_eq!(feed(&mut server, &resets).unwrap().len(), 200);
 }
+
+/// A peer that opens a window by a byte has every stream that waits for it woken: with two hundred
+/// of them it may not do so for ever, with few it may.
+#[test]
+fn windows_opened_by_next_to_nothing_are_a_flood() {
+    let open = |streams: u32| {
+        let mut server = server();
+        for id in (0..streams).map(|n| 2 * n + 1) {
+            feed(&mut server, &connect(id)).unwrap();
+            server.respond(StreamId(id), 200, None, false).unwrap();
+        }
+        while server.send_capacity(StreamId(1)) > 0 {
+            let n = server.send_capacity(StreamId(1)).min(16_384);
+            server.data_header(StreamId(1), n, false).unwrap();
+        }
+        let update = raw(kind::WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1]);
+        let failed = (0..10_000).find(|_| {
+            let Ok(told) = feed(&mut server, &update) else {
+                return true;
+            };
+            let last = told.into_iter().last();
+            if let Some(Event::Writable { id }) = last {
+                server.data_header(id, 1, false).unwrap();
+            }
+            server.consume_output(server.output().len());
+            false
+        });
+        (failed, server)
+    };
+    let (failed, server) = open(200);
+    assert!(failed.is_some_and(|updates| updates < 1_000), "{failed:?}");
+    assert!(server.is_closed());
+    let (failed, _) = open(20);
+    assert_eq!(failed, None);
+}

@@ -19,6 +19,8 @@ enum Reader {
     Slow(usize),
     /// Never released.
     Stuck,
+    /// Released at once until so many bytes have come, and no more.
+    Stops(usize),
     /// Never released, and reset after so many rounds; released then.
     Dies(usize),
     /// As `Dies`, but what it has is released rounds later.
@@ -30,6 +32,7 @@ fn reader() -> impl Strategy<Value = Reader> {
         Just(Reader::Keen),
         (1_000usize..40_000).prop_map(Reader::Slow),
         Just(Reader::Stuck),
+        (1_000usize..300_000).prop_map(Reader::Stops),
         (0usize..40).prop_map(Reader::Dies),
         (0usize..40).prop_map(Reader::Lingers),
     ]
@@ -109,6 +112,7 @@ impl Run {
         for stream in &mut self.streams {
             let n = match (stream.reader, stream.gone) {
                 (Reader::Keen, _) => stream.held,
+                (Reader::Stops(at), _) if stream.received < at => stream.held,
                 (Reader::Slow(most), _) => most.min(stream.held),
                 (Reader::Dies(at) | Reader::Lingers(at), None) if at <= round => {
                     self.server.reset(stream.id, ErrorCode::CANCEL);
@@ -139,7 +143,7 @@ impl Run {
         self.streams.iter().all(|stream| match stream.reader {
             Reader::Keen | Reader::Slow(_) => stream.received == BYTES,
             Reader::Stuck => stream.received == STREAM_WINDOW as usize,
-            Reader::Dies(_) | Reader::Lingers(_) => true,
+            Reader::Dies(_) | Reader::Lingers(_) | Reader::Stops(_) => true,
         })
     }
 }
