@@ -129,7 +129,16 @@ impl Authority {
         identity: &Identity,
         ttl: Duration,
     ) -> Result<WorkloadCertificate, AuthorityError> {
-        let now = SystemTime::now();
+        self.issue_at(identity, SystemTime::now(), ttl)
+    }
+
+    /// As [`Authority::issue`], at this time of day.
+    pub(crate) fn issue_at(
+        &self,
+        identity: &Identity,
+        now: SystemTime,
+        ttl: Duration,
+    ) -> Result<WorkloadCertificate, AuthorityError> {
         self.check_validity(now)?;
         self.try_issue(identity, now, ttl)
             .map_err(|reason| AuthorityError::Issue {

@@ -12,6 +12,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::prelude::{ASN1Time, FromDer, X509Certificate};
 use zeroize::Zeroize;
 
+use crate::clock::Validity;
+
 pub(crate) use self::files::{certificates_from_file, certificates_from_pem};
 pub(crate) use self::files::{key_from_file, key_from_pem};
 
@@ -82,6 +84,12 @@ pub struct CertificateInfo {
 }
 
 impl CertificateInfo {
+    /// Whether the certificate is valid at this time of day.
+    #[must_use]
+    pub fn validity(&self, now: SystemTime) -> Validity {
+        Validity::at(now, (self.not_before, self.not_after))
+    }
+
     /// Reads the DER of one certificate; `Err` says what is wrong with it.
     pub(crate) fn read(der: &CertificateDer<'_>) -> Result<Self, String> {
         let (rest, parsed) = X509Certificate::from_der(der).map_err(|error| error.to_string())?;

@@ -25,6 +25,7 @@
 
 pub mod authority;
 pub mod certificate;
+pub mod clock;
 pub mod handshake;
 mod hello;
 pub mod peer;
@@ -37,6 +38,7 @@ mod verify;
 
 pub use authority::{Authority, AuthorityError};
 pub use certificate::{CertificateError, CertificateInfo, WorkloadCertificate};
+pub use clock::{Clock, SystemClock, Validity};
 pub use handshake::{Handshake, HandshakeError, Progress};
 pub use hello::ClientHelloWatch;
 pub use peer::{ExpectedPeers, Peer, PeerRefused};

@@ -3,7 +3,11 @@
 //! Data-plane workers call [`CertificateStore::get`] synchronously. It takes a read lock for a
 //! look-up and a per-identity lock for a clone; only the caller that finds a certificate missing
 //! or due issues one. While a renewal runs, or fails, others keep getting the certificate that is
-//! still valid. Failed attempts are repeated after a delay that doubles from one second to 150.
+//! valid. Failed attempts are repeated after a delay that doubles from one second to 150.
+//!
+//! A certificate is used from the start of its validity to its end by this machine's time of day,
+//! which may be corrected at any moment: one that turns out not to be valid yet is no better than
+//! an expired one, and another is issued. Delays do not depend on the time of day.
 //!
 //! Limits: one entry per identity ever asked for, until [`CertificateStore::retain`] drops it;
 //! the caller bounds which identities it asks for.
@@ -11,12 +15,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use mesh::Identity;
 
 use crate::authority::Authority;
 use crate::certificate::{CertificateInfo, WorkloadCertificate};
+use crate::clock::{Clock, SystemClock, Validity};
 use crate::record::RecordPath;
 use crate::settings::{self, ClientSettings, ServerSettings, SettingsError};
 
@@ -141,6 +146,7 @@ pub struct CertificateStatus {
 pub struct CertificateStore {
     issuer: Arc<dyn Issuer>,
     records: RecordPath,
+    clock: Arc<dyn Clock>,
     slots: RwLock<HashMap<Identity, Arc<Mutex<Slot>>>>,
 }
 
@@ -152,7 +158,7 @@ struct Slot {
     renewing: bool,
     failures: u32,
     /// No attempt before this.
-    retry_at: Option<SystemTime>,
+    retry_at: Option<Instant>,
     issued: u64,
 }
 
@@ -162,6 +168,7 @@ impl CertificateStore {
         Self {
             issuer,
             records: RecordPath::default(),
+            clock: Arc::new(SystemClock),
             slots: RwLock::default(),
         }
     }
@@ -173,12 +180,50 @@ impl CertificateStore {
         self
     }
 
+    /// Has it tell the time by `clock`.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
     /// The certificate of `identity`, issued now if there is none yet or it is due.
     ///
     /// # Errors
     /// There is no valid certificate and none can be issued at the moment.
     pub fn get(&self, identity: &Identity) -> Result<Arc<WorkloadTls>, StoreError> {
-        self.get_at(identity, SystemTime::now())
+        let slot = self.slot(identity);
+        let mut locked = lock(&slot);
+        let (now, monotonic) = (self.clock.time_of_day(), self.clock.monotonic());
+        let usable = locked
+            .current
+            .clone()
+            .filter(|tls| tls.info().validity(now) == Validity::Valid);
+        let waiting = locked.retry_at.is_some_and(|retry_at| monotonic < retry_at);
+        let issue = match &usable {
+            // One worker renews; the others need not wait for it.
+            Some(tls) => now >= tls.renewal_due() && !waiting && !locked.renewing,
+            None => !waiting,
+        };
+        if !issue {
+            return usable.ok_or_else(|| locked.unavailable(identity, now));
+        }
+        let Some(usable) = usable else {
+            // Nothing to hand out: others of this identity wait here rather than issue as well.
+            let generation = locked.issued + 1;
+            let outcome = self.issue(identity, generation);
+            return locked
+                .conclude(outcome, self.clock.monotonic())
+                .ok_or_else(|| locked.unavailable(identity, now));
+        };
+        let generation = locked.issued + 1;
+        locked.renewing = true;
+        drop(locked);
+        let outcome = self.issue(identity, generation);
+        let mut locked = lock(&slot);
+        locked.renewing = false;
+        let renewed = locked.conclude(outcome, self.clock.monotonic());
+        Ok(renewed.unwrap_or(usable))
     }
 
     /// All identities, sorted, with their certificates.
@@ -206,39 +251,6 @@ impl CertificateStore {
         slots.retain(|identity, _| keep(identity));
     }
 
-    fn get_at(&self, identity: &Identity, now: SystemTime) -> Result<Arc<WorkloadTls>, StoreError> {
-        let slot = self.slot(identity);
-        let mut locked = lock(&slot);
-        let usable = locked
-            .current
-            .clone()
-            .filter(|tls| now < tls.info().not_after);
-        let waiting = locked.retry_at.is_some_and(|retry_at| now < retry_at);
-        let issue = match &usable {
-            // One worker renews; the others need not wait for it.
-            Some(tls) => now >= tls.renewal_due() && !waiting && !locked.renewing,
-            None => !waiting,
-        };
-        if !issue {
-            return usable.ok_or_else(|| locked.unavailable(identity));
-        }
-        let Some(usable) = usable else {
-            // Nothing to hand out: others of this identity wait here rather than issue as well.
-            let generation = locked.issued + 1;
-            let outcome = self.issue(identity, generation);
-            return locked
-                .conclude(outcome, now)
-                .ok_or_else(|| locked.unavailable(identity));
-        };
-        let generation = locked.issued + 1;
-        locked.renewing = true;
-        drop(locked);
-        let outcome = self.issue(identity, generation);
-        let mut locked = lock(&slot);
-        locked.renewing = false;
-        Ok(locked.conclude(outcome, now).unwrap_or(usable))
-    }
-
     fn slot(&self, identity: &Identity) -> Arc<Mutex<Slot>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(slot) = slots.get(identity) {
@@ -254,6 +266,10 @@ impl CertificateStore {
             .issuer
             .issue(identity)
             .map_err(|error| error.to_string())?;
+        let validity = certificate.info().validity(self.clock.time_of_day());
+        if validity != Validity::Valid {
+            return Err(format!("the certificate that was issued is {validity}"));
+        }
         WorkloadTls::new(identity, generation, certificate, self.records)
             .map_err(|error| error.to_string())
     }
@@ -264,7 +280,7 @@ impl Slot {
     fn conclude(
         &mut self,
         outcome: Result<WorkloadTls, String>,
-        now: SystemTime,
+        now: Instant,
     ) -> Option<Arc<WorkloadTls>> {
         match outcome {
             Ok(tls) => {
@@ -286,10 +302,12 @@ impl Slot {
         }
     }
 
-    fn unavailable(&self, identity: &Identity) -> StoreError {
+    fn unavailable(&self, identity: &Identity, now: SystemTime) -> StoreError {
+        let current = self.current.as_ref().map(|tls| tls.info().validity(now));
+        let over = || Arc::from(current.unwrap_or(Validity::Over).to_string());
         StoreError::Unavailable {
             identity: identity.clone(),
-            reason: self.error.clone().unwrap_or_else(|| Arc::from("expired")),
+            reason: self.error.clone().unwrap_or_else(over),
         }
     }
 }

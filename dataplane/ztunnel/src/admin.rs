@@ -8,7 +8,7 @@ use proxy::{ProxyConfig, RedirectMode};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tls::{CertificateStatus, CertificateStore};
+use tls::{CertificateStatus, CertificateStore, Validity};
 
 /// Model, certificates and state of the configuration, in upstream's shape; of the settings, how
 /// traffic gets here and what that means for pods of this node.
@@ -49,7 +49,11 @@ fn certificate(status: &CertificateStatus) -> Value {
             "expirationTime": rfc3339(info.not_after),
         }])
     });
+    let now = SystemTime::now();
+    let validity = status.current.as_ref().map(|tls| tls.info().validity(now));
+    let unusable = validity.filter(|validity| *validity != Validity::Valid);
     let state = match (&status.current, &status.error) {
+        (Some(_), None) if let Some(why) = unusable => format!("Unavailable: {why}"),
         (Some(_), None) => "Available".to_owned(),
         (Some(_), Some(error)) => format!("Available, renewal failed: {error}"),
         (None, Some(error)) => format!("Unavailable: {error}"),
