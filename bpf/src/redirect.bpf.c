@@ -64,6 +64,12 @@ static __always_inline int is_dns_query(const struct config *cfg, const struct p
 	       p->dport == bpf_htons(PORT_DNS);
 }
 
+/* As over UDP, also to an address of the node: a cache that runs there has one. */
+static __always_inline int is_dns_over_tcp(const struct config *cfg, const struct packet *p)
+{
+	return (cfg->flags & CONFIG_DNS) && p->dport == bpf_htons(PORT_DNS);
+}
+
 static __always_inline int is_dns_answer(const struct config *cfg, const struct packet *p)
 {
 	return (cfg->flags & CONFIG_DNS) && p->protocol == IPPROTO_UDP &&
@@ -156,7 +162,7 @@ int app_outbound(struct __sk_buff *skb)
 	age = age_of(pod, &p, &flow);
 	if (age == OLDER)
 		return next(me, REASON_OLDER);
-	if (is_node_address(&p.daddr) && is_with_node(pod, &p, &flow))
+	if (!is_dns_over_tcp(cfg, &p) && is_node_address(&p.daddr) && is_with_node(pod, &p, &flow))
 		return next(me, REASON_HOST);
 	if (age == UNKNOWN)
 		return drop(me, REASON_ENROLLING, skb, &p);

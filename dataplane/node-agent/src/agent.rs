@@ -24,6 +24,8 @@ const SETTLE: Duration = Duration::from_millis(100);
 const RETRY_POLLS_MAX: u32 = 32;
 /// Between two attempts to hear of the node's addresses.
 const WATCH_PAUSE: Duration = Duration::from_secs(1);
+/// Between two looks at them, as pods that come and go change them, too.
+const ADDRESSES_PAUSE: Duration = Duration::from_millis(100);
 /// What is told to the main loop and not yet heard; of a change of addresses one is enough.
 const EVENTS_MAX: usize = 4;
 /// How long `run` waits for the lock, which `status` may hold for a moment.
@@ -109,6 +111,7 @@ fn watch_addresses(events: SyncSender<Event>) {
                 Ok(()) | Err(mpsc::TrySendError::Full(_)) => {}
                 Err(mpsc::TrySendError::Disconnected(_)) => return,
             }
+            thread::sleep(ADDRESSES_PAUSE);
         }
     });
 }

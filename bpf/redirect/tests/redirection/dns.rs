@@ -5,15 +5,21 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::time::Duration;
 
-use redirect::{ListenerMap, Role};
+use redirect::{ListenerMap, Role, Settings};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::shared::{EBPF, FAITHFUL, HARDENED, Kind, check};
-use crate::topology::{APP1, PLAIN, REMOTE, Server, Topology, can_run, inside};
+use crate::topology::{APP1, NODE, PLAIN, REMOTE, Server, Topology, can_run, inside};
+
+fn dns_settings(kind: Kind, topology: &Topology) -> Settings {
+    Settings {
+        dns: true,
+        ..kind.settings(topology)
+    }
+}
 
 fn install(kind: Kind, topology: &Topology) {
-    let mut settings = kind.settings(topology);
-    settings.dns = true;
+    let settings = dns_settings(kind, topology);
     inside(&topology.netns("node"), || {
         let mut redirection = kind.create(settings);
         redirection.install().unwrap();
@@ -76,6 +82,20 @@ fn ebpf_brings_queries_to_ztunnel() {
         Some((&map, 0)),
     )];
     check(&topology, "app1", (REMOTE, 53), "dns");
+    // Also to a cache on the node, as over UDP.
+    topology.ip("node", "addr add 169.254.20.10/32 dev lo");
+    inside(&topology.netns("node"), || {
+        let mut redirection = EBPF.create(dns_settings(EBPF, &topology));
+        redirection.follow_node().unwrap();
+    });
+    for cache in [NODE, Ipv4Addr::new(169, 254, 20, 10)] {
+        check(&topology, "app1", (cache, 53), "dns");
+        app.send_to(b"question", (cache, 53)).unwrap();
+        assert_eq!(
+            server.recv_from(&mut buffer).unwrap().1.ip().to_canonical(),
+            APP1
+        );
+    }
     let plain = topology.settings().bpffs.join("listeners");
     let plain = Some((plain.as_path(), 0));
     map.push(Server::ztunnel(&netns, Role::InboundPlain, "plain", plain));
