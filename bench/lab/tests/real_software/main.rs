@@ -18,6 +18,7 @@ use support::{Case, Guarded, TestLab, at, at_vip, eventually, run_cases};
 const CASES: &[Case] = &[
     ("curl_gets_files_from_nginx", curl_gets_files_from_nginx),
     ("curl_posts_to_nginx", curl_posts_to_nginx),
+    ("an_upload_is_refused_early", an_upload_is_refused_early),
     ("redis_benchmark_runs", redis_benchmark_runs),
 ];
 
@@ -44,16 +45,19 @@ fn ebpf_with_a_short_cut_nobody_asks_for() {
 /// The same programs without a mesh: shows that a failure above is the mesh's.
 #[test]
 fn none() {
-    let cases: &[Case] = &[("curl_gets_a_file_from_nginx", |lab| {
-        let directory = tempfile::tempdir().unwrap();
-        let _nginx = nginx(lab, "server-b", directory.path());
-        fetch(
-            lab,
-            directory.path(),
-            &format!("http://{}/small", at("server-b", 8080)),
-            "small",
-        );
-    })];
+    let cases: &[Case] = &[
+        ("curl_gets_a_file_from_nginx", |lab| {
+            let directory = tempfile::tempdir().unwrap();
+            let _nginx = nginx(lab, "server-b", directory.path());
+            fetch(
+                lab,
+                directory.path(),
+                &format!("http://{}/small", at("server-b", 8080)),
+                "small",
+            );
+        }),
+        ("an_upload_is_refused_early", an_upload_is_refused_early),
+    ];
     run_cases("none", Redirect::None, cases);
 }
 
@@ -74,6 +78,7 @@ fn nginx(lab: &TestLab, host: &str, directory: &Path) -> Guarded {
          error_log {path}/error.log;\nevents {{}}\nhttp {{\naccess_log {path}/access.log;\n\
          {temporary}client_max_body_size 0;\n\
          server {{\nlisten 8080;\nroot {path};\n\
+         location /refused {{ client_max_body_size 1m; proxy_pass http://127.0.0.1:8081; }}\n\
          location /upload {{ client_body_in_file_only on; proxy_pass http://127.0.0.1:8081; }}\n\
          }}\n\
          server {{\nlisten 127.0.0.1:8081;\nlocation / {{ return 200 $http_content_length; }}\n}}\n}}\n"
@@ -178,6 +183,46 @@ fn curl_posts_to_nginx(lab: &mut TestLab) {
         fs::read(&stored[0]).unwrap() == fs::read(&large).unwrap(),
         "the upload differs"
     );
+}
+
+/// nginx answers 413 as soon as it has seen how long an upload is; the client, which goes on
+/// sending its 60 MB, gets the answer.
+fn an_upload_is_refused_early(lab: &mut TestLab) {
+    for server in ["server-b", "server-a"] {
+        let directory = tempfile::tempdir().unwrap();
+        let _nginx = nginx(lab, server, directory.path());
+        let file = directory.path().join("upload");
+        fs::write(&file, vec![b'u'; 60_000_000]).unwrap();
+        let data = format!("@{}", file.display());
+        let url = format!("http://{}/refused", at(server, 8080));
+        let told = lab.run(
+            "client-a",
+            "curl",
+            &[
+                "-sS",
+                "--noproxy",
+                "*",
+                "--max-time",
+                "30",
+                "-H",
+                "Expect:",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                "--data-binary",
+                &data,
+                &url,
+            ],
+        );
+        let code = String::from_utf8_lossy(&told.stdout);
+        assert_eq!(
+            code,
+            "413",
+            "{server}: {}",
+            String::from_utf8_lossy(&told.stderr)
+        );
+    }
 }
 
 fn redis_benchmark_runs(lab: &mut TestLab) {

@@ -4,6 +4,7 @@
 
 mod accounts;
 mod closing;
+mod ends;
 mod exact;
 mod ipv6;
 mod outage;
@@ -99,6 +100,33 @@ fn tunnel() {
 #[test]
 fn ebpf() {
     run_cases("ebpf", Redirect::Ebpf, CASES);
+}
+
+/// How connections end is the same on every way, on both back ends, and without a mesh.
+#[test]
+fn ends_on_io_uring() {
+    let backend = [("ZTUNNEL_RUNTIME_BACKEND", "io_uring")];
+    ends::run("ends_on_io_uring", Redirect::Ebpf, false, &backend);
+}
+
+#[test]
+fn ends_on_epoll_with_tunnels_on_one_node() {
+    let variables = [
+        ("ZTUNNEL_RUNTIME_BACKEND", "epoll"),
+        ("SAME_NODE_TUNNEL", "true"),
+    ];
+    let test = "ends_on_epoll_with_tunnels_on_one_node";
+    ends::run(test, Redirect::Tunnel, false, &variables);
+}
+
+#[test]
+fn ends_with_the_short_cut() {
+    ends::run("ends_with_the_short_cut", Redirect::Ebpf, true, &[]);
+}
+
+#[test]
+fn ends_without_a_mesh() {
+    ends::run("ends_without_a_mesh", Redirect::None, false, &[]);
 }
 
 #[test]
