@@ -11,8 +11,11 @@
 //!   frame (header and its payload) goes on the wire before control frames queued after it. In
 //!   short: the order of calls is the order on the wire.
 //! * Every payload byte delivered by [`Event::Data`] is handed back exactly once with
-//!   [`Connection::release`], also after the stream was reset or closed; that is the only way the
-//!   peer gets credit, so memory in front of a slow application stays bounded by the windows.
+//!   [`Connection::release`], also after the stream was reset or closed; that is how the peer gets
+//!   credit, so memory in front of a slow application stays bounded by the windows. Streams that
+//!   hold what they got would stop the others: [`Connection::lend`] opens the connection's window
+//!   for those, and the caller bounds what that may cost.
+//! * [`Connection::pass_time`] is called now and then: what a peer does once in a while is no flood.
 //! * After a [`ConnectionError`] the output ends with a GOAWAY: flush it and close.
 //!
 //! # Limits

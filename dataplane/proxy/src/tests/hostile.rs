@@ -104,7 +104,7 @@ fn flood(frames: &'static [u8]) -> TunnelError {
         loop {
             rt::time::sleep(Duration::from_millis(5)).await;
             if let Some(error) = tunnel.error() {
-                requests.queue.borrow_mut().clear(); // streams hold their tunnel
+                requests.clear(); // streams hold their tunnel
                 break error;
             }
         }

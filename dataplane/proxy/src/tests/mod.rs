@@ -141,6 +141,12 @@ impl Requests {
         }
     }
 
+    /// Drops the streams that nobody has taken: they hold their tunnel.
+    fn clear(&self) {
+        let all = std::mem::take(&mut *self.queue.borrow_mut());
+        drop(all); // which may let others in
+    }
+
     /// The next stream, answered with 200.
     async fn accept(&self) -> TunnelStream {
         let (stream, _) = self.next().await;

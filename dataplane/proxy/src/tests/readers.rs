@@ -195,7 +195,7 @@ fn small_pieces_do_not_keep_large_blocks() {
                 told + (2 << 20) >= pinned,
                 "{pinned} pinned, {told} charged"
             );
-            requests.queue.borrow_mut().clear();
+            requests.clear();
             drop((tunnel, requests));
         });
         drop(peer.join().unwrap());
@@ -297,6 +297,11 @@ fn requests_count_until_their_tasks_have_ended() {
             "more than four at a time"
         );
         served.pop();
+        assert_eq!(
+            pair.requests.queue.borrow().len(),
+            1,
+            "the next one's turn, at once"
+        );
         let (far, _) = pair.requests.next().await;
         far.respond(200, None, false).unwrap();
         assert_eq!(near.response().await.unwrap().status, 200);
@@ -336,7 +341,7 @@ fn tiny_records_take_turns() {
             before = held;
         }
         assert!(most <= 600, "{most} records in one turn");
-        requests.queue.borrow_mut().clear();
+        requests.clear();
         drop((tunnel, requests));
     });
     drop(peer.join().unwrap());

@@ -83,7 +83,7 @@ fn served<T: Send + 'static>(
         let error = loop {
             rt::time::sleep(Duration::from_millis(2)).await;
             // Streams the peer has given up are dropped, as their tasks would do.
-            requests.queue.borrow_mut().clear();
+            requests.clear();
             if let Some(error) = tunnel.error() {
                 break error;
             }

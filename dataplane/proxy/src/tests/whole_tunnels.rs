@@ -338,7 +338,7 @@ async fn serve_streams(batch: &Rc<Batch>, tunnel: Rc<Tunnel>, requests: Rc<Reque
     loop {
         let next = rt::time::timeout(Duration::from_millis(20), requests.next()).await;
         if tunnel.error().is_some() || tunnel.has_ended() {
-            requests.queue.borrow_mut().clear(); // streams hold their tunnel
+            requests.clear(); // streams hold their tunnel
             return;
         }
         meddle(&tunnel, &mut random).await;
@@ -451,7 +451,7 @@ async fn hostile_peer(batch: &Rc<Batch>, seed: u64) {
         let Ok((stream, _)) = next else { continue };
         batch.spawn(host(stream, random.below(6), random.below(1 << 30)));
     }
-    requests.queue.borrow_mut().clear(); // streams hold their tunnel
+    requests.clear(); // streams hold their tunnel
     drop((tunnel, requests));
     while !peer.is_finished() {
         rt::time::sleep(Duration::from_millis(5)).await;

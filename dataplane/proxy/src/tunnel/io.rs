@@ -325,7 +325,6 @@ async fn read_loop(tunnel: Rc<Tunnel>, mut read: ReadHalf, early: VecDeque<Buf>,
                 if tunnel.error.borrow().is_some() {
                     return Poll::Ready(None);
                 }
-                tunnel.admit_waiting();
             }
             read.poll_recv(cx, &mut bufs, &mut reader.carry).map(Some)
         })

@@ -342,9 +342,6 @@ impl Tunnel {
     fn detach(&self, id: StreamId, served: bool) {
         if served {
             self.served.set(self.served.get() - 1);
-            if !self.waiting.borrow().is_empty() {
-                self.stop.set(); // the reader lets the next one in
-            }
         }
         let mut streams = self.streams.borrow_mut();
         streams.remove(&id.get());

@@ -384,6 +384,10 @@ impl Drop for TunnelStream {
         drop(std::mem::take(&mut *self.shared.incoming.borrow_mut()));
         self.tunnel.released(&self.shared, self.shared.held.get());
         self.tunnel.detach(id, self.served.get());
+        if self.served.get() {
+            // At once: a drain must not find that nothing is left to do.
+            self.tunnel.admit_waiting();
+        }
     }
 }
 
