@@ -15,7 +15,8 @@
 //!   credit, so memory in front of a slow application stays bounded by the windows. Streams that
 //!   hold what they got would stop the others: [`Connection::lend`] opens the connection's window
 //!   for those, and the caller bounds what that may cost.
-//! * [`Connection::pass_time`] is called now and then: what a peer does once in a while is no flood.
+//! * [`Connection::pass_time`] is called now and then: what a peer does once in a while is no
+//!   flood.
 //! * After a [`ConnectionError`] the output ends with a GOAWAY: flush it and close.
 //!
 //! # Limits
