@@ -13,8 +13,8 @@
 //! * A process is only ever signalled after its start time (or its network namespace) has been
 //!   compared with what the lab knows, so a recycled pid is never hit.
 //!
-//! Limits: Linux, root, iproute2; IPv4, and IPv6 where the kernel has it (which the
-//! `tunnel` redirection leaves alone). Sysctls of the namespaces are fixed (see
+//! Limits: Linux, root, iproute2; IPv4, and IPv6 where the kernel has it (whose TCP the
+//! `tunnel` redirection drops). Sysctls of the namespaces are fixed (see
 //! [`network::sysctl`]) so that results of two machines can be compared: congestion control is
 //! reno in every namespace, because child namespaces may only choose non-restricted algorithms
 //! and a machine-wide default of bbr would pace bulk flows.

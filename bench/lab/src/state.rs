@@ -65,7 +65,8 @@ impl FromStr for Redirect {
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Variant {
-    /// Istio 1.20's, with its three defects that lose connections.
+    /// Istio 1.20's, with its four defects that lose connections: resets of node-local ones, leaked
+    /// TIME_WAIT answers, SYN cookies refused, the path's errors and its MTU unheard.
     Faithful,
     /// The same path with the defects fixed.
     #[default]

@@ -113,9 +113,12 @@ pub struct Pod {
 #[serde(rename_all = "lowercase")]
 pub enum Variant {
     /// Istio 1.20's, with its defects: resets of node-local connections, leaked TIME_WAIT
-    /// answers, SYN cookies refused.
+    /// answers, SYN cookies refused, and errors of hosts on the way that never reach ztunnel (so
+    /// that a path's MTU is not found, and what is refused times out). Node ports of captured
+    /// pods, services that the mesh does not know and ICMP echo do not work or go around
+    /// policies, and IPv6 goes around the mesh.
     Faithful,
-    /// The same path with these defects fixed.
+    /// The same path with these defects fixed; TCP by IPv6 of captured pods is dropped.
     #[default]
     Hardened,
 }

@@ -11,7 +11,7 @@ use crate::cut_off;
 use crate::ebpf::filters;
 use crate::error::{Error, Result};
 use crate::expedite;
-use crate::iptables_tunnel::tables;
+use crate::iptables_tunnel::tables::{self, Family};
 use crate::netns::Netns;
 use crate::settings::Iptables;
 use crate::sysctl;
@@ -33,6 +33,8 @@ pub(crate) enum Undo {
         netns: Netns,
         #[serde(default)]
         iptables: Iptables,
+        #[serde(default)]
+        family: Family,
     },
     /// Remove a pin.
     Pin { path: PathBuf },
@@ -104,7 +106,11 @@ impl Undo {
                     None => Ok(()),
                 }
             }),
-            Self::Chains { netns, iptables } => netns.run(|| tables::remove(*iptables)),
+            Self::Chains {
+                netns,
+                iptables,
+                family,
+            } => netns.run(|| tables::remove(*family, *iptables)),
             Self::Pin { path } => {
                 let removed = fs::remove_file(path);
                 ignore_missing(removed.map_err(|e| Error::file("remove pin", path, e)))
@@ -134,7 +140,7 @@ impl Undo {
 fn ignore_missing(result: Result<()>) -> Result<()> {
     match result {
         Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if command::is_missing(&error) => Ok(()),
+        Err(error) if command::is_missing(&error) || command::is_present(&error) => Ok(()),
         other => other,
     }
 }

@@ -140,14 +140,15 @@ impl Service {
 }
 
 /// Services that no mesh file knows, and node ports.
-const OTHERS: [Service; 10] = [
+const OTHERS: [Service; 11] = [
     // Only the node knows these: pods of the mesh and others, a process of a node (as the API
     // server's is), and nobody.
-    Service::new("unknown-a", 30, 80, Some((Host::ServerA, 8080))),
-    Service::new("unknown-b", 31, 80, Some((Host::ServerB, 8080))),
-    Service::new("unknown-node", 32, 443, Some((Host::NodeB, 7080))),
-    Service::new("unknown-plain", 33, 80, Some((Host::PlainB, 8080))),
-    Service::new("unknown-strict", 34, 80, Some((Host::ServerB, 9000))),
+    Service::new("pod-a", 30, 80, Some((Host::ServerA, 8080))),
+    Service::new("pod-b", 31, 80, Some((Host::ServerB, 8080))),
+    Service::new("node", 32, 443, Some((Host::NodeB, 7080))),
+    Service::new("plain", 33, 80, Some((Host::PlainB, 8080))),
+    Service::new("strict-of-a", 34, 80, Some((Host::ServerA, 9000))),
+    Service::new("strict-of-b", 35, 80, Some((Host::ServerB, 9000))),
     Service::new("nobody", 39, 80, None),
     Service::new("local-a", 21, 80, Some((Host::ServerA, 8080))).with_node_port(30_021, true),
     Service::new("local-b", 22, 80, Some((Host::ServerB, 8080))).with_node_port(30_022, true),

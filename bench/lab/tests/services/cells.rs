@@ -17,6 +17,19 @@ pub(crate) const MESH_POLICY: &str = "policies:\n\
     - name: strict-9000\n  namespace: default\n  scope: Namespace\n  action: Deny\n  \
     rules:\n  - - - destinationPorts: [9000]\n        notPrincipals:\n        - Presence: []\n";
 
+/// Where nodes refuse: the node, the host that is asked, the port, and how by IPv4 and by IPv6.
+pub(crate) const REJECTS: [(&str, &str, u16, &str, &str); 3] = [
+    ("node-a", "plain-b", 7001, "tcp-reset", "tcp-reset"),
+    (
+        "node-b",
+        "plain-b",
+        7002,
+        "icmp-host-unreachable",
+        "icmp6-addr-unreachable",
+    ),
+    ("node-b", "server-b", 7003, "tcp-reset", "tcp-reset"),
+];
+
 /// Who asks. `hostnet-a` is a process of node A with the node's own address, as a pod with
 /// `hostNetwork` is, where `node-a` has the address that the way gives it, as the kubelet.
 pub(crate) const SOURCES: [&str; 8] = [
@@ -118,9 +131,10 @@ impl Cell {
         self.host().parse().unwrap()
     }
 
-    /// Whether ztunnel accepts it for the pod that asks.
-    pub(crate) fn is_captured(&self) -> bool {
-        self.way.is_tcp() && is_meshed(self.asking_host())
+    /// Whether a ztunnel accepts it before its end does.
+    pub(crate) fn has_a_ztunnel(&self) -> bool {
+        let meshed_end = self.target.endpoint.is_some_and(is_meshed);
+        self.way.is_tcp() && (is_meshed(self.asking_host()) || meshed_end)
     }
 
     /// Whether both ends are of the mesh and ztunnel knows the address that is asked.
@@ -149,9 +163,12 @@ impl Cell {
         }
         if redirect == Redirect::Tunnel && self.v6 && self.way.is_tcp() {
             // The path is IPv4's: IPv6 must not get around it.
-            let captured = is_meshed(self.asking_host())
-                || (self.target.endpoint.is_some_and(is_meshed) && !self.is_own_node());
-            if captured {
+            let itself = self.target.name == format!("pod {}", self.from)
+                || self.target.name == format!("pod {} strict", self.from);
+            let to_its_node = self.target.endpoint == Some(self.asking_host().node().host());
+            let from_pod = is_meshed(self.asking_host()) && !itself && !to_its_node;
+            let to_pod = self.target.endpoint.is_some_and(is_meshed) && !self.is_own_node();
+            if from_pod || (to_pod && !itself) {
                 return Some(Expected::NoAnswer);
             }
         }
@@ -216,6 +233,10 @@ fn targets() -> Vec<Target> {
     for host in [Host::NodeA, Host::NodeB, Host::Outside] {
         all.push(at_host(format!("host {host}"), host, HOST_PORT));
     }
+    for (node, host, port, how, _) in REJECTS {
+        let name = format!("{host} rejected by {node} with {how}");
+        all.push(at_host(name, host.parse().unwrap(), port));
+    }
     for service in services::all() {
         let endpoint = service.endpoint.map(|(host, _)| host);
         let name = service.name;
@@ -228,7 +249,7 @@ fn targets() -> Vec<Target> {
             (true, _) => continue,
             (false, _) => format!("unknown {name}"),
         };
-        let by_node_port_only = name.contains("local-") || name.contains("strict-");
+        let by_node_port_only = service.node_port.is_some() && !known;
         if !by_node_port_only {
             let (v4, v6) = (service.address(), service.address_v6());
             all.push(target(name, v4, v6, service.port, endpoint));
@@ -254,10 +275,11 @@ pub(crate) fn all() -> Vec<Cell> {
                 let plain = target.name.starts_with("pod ") || target.name.starts_with("host ");
                 let echo = (plain && !target.strict).then_some(Way::Echo);
                 let nobody = target.endpoint.is_none();
+                let rejected = target.name.contains("rejected");
                 for way in Way::PORTED.into_iter().chain(echo) {
                     let said_by_tcp = (target.strict || nobody) && way == Way::Bulk;
                     let said_by_udp = (target.strict || nobody) && way == Way::Large;
-                    if !said_by_tcp && !said_by_udp {
+                    if !said_by_tcp && !said_by_udp && (!rejected || way == Way::Tcp) {
                         let target = target.clone();
                         cells.push(Cell {
                             from,

@@ -61,7 +61,14 @@ fn tcp(cell: &Cell, limit: Duration, question: &[u8]) -> io::Result<String> {
     let who = loop {
         let left = deadline.saturating_duration_since(Instant::now());
         stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        let length = stream.read(&mut buffer)?;
+        let length = match stream.read(&mut buffer) {
+            // Of a socket in a sockmap Linux says so when a reset wakes its reader, and says the
+            // reset when it is asked again.
+            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {
+                continue;
+            }
+            other => other?,
+        };
         if length == 0 {
             return Err(ErrorKind::UnexpectedEof.into());
         }

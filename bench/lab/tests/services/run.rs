@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::io::{self, Write as _};
+use std::slice;
 use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::{LabOptions, Redirect, Services, network::namespace};
 
+use crate::alike;
 use crate::cells::{self, Cell, Expected, MESH_POLICY};
-use crate::known;
 use crate::probe::{self, NO_ANSWER};
 use crate::servers::Servers;
 use crate::support::{TestLab, turn, unique};
@@ -73,12 +74,12 @@ pub(crate) fn compare(services: Services, twin: Path, paths: &[Path]) {
     }
     assert!(
         differing.is_empty(),
-        "{} cells are not as without a mesh, or no longer differ as listed",
+        "{} cells are not as without a mesh",
         differing.len()
     );
 }
 
-/// Cells of `path` that are not as they should be, and those listed as such that are.
+/// Cells of `path` that are not as they should be.
 fn differences(path: Path, services: Services, cells: &[Cell], expected: &Outcomes) -> Vec<String> {
     let start = Instant::now();
     let up = Up::new(path, services);
@@ -87,43 +88,36 @@ fn differences(path: Path, services: Services, cells: &[Cell], expected: &Outcom
         let key = cell.to_string();
         agrees(cell, path.redirect, &outcomes[&key], &expected[&key])
     };
-    let again: Vec<Cell> = cells
-        .iter()
-        .filter(|cell| !is_right(cell, &outcomes) && !known::differs(path, cell))
-        .cloned()
-        .collect();
+    let wrong = |outcomes: &Outcomes| -> Vec<Cell> {
+        let wrong = cells.iter().filter(|cell| !is_right(cell, outcomes));
+        wrong.cloned().collect()
+    };
+    let again = wrong(&outcomes);
     if again.len() <= RETRIED {
-        for cell in again {
-            outcomes.extend(up.ask_all(&[cell], PATIENT_LIMIT));
+        for cell in &again {
+            outcomes.extend(up.ask_all(slice::from_ref(cell), PATIENT_LIMIT));
         }
     }
-    let mut lines = Vec::new();
-    let mut listed = 0;
-    for cell in cells {
-        let key = cell.to_string();
-        // Silence is also what a cell has that does not work.
-        let is_listed = known::differs(path, cell) && expected[&key] != NO_ANSWER;
-        listed += usize::from(is_listed);
-        if is_right(cell, &outcomes) == is_listed && !known::differs_at_times(path, cell) {
-            let (got, without) = (&outcomes[&key], &expected[&key]);
-            let why = match cell.by_design(path.redirect) {
-                _ if is_listed => "is listed as different and is not".to_owned(),
-                Some(right) => format!("should be {right:?}"),
-                None => format!("without a mesh: {without}"),
-            };
-            lines.push(format!("{} {services} {key}: {got}; {why}", path.name));
-        }
-    }
+    let wrong = wrong(&outcomes);
     let _ = writeln!(
         io::stderr(),
-        "services {services}, path {}: {} cells, {listed} listed as different, {} not as they \
-         should be ({:.1?})",
+        "services {services}, path {}: {} cells, {} asked twice, {} differ ({:.1?})",
         path.name,
         cells.len(),
-        lines.len(),
+        again.len(),
+        wrong.len(),
         start.elapsed()
     );
-    lines
+    let line = |cell: &Cell| {
+        let key = cell.to_string();
+        let (got, without) = (&outcomes[&key], &expected[&key]);
+        let right = match cell.by_design(path.redirect) {
+            Some(right) => format!("should be {right:?}"),
+            None => format!("without a mesh: {without}"),
+        };
+        format!("{} {services} {key}: {got}; {right}", path.name)
+    };
+    wrong.iter().map(line).collect()
 }
 
 fn agrees(cell: &Cell, redirect: Redirect, got: &str, without: &str) -> bool {
@@ -131,9 +125,9 @@ fn agrees(cell: &Cell, redirect: Redirect, got: &str, without: &str) -> bool {
         Some(Expected::NoAnswer) => got == NO_ANSWER || got == without && !without.contains("sees"),
         Some(Expected::Refused) => !got.contains(" sees "),
         None => {
-            // A captured pod is connected before its ztunnel is refused.
-            let refused_later = (got, without) == ("reset", "refused") && cell.is_captured();
-            got == without || refused_later || known::sees_itself(cell, got, without)
+            got == without
+                || alike::refused_later(cell, got, without)
+                || alike::seen_otherwise(redirect, cell, got, without)
         }
     }
 }
@@ -161,6 +155,7 @@ impl Up {
             ..LabOptions::default()
         });
         narrow_the_underlay(&lab);
+        reject_on_the_nodes(&lab);
         // For sockets that send ICMP echo.
         for host in cells::SOURCES.iter().filter(|host| **host != "hostnet-a") {
             let range = "/proc/sys/net/ipv4/ping_group_range";
@@ -210,5 +205,30 @@ fn narrow_the_underlay(lab: &TestLab) {
         let mtu = UNDERLAY_MTU.to_string();
         let output = lab.run(host, "ip", &["link", "set", link, "mtu", &mtu]);
         assert!(output.status.success(), "{host}: {output:?}");
+    }
+}
+
+/// Rules of somebody else's on the nodes that refuse, in one way or another.
+fn reject_on_the_nodes(lab: &TestLab) {
+    for (node, host, port, v4, v6) in cells::REJECTS {
+        let host: lab::Host = host.parse().unwrap();
+        let families = [
+            ("iptables", host.address().to_string(), v4),
+            ("ip6tables", host.address_v6().to_string(), v6),
+        ];
+        for (tool, address, with) in families {
+            if tool == "ip6tables" && !lab::network::has_ipv6() {
+                continue;
+            }
+            let rule = format!(
+                "-w -A FORWARD -d {address} -p tcp --dport {port} -j REJECT --reject-with {with}"
+            );
+            let words: Vec<&str> = rule.split(' ').collect();
+            let output = lab.run(node, tool, &words);
+            assert!(
+                output.status.success(),
+                "{tool} {rule} on {node}: {output:?}"
+            );
+        }
     }
 }

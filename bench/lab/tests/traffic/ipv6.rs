@@ -1,6 +1,8 @@
-//! IPv6 between the pods: through the mesh on path `ebpf`, past it on `tunnel`, as Istio's was.
+//! IPv6 between the pods: through the mesh on path `ebpf`, and not at all on `tunnel`, which does
+//! not carry it: it must not get past the mesh.
 
 use std::io::{self, Write as _};
+use std::time::Duration;
 
 use lab::Redirect;
 use lab::network::has_ipv6;
@@ -9,7 +11,7 @@ use crate::support::{Pattern, TestLab, at_v6, check_echo, echo_server, eventuall
 
 const SIZES: [u64; 5] = [1, 1400, 16_385, 100_000, 3 << 20];
 
-/// Whole, from the client's own address, and through the ztunnels where IPv6 is captured.
+/// Whole, from the client's own address, and through the ztunnels where there are any.
 pub(super) fn is_exact(lab: &mut TestLab) {
     if !has_ipv6() {
         let _ = writeln!(
@@ -26,6 +28,13 @@ pub(super) fn is_exact(lab: &mut TestLab) {
         ("server-b", "server-a"),
         ("plain-b", "server-b"),
     ] {
+        if lab.lab.redirect() == Redirect::Tunnel {
+            let _listener = lab.listen_v6(server, 8080);
+            let to = at_v6(server, 8080);
+            let connected = lab.try_connect(client, to, Duration::from_millis(1_200));
+            assert!(connected.is_err(), "{client} -> {server} past the mesh");
+            continue;
+        }
         let before = opened(lab);
         let echo = echo_server(lab.listen_v6(server, 8080), SIZES.len());
         for (seed, size) in (0..).zip(SIZES) {

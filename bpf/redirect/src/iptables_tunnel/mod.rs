@@ -2,37 +2,47 @@
 //!
 //! A pod's TCP is marked in the mangle table and routed into a tunnel to ztunnel's namespace, where
 //! TPROXY gives it to a listener; later packets of the connection go straight to ztunnel's
-//! interface by the connection's mark. [`Variant::Hardened`] is the same
-//! path with three defects fixed, and source ports of ztunnel's own apart from the pods'.
+//! interface by the connection's mark. [`Variant::Hardened`] is the same path with the defects
+//! fixed that lose connections (resets of node-local connections, leaked TIME_WAIT answers, refused
+//! SYN cookies, errors of the path that never reach ztunnel) or go around policies, and source
+//! ports of ztunnel's own apart from the pods'.
 //!
 //! Uses, on the node: ipset `ztunnel-pods-ips`, chains `ztunnel-*`, interfaces `istioin` and
-//! `istioout`, route tables 100 to 102, rule preferences 100 to 103; in ztunnel's namespace
+//! `istioout`, route tables 100 to 102, rule preferences 98 to 104; in ztunnel's namespace
 //! `pistioin`, `pistioout`, tables 100 to 102, preferences 20000 and 20003. What others put into
-//! these is not preserved.
+//! these is not preserved. The hardened variant moves the rule for local addresses from preference
+//! 0 to 99: what answers ztunnel goes to ztunnel also where ztunnel speaks with an address of the
+//! node's.
 //!
 //! With ztunnel gone, packets find no listener and are dropped; with its interface gone too, the
 //! hardened variant has routes that end there, where the faithful one lets what is left of open
-//! connections out by the main table. Limits: IPv4 only as upstream, IPv6 is left alone and so is a
-//! way around the mesh where pods have it; UDP other than captured DNS is exempt, but for what
-//! would be opened out of a tunnel on the node; a pod may use another's source address (there is no
-//! check); a pod's open connections break when it is added or removed.
+//! connections out by the main table. Limits: IPv4 only as upstream. TCP by IPv6 of captured pods
+//! is dropped by the hardened variant and left alone by the faithful one, where it is a way around
+//! the mesh; UDP other than captured DNS is exempt, but for what would be opened out of a tunnel on
+//! the node; a pod may use another's source address (there is no check); a pod's open connections
+//! break when it is added or removed. A pod sees a client that its own node masquerades with the
+//! inbound tunnel's address, 192.168.126.1.
 
+mod inventory;
 pub(crate) mod links;
 pub(crate) mod rules;
 pub(crate) mod tables;
 
 use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
 
 use crate::ebpf::links::Links;
 use crate::error::{Error, Result};
 use crate::journal::{Journal, Owners};
 use crate::netns::{self, Netns};
-use crate::settings::{Iptables, Pod, Settings, Variant};
+use crate::settings::{Pod, Settings, Variant};
 use crate::status::{Counters, Failure, PodStatus, Status, Uncaptured};
 use crate::undo::Undo;
 use crate::{Redirection, command, cut_off, sysctl};
 use links::Transport;
+use rules::Table;
 use rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
+use tables::Family;
 
 const NAME: &str = "tunnel";
 
@@ -85,14 +95,36 @@ impl IptablesTunnel {
         let of_node = rules::node(&self.settings, transport.port);
         let iptables = self.settings.iptables;
         for (netns, rules) in [(ztunnel, of_ztunnel), (node, of_node)] {
-            let undo = Undo::Chains {
-                netns: netns.clone(),
-                iptables,
-            };
-            self.journal.record(None, undo)?;
-            netns.run(|| tables::apply(iptables, &rules))?;
+            self.apply(netns, Family::V4, &rules)?;
         }
+        self.apply_ipv6(node)?;
         self.journal.retain_chains(iptables)
+    }
+
+    fn apply(&mut self, netns: &Netns, family: Family, rules: &[Table]) -> Result<()> {
+        let iptables = self.settings.iptables;
+        let undo = Undo::Chains {
+            netns: netns.clone(),
+            iptables,
+            family,
+        };
+        self.journal.record(None, undo)?;
+        netns.run(|| tables::apply(family, iptables, rules))
+    }
+
+    /// Drops IPv6 of the pods that the journal has, and no other's.
+    fn apply_ipv6(&mut self, node: &Netns) -> Result<()> {
+        if !self.drops_ipv6() {
+            return Ok(());
+        }
+        let pods = self.journal.pods().iter();
+        let rules = rules::node_ipv6(pods.map(|pod| pod.host_interface.as_str()));
+        self.apply(node, Family::V6, &rules)
+    }
+
+    /// Whether IPv6 of captured pods is dropped.
+    fn drops_ipv6(&self) -> bool {
+        self.settings.variant == Variant::Hardened && Path::new("/proc/sys/net/ipv6").exists()
     }
 
     /// Namespaces that need the set of pods.
@@ -164,10 +196,39 @@ impl IptablesTunnel {
                 self.route(node, table, &dead, &dead)?;
             }
         }
+        if self.settings.variant == Variant::Hardened {
+            self.local_after_ztunnel(node)?;
+        }
         self.rule(node, "pref 100 fwmark 0x200/0x200 goto 32766")?;
         self.rule(node, "pref 101 fwmark 0x100/0x100 lookup 101")?;
         self.rule(node, "pref 102 fwmark 0x040/0x040 lookup 102")?;
-        self.rule(node, "pref 103 lookup 100")
+        match self.settings.variant {
+            Variant::Faithful => self.rule(node, "pref 103 lookup 100"),
+            // What the node itself sends to pods is not the mesh's (probes).
+            Variant::Hardened => {
+                self.rule(node, "pref 103 not iif lo lookup 100")?;
+                self.rule(node, &format!("pref 104 to {zip} lookup 100"))
+            }
+        }
+    }
+
+    /// Has what is marked as ztunnel's go there before the node's own addresses are looked for.
+    /// There is a rule for these at any time.
+    fn local_after_ztunnel(&mut self, node: &Netns) -> Result<()> {
+        self.rule(node, "pref 98 fwmark 0x040/0x040 lookup 102")?;
+        self.rule(node, "pref 99 lookup local")?;
+        let rules = node.run(|| command::ip("rule show"))?;
+        let first = rules.lines().next().unwrap_or_default();
+        let words: Vec<_> = first.split_whitespace().collect();
+        if words == ["0:", "from", "all", "lookup", "local"] {
+            let (remove, add) = (
+                "rule del pref 0 lookup local",
+                "rule add pref 0 lookup local",
+            );
+            self.journal
+                .add(None, node, &format!("ip {remove}"), &format!("ip {add}"))?;
+        }
+        Ok(())
     }
 
     fn ztunnel_routes(&mut self, ztunnel: &Netns) -> Result<()> {
@@ -265,7 +326,7 @@ impl IptablesTunnel {
                 netns.run(|| command::run_with_input(tool, &args, &script))?;
             }
         }
-        Ok(())
+        self.apply_ipv6(node)
     }
 
     /// Those of which anything differs from what is known are captured anew, and cut off
@@ -342,50 +403,6 @@ struct Change {
     tool: &'static str,
     words: String,
     undo: String,
-}
-
-/// Our rules, routes, set entries and links in one namespace.
-fn inventory_of(place: &str, iptables: Iptables) -> Result<Vec<String>> {
-    let mut all = Vec::new();
-    let rules = command::ip("rule show")?;
-    let own = |line: &&str| {
-        let pref = line.split(':').next().unwrap_or_default();
-        ["100", "101", "102", "103", "20000", "20003"].contains(&pref)
-    };
-    all.extend(
-        rules
-            .lines()
-            .filter(own)
-            .map(|line| format!("ip rule {line}")),
-    );
-    for table in [100, 101, 102] {
-        // A table that does not exist is an error.
-        let routes = command::ip(&format!("route show table {table}")).unwrap_or_default();
-        all.extend(
-            routes
-                .lines()
-                .map(|line| format!("ip route table {table} {line}")),
-        );
-    }
-    let set = command::run("ipset", &["save", POD_SET]).unwrap_or_default();
-    // The line that makes the set has its hash's seed.
-    all.extend(set.lines().filter_map(|line| {
-        let line = line
-            .strip_prefix("add ")
-            .map(|entry| format!("ipset add {entry}"));
-        line.or_else(|| Some(format!("ipset create {POD_SET}")))
-    }));
-    for name in [IN, OUT, PEER_IN, PEER_OUT] {
-        let shown = command::ip(&format!("-br link show dev {name}"));
-        all.extend(shown.is_ok().then(|| format!("link {name}")));
-    }
-    let chains = tables::lines(iptables)?;
-    all.extend(chains.into_iter().map(|line| format!("iptables {line}")));
-    let one_blank = |line: String| line.split_whitespace().collect::<Vec<_>>().join(" ");
-    Ok(all
-        .into_iter()
-        .map(|line| format!("{place} {}", one_blank(line)))
-        .collect())
 }
 
 impl Redirection for IptablesTunnel {
@@ -475,7 +492,12 @@ impl Redirection for IptablesTunnel {
     }
 
     fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
-        self.journal.remove_pods(uids)
+        let removed = self.journal.remove_pods(uids);
+        if self.is_installed() && !uids.is_empty() {
+            let node = self.node()?;
+            self.apply_ipv6(&node)?;
+        }
+        removed
     }
 
     fn enrolled(&self) -> Vec<Pod> {
@@ -507,9 +529,13 @@ impl Redirection for IptablesTunnel {
         let mut counters = Counters::new();
         if self.is_installed() {
             let iptables = self.settings.iptables;
-            counters.insert("node".to_owned(), tables::counters(iptables)?);
+            counters.insert("node".to_owned(), tables::counters(Family::V4, iptables)?);
+            if self.drops_ipv6() {
+                let dropped = tables::counters(Family::V6, iptables)?;
+                counters.insert("node_ipv6".to_owned(), dropped);
+            }
             if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
-                let of_ztunnel = ztunnel.run(|| tables::counters(iptables))?;
+                let of_ztunnel = ztunnel.run(|| tables::counters(Family::V4, iptables))?;
                 counters.insert("ztunnel".to_owned(), of_ztunnel);
             }
         }
@@ -523,10 +549,10 @@ impl Redirection for IptablesTunnel {
         }
         let iptables = self.settings.iptables;
         let node = self.node()?;
-        all.extend(node.run(|| inventory_of("node", iptables))?);
+        all.extend(node.run(|| inventory::of("node", iptables))?);
         all.extend(cut_off::inventory(&self.journal, &node));
         if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
-            all.extend(ztunnel.run(|| inventory_of("ztunnel", iptables))?);
+            all.extend(ztunnel.run(|| inventory::of("ztunnel", iptables))?);
         }
         all.extend(sysctl::describe(&self.journal));
         all.extend(self.journal.describe_table());

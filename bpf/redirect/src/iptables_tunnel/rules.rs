@@ -9,6 +9,16 @@
 //! | 0x220 | skip, and remember it for the connection |
 //! | 0x210 | from ztunnel with another's address; remembered for the connection |
 //! | 0x040 | reply to such a connection: straight to ztunnel |
+//! | 0x010 | hardened: as 0x210, of a connection that ztunnel opened |
+//!
+//! A connection's mark is 0x210 if ztunnel accepted it and, in the hardened variant, 0x010 if
+//! ztunnel opened it: with conntrack's direction that says for every packet, and for every ICMP
+//! error and reset that a host in between answers one with, whether ztunnel is to have it. And what
+//! ztunnel opens to an address that is no pod's may be translated to one of this node's pods (a
+//! service the mesh does not know): without 0x200 the route is found after that, and leads through
+//! the policy. 0x008 is of a connection whose client the node masquerades, with the inbound
+//! tunnel's address: it takes the tunnel both ways, as conntrack ends what is masqueraded and
+//! changes its interface.
 //!
 //! In ztunnel's namespace 0x400 is a TPROXYed packet and 0x4d3 one for a connection it has.
 
@@ -38,16 +48,21 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
     let mut mangle = Vec::new();
     mangle.extend(prerouting(settings, port));
     for chain in ["FORWARD", "INPUT"] {
-        for mark in ["0x220", "0x210"] {
-            mangle.push(format!(
-                "-A ztunnel-{chain} -m mark --mark {mark}/{mark} \
-                 -j CONNMARK --save-mark --nfmask {mark} --ctmask {mark}"
-            ));
-        }
+        let remembered = remembered(settings.variant);
+        mangle.extend(remembered.map(|rule| format!("-A ztunnel-{chain} {rule}")));
     }
     mangle.extend(output(settings));
     mangle.extend(own_tunnels(settings, port));
     let accept = |chain| format!("-A ztunnel-{chain} -m mark --mark 0x100/0x100 -j ACCEPT");
+    let keep = |chain| match settings.variant {
+        Variant::Faithful => accept(chain),
+        Variant::Hardened => {
+            format!("-A ztunnel-{chain} -m mark --mark 0x100/0x100 -j NETMAP --to 0.0.0.0/0")
+        }
+    };
+    // Nor is a later packet to ztunnel others' to refuse: their rules are about the server.
+    let to_ztunnel = (settings.variant == Variant::Hardened)
+        .then(|| "-A ztunnel-FORWARD -m mark --mark 0x040/0x040 -j ACCEPT".to_owned());
     vec![
         Table {
             name: "mangle",
@@ -55,6 +70,8 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
             rules: mangle,
         },
         // kube-proxy neither translates nor masquerades what is captured: ztunnel sees the VIP.
+        // Hardened by a translation of every address to itself, after which no other table's rules
+        // are asked: kube-proxy's are in a table of its own when it uses nftables.
         Table {
             name: "nat",
             hooks: vec!["PREROUTING", "POSTROUTING"],
@@ -67,16 +84,35 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
                         settings.ztunnel.address
                     )
                 })
-                .chain([accept("PREROUTING"), accept("POSTROUTING")])
+                .chain(["PREROUTING", "POSTROUTING"].map(keep))
                 .collect(),
         },
         // A service without endpoints is ztunnel's to refuse.
         Table {
             name: "filter",
             hooks: vec!["FORWARD"],
-            rules: vec![accept("FORWARD")],
+            rules: [accept("FORWARD")].into_iter().chain(to_ztunnel).collect(),
         },
     ]
+}
+
+/// What a connection is remembered for.
+fn remembered(variant: Variant) -> impl Iterator<Item = &'static str> {
+    let skipped = "-m mark --mark 0x220/0x220 \
+                   -j CONNMARK --save-mark --nfmask 0x220 --ctmask 0x220";
+    let others: &[&str] = match variant {
+        Variant::Faithful => {
+            &["-m mark --mark 0x210/0x210 -j CONNMARK --save-mark --nfmask 0x210 --ctmask 0x210"]
+        }
+        Variant::Hardened => &[
+            "-m mark --mark 0x010/0x010 -m conntrack --ctdir ORIGINAL \
+             -j CONNMARK --set-xmark 0x010/0x210",
+            "-m mark --mark 0x210/0x210 -m conntrack --ctdir REPLY \
+             -j CONNMARK --set-xmark 0x210/0x210",
+            "-i istioin -m conntrack --ctdir REPLY -j CONNMARK --set-xmark 0x008/0x008",
+        ],
+    };
+    [skipped].into_iter().chain(others.iter().copied())
 }
 
 /// Port of ztunnel's DNS server.
@@ -98,37 +134,64 @@ fn prerouting(settings: &Settings, port: u16) -> Vec<String> {
         "-p tcp -m set --match-set {POD_SET} src -m tcp --dport 53 -j MARK --set-mark 0x220/0x220"
     );
     let dns = dns_protocols(settings).contains(&"tcp").then_some(dns);
+    let hardened = settings.variant == Variant::Hardened;
+    // In the hardened variant only.
+    let only = |rule: &str| hardened.then(|| rule.to_owned());
     let before_dns = [
+        // Replies to what ztunnel opened, also its own, and errors about it.
+        only(&format!("{OPENED} -j MARK --set-mark 0x040/0x040")),
+        // Errors about what it accepted through the tunnel.
+        only(&format!(
+            "-p icmp {TUNNELLED} --ctstate RELATED -j MARK --set-mark 0x040/0x040"
+        )),
+        only("-m mark --mark 0x040/0x040 -j RETURN"),
         // Out of a tunnel: routed as usual.
-        format!("-i {IN} -j MARK --set-mark 0x200/0x200"),
-        format!("-i {IN} -j RETURN"),
-        format!("-i {OUT} -j MARK --set-mark 0x200/0x200"),
-        format!("-i {OUT} -j RETURN"),
+        Some(format!("-i {IN} -j MARK --set-mark 0x200/0x200")),
+        Some(format!("-i {IN} -j RETURN")),
+        Some(format!("-i {OUT} -j MARK --set-mark 0x200/0x200")),
+        Some(format!("-i {OUT} -j RETURN")),
         // The tunnels' own packets: a mark would stay on what they carry.
-        format!("-p udp -m udp --dport {port} -j RETURN"),
+        Some(format!("-p udp -m udp --dport {port} -j RETURN")),
         // Replies of connections that were let go.
-        "-m connmark --mark 0x220/0x220 -j MARK --set-mark 0x200/0x200".to_owned(),
-        "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
+        Some("-m connmark --mark 0x220/0x220 -j MARK --set-mark 0x200/0x200".to_owned()),
+        Some("-m mark --mark 0x200/0x200 -j RETURN".to_owned()),
         // Replies to what ztunnel sent with another's address.
-        format!("! -i {zv} -m connmark --mark 0x210/0x210 -j MARK --set-mark 0x040/0x040"),
-        "-m mark --mark 0x040/0x040 -j RETURN".to_owned(),
-        // ztunnel with another's address.
-        format!("-i {zv} ! -s {zip} -j MARK --set-mark 0x210/0x210"),
-        "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
+        Some(format!(
+            "! -i {zv} -m connmark --mark 0x210/0x210 -j MARK --set-mark 0x040/0x040"
+        )),
+        Some("-m mark --mark 0x040/0x040 -j RETURN".to_owned()),
+        // Replies to what pods sent past ztunnel.
+        only(&format!(
+            "! -i {zv} -m conntrack --ctdir REPLY -j MARK --set-mark 0x200/0x200"
+        )),
+        // ztunnel with another's address, to none of the pods here; and to them.
+        only(&format!(
+            "-i {zv} ! -s {zip} -m conntrack --ctdir ORIGINAL -m set ! --match-set {POD_SET} dst \
+             -j MARK --set-mark 0x010/0x210"
+        )),
+        only(&format!("-i {zv} -m mark --mark 0x010/0x210 -j RETURN")),
+        Some(format!("-i {zv} ! -s {zip} -j MARK --set-mark 0x210/0x210")),
+        Some("-m mark --mark 0x200/0x200 -j RETURN".to_owned()),
         // ztunnel as itself.
-        format!("-i {zv} -j MARK --set-mark 0x220/0x220"),
-        // UDP is not the mesh's.
-        "-p udp -j MARK --set-mark 0x220/0x220".to_owned(),
+        Some(format!("-i {zv} -j MARK --set-mark 0x220/0x220")),
+        // UDP is not the mesh's, nor anything but TCP.
+        Some("-p udp -j MARK --set-mark 0x220/0x220".to_owned()),
+        only("! -p tcp -j MARK --set-mark 0x200/0x200"),
     ];
     let after_dns = [
-        "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
+        Some("-m mark --mark 0x200/0x200 -j RETURN".to_owned()),
+        // The node's own addresses are not the mesh's; a node port's endpoint on this node is.
+        only("-p tcp -m addrtype --dst-type LOCAL -j RETURN"),
         // Whatever else a mesh pod sends.
-        format!("-p tcp -m set --match-set {POD_SET} src -j MARK --set-mark 0x100/0x100"),
+        Some(format!(
+            "-p tcp -m set --match-set {POD_SET} src -j MARK --set-mark 0x100/0x100"
+        )),
     ];
     before_dns
         .into_iter()
-        .chain(dns)
+        .chain([dns])
         .chain(after_dns)
+        .flatten()
         .map(|rule| format!("-A ztunnel-PREROUTING {rule}"))
         .collect()
 }
@@ -170,6 +233,26 @@ fn own_tunnels(settings: &Settings, port: u16) -> Vec<String> {
     .collect()
 }
 
+/// Matches answers to what ztunnel opened with another's address.
+const OPENED: &str = "-m connmark --mark 0x010/0x210 -m conntrack --ctdir REPLY";
+
+/// Matches what belongs to ztunnel of a connection whose replies take the inbound tunnel.
+const TUNNELLED: &str = "-m connmark --mark 0x008/0x008 -m conntrack --ctdir ORIGINAL";
+
+/// Rules of the node's namespace for IPv6, which this path does not carry: TCP of captured pods,
+/// whose interfaces these are, is dropped, or it would go around the mesh. What the node's own
+/// sockets and pods say to each other passes, as with IPv4.
+pub(crate) fn node_ipv6<'a>(interfaces: impl Iterator<Item = &'a str>) -> Vec<Table> {
+    let drop = |side, name| format!("-A ztunnel-FORWARD {side} {name} -p tcp -j DROP");
+    vec![Table {
+        name: "filter",
+        hooks: vec!["FORWARD"],
+        rules: interfaces
+            .flat_map(|name| ["-i", "-o"].map(|side| drop(side, name)))
+            .collect(),
+    }]
+}
+
 /// Exemption of what the node's own sockets send to pods (probes).
 fn output(settings: &Settings) -> Vec<String> {
     let to_pods = format!(
@@ -179,6 +262,16 @@ fn output(settings: &Settings) -> Vec<String> {
     let mut rules = Vec::new();
     let hardened = settings.variant == Variant::Hardened;
     if hardened {
+        // Errors and resets with which the node answers what ztunnel sent with another's address,
+        // and what its own processes answer that.
+        rules.push(format!("{OPENED} -j MARK --set-mark 0x040/0x040"));
+        rules.push(
+            "-m connmark --mark 0x210/0x210 -m conntrack --ctdir ORIGINAL \
+             -j MARK --set-mark 0x040/0x040"
+                .to_owned(),
+        );
+        rules.push(format!("{TUNNELLED} -j MARK --set-mark 0x040/0x040"));
+        rules.push("-m mark --mark 0x040/0x040 -j RETURN".to_owned());
         // What pods dialled, whichever of its addresses the node answers with; it may be without
         // a struct socket: children not accepted yet, orphans, TIME_WAIT.
         rules.push(format!(
@@ -227,6 +320,9 @@ pub(crate) fn ztunnel(settings: &Settings) -> Vec<Table> {
         ));
         rules.push(format!("{foreign} -m tcp --dport 15008 {}", tproxy(15008)));
         rules.push(format!("{foreign} {}", tproxy(15006)));
+        // Errors about connections that ztunnel has: unreachable, too large for the path.
+        let errors = format!("-i {eth0} -p icmp ! -d {}", settings.ztunnel.address);
+        rules.push(format!("{errors} {has} -j MARK --set-mark 0x4d3/0xfff"));
     } else {
         rules.push(format!("{foreign} -j MARK --set-mark 0x4d3/0xfff"));
     }

@@ -5,40 +5,51 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::rules::{CHAIN_PREFIX, Table};
 use crate::command;
 use crate::error::Result;
 use crate::settings::Iptables;
 
+/// Which of the two IP versions' rules.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Family {
+    #[default]
+    V4,
+    V6,
+}
+
 pub(crate) const TABLES: [&str; 3] = ["mangle", "nat", "filter"];
 
 /// Replaces what our chains hold, all tables in one call; rules of others stay.
-pub(crate) fn apply(kind: Iptables, tables: &[Table]) -> Result<()> {
+pub(crate) fn apply(family: Family, kind: Iptables, tables: &[Table]) -> Result<()> {
     let mut script = String::new();
     for table in tables {
-        script += &apply_script(table, &save(kind, table.name, &[])?);
+        script += &apply_script(table, &save(family, kind, table.name, &[])?);
     }
-    restore(kind, &script)
+    restore(family, kind, &script)
 }
 
 /// Removes our chains and the calls of them; that there are none is fine.
-pub(crate) fn remove(kind: Iptables) -> Result<()> {
+pub(crate) fn remove(family: Family, kind: Iptables) -> Result<()> {
     let mut script = String::new();
     for table in TABLES {
-        script += &remove_script(table, &save(kind, table, &[])?);
+        script += &remove_script(table, &save(family, kind, table, &[])?);
     }
     if script.is_empty() {
         Ok(())
     } else {
-        restore(kind, &script)
+        restore(family, kind, &script)
     }
 }
 
 /// Our chains, the calls of them and their rules, as they are.
-pub(crate) fn lines(kind: Iptables) -> Result<Vec<String>> {
+pub(crate) fn lines(family: Family, kind: Iptables) -> Result<Vec<String>> {
     let mut all = Vec::new();
     for table in TABLES {
-        let saved = save(kind, table, &[])?;
+        let saved = save(family, kind, table, &[])?;
         let own = saved.lines().filter(|line| line.contains(CHAIN_PREFIX));
         // A chain's counters are not part of it.
         let own = own.map(|line| line.split(" [").next().unwrap_or(line).trim());
@@ -48,10 +59,10 @@ pub(crate) fn lines(kind: Iptables) -> Result<Vec<String>> {
 }
 
 /// Packets by rule of ours that have seen any.
-pub(crate) fn counters(kind: Iptables) -> Result<BTreeMap<String, u64>> {
+pub(crate) fn counters(family: Family, kind: Iptables) -> Result<BTreeMap<String, u64>> {
     let mut all = BTreeMap::new();
     for table in TABLES {
-        let saved = save(kind, table, &["-c"])?;
+        let saved = save(family, kind, table, &["-c"])?;
         for line in saved.lines() {
             if let Some((rule, packets)) = counted(line).filter(|&(_, packets)| packets > 0) {
                 all.insert(format!("{table} {rule}"), packets);
@@ -69,22 +80,26 @@ fn counted(line: &str) -> Option<(&str, u64)> {
     is_own.then_some((rule, packets))
 }
 
-fn program(kind: Iptables, verb: &str) -> String {
+fn program(family: Family, kind: Iptables, verb: &str) -> String {
+    let name = match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    };
     match kind {
-        Iptables::Auto => format!("iptables-{verb}"),
-        Iptables::Nft => format!("iptables-nft-{verb}"),
-        Iptables::Legacy => format!("iptables-legacy-{verb}"),
+        Iptables::Auto => format!("{name}-{verb}"),
+        Iptables::Nft => format!("{name}-nft-{verb}"),
+        Iptables::Legacy => format!("{name}-legacy-{verb}"),
     }
 }
 
-fn save(kind: Iptables, table: &str, options: &[&str]) -> Result<String> {
+fn save(family: Family, kind: Iptables, table: &str, options: &[&str]) -> Result<String> {
     let mut words = vec!["-t", table];
     words.extend(options);
-    command::run(&program(kind, "save"), &words)
+    command::run(&program(family, kind, "save"), &words)
 }
 
-fn restore(kind: Iptables, script: &str) -> Result<()> {
-    let program = program(kind, "restore");
+fn restore(family: Family, kind: Iptables, script: &str) -> Result<()> {
+    let program = program(family, kind, "restore");
     command::run_with_input(&program, &["--wait=10", "--noflush"], script).map(drop)
 }
 

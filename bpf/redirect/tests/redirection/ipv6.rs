@@ -1,4 +1,4 @@
-//! IPv6 through the eBPF redirection.
+//! IPv6 through the eBPF redirection, and past the other one.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::path::Path;
@@ -8,7 +8,7 @@ use redirect::{Pod, Redirection, Role, Settings};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::ebpf::{counter, expect_drop};
-use crate::shared::EBPF;
+use crate::shared::{EBPF, HARDENED};
 use crate::topology::{APP1, Answer, Echo, REMOTE, Server, Topology, can_run, inside};
 
 fn ip(text: &str) -> Ipv6Addr {
@@ -270,4 +270,41 @@ fn older_ipv6_connections_survive() {
     let _ztunnel = Server::ztunnel(&topology.netns("ztunnel"), Role::Outbound, "outbound", map);
     check(&topology, "app1", (REMOTE_V6, 80), "outbound");
     assert!(topology.ask("app1", (APP1, 1)).is_err());
+}
+
+/// The tunnel path does not carry IPv6: TCP of captured pods is dropped, both ways, and counted.
+/// Whoever is not captured, the node itself and other protocols pass, and all do afterwards.
+#[test]
+fn tcp_by_ipv6_does_not_get_past_the_tunnel_path() {
+    if !can_run("tcp_by_ipv6_does_not_get_past_the_tunnel_path") {
+        return;
+    }
+    let topology = Topology::new();
+    topology.add_ipv6();
+    let before = topology.traces();
+    let _remote = Server::app6(&topology.netns("remote"), 80);
+    let _app1 = Server::app6(&topology.netns("app1"), 80);
+    let passes = |from, to| ask(&topology, from, (to, 80)).is_ok();
+    assert!(passes("app1", REMOTE_V6) && passes("remote", APP1_V6));
+    HARDENED.on_node(&topology, |redirection| {
+        redirection.install().unwrap();
+        redirection.add_pods(&pods(&topology)).unwrap();
+    });
+    assert!(!passes("app1", REMOTE_V6) && !passes("remote", APP1_V6));
+    assert!(passes("node", APP1_V6));
+    let counters = HARDENED.on_node(&topology, |redirection| {
+        redirection.status().unwrap().counters
+    });
+    let dropped = &counters["node_ipv6"];
+    for rule in ["-i va1", "-o va1"] {
+        assert!(dropped.keys().any(|key| key.contains(rule)), "{dropped:?}");
+    }
+    // A pod that is no longer captured is left alone.
+    HARDENED.on_node(&topology, |redirection| {
+        redirection.install().unwrap();
+        redirection.remove_pod(&topology.pods()[0].uid).unwrap();
+    });
+    assert!(passes("app1", REMOTE_V6) && passes("remote", APP1_V6));
+    HARDENED.on_node(&topology, |redirection| redirection.cleanup().unwrap());
+    crate::shared::assert_same(&before, &topology.traces());
 }
