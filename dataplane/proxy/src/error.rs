@@ -1,5 +1,6 @@
 //! Why a connection did not come to be, or ended early. Messages are upstream's where it has one.
 
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -161,6 +162,28 @@ impl ProxyError {
                 ResponseFlags::None
             }
             _ => ResponseFlags::Connect,
+        }
+    }
+
+    /// What the log says of it if the connection was refused early: its kind, by which lines are
+    /// summed up where there are many, and itself.
+    pub(crate) fn told(&self) -> (&'static str, &dyn fmt::Display) {
+        (self.kind(), self)
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Shared(error) => error.kind(),
+            Self::UnknownSource { .. } => "unknown source",
+            Self::UnknownDestination { .. } | Self::OtherIdentity { .. } => "unknown destination",
+            Self::Route(_) => "no route",
+            Self::Inbound(_) | Self::Method(_) => "bad request",
+            Self::Recursive(_) => "recursive call",
+            Self::Denied(_) | Self::Revoked(_) => "policy",
+            Self::HandshakeOverload { .. } => "handshake overload",
+            Self::Setup { .. } | Self::HandshakeTimeout { .. } => "handshake",
+            Self::Identity(_) => "no certificate",
+            _ => "connection",
         }
     }
 

@@ -75,7 +75,7 @@ async fn handle_from(context: Rc<Context>, client: TcpStream, src: SocketAddr, d
             }
             context
                 .telemetry
-                .failed_early(Reporter::Destination, src, dst, &error);
+                .failed_early(Reporter::Destination, src, dst, error.told());
         }
     }
 }
@@ -186,7 +186,7 @@ async fn serve(request: Request) {
             let dst = request.dst;
             context
                 .telemetry
-                .failed_early(Reporter::Destination, request.src, dst, &error);
+                .failed_early(Reporter::Destination, request.src, dst, error.told());
             return;
         }
     };

@@ -27,7 +27,7 @@ pub(crate) async fn handle(context: Rc<Context>, client: TcpStream, alive: Alive
     if let Err(error) = serve(&context, client, src, dst, alive).await {
         context
             .telemetry
-            .failed_early(Reporter::Source, src, dst, &error);
+            .failed_early(Reporter::Source, src, dst, error.told());
     }
 }
 

@@ -40,7 +40,7 @@ pub(crate) async fn serve(
                 outbound.close(Some(&error), error.flags());
             }
             let telemetry = &context.telemetry;
-            return telemetry.failed_early(Reporter::Destination, src, dst, &error);
+            return telemetry.failed_early(Reporter::Destination, src, dst, error.told());
         }
     };
     let mut info = ConnectionInfo::new(Reporter::Destination, src, dst);

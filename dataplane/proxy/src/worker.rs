@@ -132,6 +132,7 @@ pub async fn serve(setup: WorkerSetup) {
         inbound::handle,
     ));
     rt::spawn(sweep(Rc::clone(&context)));
+    rt::spawn(tell_left_out(Rc::clone(&context)));
     rt::spawn(follow(Rc::clone(&context), snapshots));
     let Command::Drain {
         patience,
@@ -140,6 +141,7 @@ pub async fn serve(setup: WorkerSetup) {
     context.begin_drain(accept_for);
     let ended = rt::time::timeout(patience, all_ended(&context)).await;
     context.end_drain();
+    context.telemetry.tell_left_out();
     if ended.is_ok() {
         let _ = rt::time::timeout(FAREWELL, farewells(&context)).await;
     }
@@ -212,6 +214,14 @@ async fn unless_draining<T>(context: &Context, future: impl Future<Output = T>) 
         Poll::Pending
     })
     .await
+}
+
+/// Tells what was left out of the log, in time.
+async fn tell_left_out(context: Rc<Context>) {
+    loop {
+        rt::time::sleep(telemetry::REFUSALS_EVERY).await;
+        context.telemetry.tell_left_out();
+    }
 }
 
 async fn sweep(context: Rc<Context>) {

@@ -5,7 +5,8 @@
 //! merges ([`Registry`], [`WorkerTelemetry`]); a connection whose ends were seen before costs one
 //! hash lookup, and a chunk of bytes two plain stores. Log lines are formatted on the worker into
 //! a reused buffer and handed to one writer thread through a bounded queue ([`LogSink`]); when
-//! output stalls, lines are dropped and counted, and the data path never waits.
+//! output stalls, lines are dropped and counted, and the data path never waits. Refusals, which
+//! anyone can cause, have a budget of lines; what is beyond it is summed up.
 //!
 //! Limits: label sets of connections ([`LABEL_SETS_MAX_DEFAULT`]), bytes of queued log per worker
 //! ([`QUEUE_BYTES_DEFAULT`]), connections and times of the HTTP servers ([`HttpLimits`]).
@@ -21,6 +22,7 @@ mod line;
 mod logging;
 mod process;
 mod ready;
+mod refusals;
 mod registry;
 mod series;
 mod sink;
@@ -35,6 +37,7 @@ pub use faults::{Fault, Happening};
 pub use http::HttpLimits;
 pub use logging::{FILTER_DEFAULT, Logging, LoggingError};
 pub use ready::{PendingTask, Ready};
+pub use refusals::SUMMARY_EVERY as REFUSALS_EVERY;
 pub use registry::{LABEL_SETS_MAX_DEFAULT, MetricError, Registry};
 pub use sink::{LogQueue, LogSink, QUEUE_BYTES_DEFAULT};
 pub use text::LogFormat;

@@ -82,6 +82,8 @@ pub(crate) struct WorkerShared {
     pub(crate) open: [WorkerCounter; 2],
     /// Connections refused before there was anything to count them under, by reporter.
     pub(crate) failed_early: [WorkerCounter; 2],
+    /// Of those, how many the log does not tell one by one.
+    pub(crate) refusals_left_out: WorkerCounter,
     /// Label sets counted as overflow.
     pub(crate) overflows: WorkerCounter,
     /// What peers of tunnels did wrong, in the order of [`Fault::ALL`].
@@ -243,6 +245,7 @@ impl Registry {
                 totals.open[i] += worker.shared.open[i].get();
                 totals.failed_early[i] += worker.shared.failed_early[i].get();
             }
+            totals.refusals_left_out += worker.shared.refusals_left_out.get();
             totals.overflows += worker.shared.overflows.get();
             for (total, fault) in totals.faults.iter_mut().zip(&worker.shared.faults) {
                 *total += fault.get();
@@ -296,7 +299,7 @@ struct OwnFamily {
 
 /// The families of connections. Bytes are named from the server's point of view whoever reports:
 /// `received` came from the client, `sent` went to it (istio/istio issue 32399).
-const OWN: [OwnFamily; 13] = [
+const OWN: [OwnFamily; 14] = [
     OwnFamily {
         name: "istio_tcp_connections_opened_total",
         help: "The total number of TCP connections opened",
@@ -338,6 +341,12 @@ const OWN: [OwnFamily; 13] = [
         help: "Connections refused before their source or destination was known",
         kind: MetricKind::Counter,
         source: Source::PerReporter(|t| t.failed_early),
+    },
+    OwnFamily {
+        name: "ztunnel_refusal_lines_left_out_total",
+        help: "Of those, how many the log sums up instead of telling them one by one",
+        kind: MetricKind::Counter,
+        source: Source::Single(|t| t.refusals_left_out),
     },
     OwnFamily {
         name: "ztunnel_metric_label_sets",
@@ -385,6 +394,7 @@ struct Totals {
     sums: Vec<Option<Sums>>,
     open: [u64; 2],
     failed_early: [u64; 2],
+    refusals_left_out: u64,
     overflows: u64,
     label_sets: u64,
     faults: [u64; Fault::COUNT],

@@ -23,6 +23,7 @@ use crate::access::{self, AccessLog, Outcome};
 use crate::connection::{ConnectionInfo, Reporter, ResponseFlags, Security};
 use crate::faults::{Fault, Happening};
 use crate::line::LineBuffer;
+use crate::refusals::Refusals;
 use crate::registry::{Registry, WorkerShared};
 use crate::series::{Series, reporter_index};
 
@@ -48,6 +49,7 @@ struct Inner {
     /// This worker's series by label set.
     series: RefCell<HashMap<usize, Arc<Series>>>,
     line: RefCell<LineBuffer>,
+    refusals: RefCell<Refusals>,
 }
 
 /// What decides a connection's label set, and the counters found for it.
@@ -99,6 +101,7 @@ impl WorkerTelemetry {
             table: RefCell::default(),
             series: RefCell::default(),
             line: RefCell::default(),
+            refusals: RefCell::default(),
         };
         Self {
             inner: Rc::new(inner),
@@ -130,17 +133,24 @@ impl WorkerTelemetry {
         }
     }
 
-    /// Counts and logs a connection that was refused before its source or destination was known.
+    /// Counts a connection that was refused before its source or destination was known, and logs
+    /// it unless too many are; `reason` is the kind of `error`. What is left out is told by
+    /// [`Self::tell_left_out`].
     pub fn failed_early(
         &self,
         reporter: Reporter,
         src: SocketAddr,
         dst: SocketAddr,
-        error: &dyn fmt::Display,
+        (reason, error): (&'static str, &dyn fmt::Display),
     ) {
         let inner = &self.inner;
         inner.shared.failed_early[reporter_index(reporter)].add(1);
         if inner.access.enables(Level::WARN) {
+            let mut refusals = inner.refusals.borrow_mut();
+            if !refusals.tell(src.ip(), reporter, reason, Instant::now()) {
+                inner.shared.refusals_left_out.add(1);
+                return;
+            }
             let mut buffer = inner.line.borrow_mut();
             let mut line = inner
                 .access
@@ -149,6 +159,26 @@ impl WorkerTelemetry {
             line.bare("dst.addr", &dst);
             line.string("direction", reporter.direction());
             line.quoted("error", error);
+            inner.access.write(line.finish());
+        }
+    }
+
+    /// Sums up the lines of refusals that were left out. To be called every
+    /// [`crate::REFUSALS_EVERY`].
+    pub fn tell_left_out(&self) {
+        let inner = &self.inner;
+        let left_out = inner.refusals.borrow_mut().take_left_out(Instant::now());
+        for one in left_out {
+            let mut buffer = inner.line.borrow_mut();
+            let message = "connections failed, not told one by one";
+            let mut line = inner.access.start(&mut buffer, Level::WARN, message);
+            match &one.source {
+                Some(source) => line.bare("src.ip", source),
+                None => line.string("src.ip", "several"),
+            }
+            line.string("direction", one.reporter.direction());
+            line.string("reason", one.reason.unwrap_or("several"));
+            line.literal("count", format_args!("{}", one.count));
             inner.access.write(line.finish());
         }
     }

@@ -400,12 +400,54 @@ fn the_json_line_has_the_same_fields() {
     assert_eq!(value["error"], "http status: 401 Unauthorized");
 }
 
+/// Many refusals cost few lines, and none of them is lost: told, summed up, and counted.
+#[test]
+fn refusals_are_told_within_a_budget_and_counted_exactly() {
+    let registry = Registry::new("test");
+    let bench = Bench::new(LogFormat::Plain, "access=info", registry.clone());
+    let worker = bench.worker();
+    let dst = address("10.0.0.8:80");
+    for port in 1..=5000 {
+        let src = SocketAddr::new([10, 0, 0, 9].into(), port);
+        worker.failed_early(Reporter::Source, src, dst, ("no route", &"no way there"));
+    }
+    let quiet = address("10.0.0.10:1");
+    worker.failed_early(Reporter::Source, quiet, dst, ("no route", &"no way there"));
+    worker.tell_left_out();
+    worker.tell_left_out();
+    let lines = bench.lines();
+    let (one_by_one, summed): (Vec<_>, Vec<_>) = lines
+        .iter()
+        .partition(|line| line.contains("\tconnection failed\t"));
+    // As many more as seconds have passed.
+    assert!(
+        (21..100).contains(&one_by_one.len()),
+        "{}",
+        one_by_one.len()
+    );
+    assert!(one_by_one.iter().any(|line| line.contains("10.0.0.10:1")));
+    let [summed] = &summed[..] else {
+        panic!("{summed:?}")
+    };
+    let left_out = 5001 - one_by_one.len();
+    let expected = format!(
+        "\twarn\taccess\tconnections failed, not told one by one\tsrc.ip=10.0.0.9 \
+         direction=\"outbound\" reason=\"no route\" count={left_out}"
+    );
+    assert_eq!(**summed, expected);
+    let page = registry.encode(Exposition::Text);
+    let all = "ztunnel_connections_refused_early_total{reporter=\"source\"} 5001\n";
+    assert!(page.contains(all), "{page}");
+    let out = format!("ztunnel_refusal_lines_left_out_total {left_out}\n");
+    assert!(page.contains(&out), "{page}");
+}
+
 #[test]
 fn early_failures_and_openings() {
     let bench = Bench::new(LogFormat::Plain, "access=debug", Registry::new("test"));
     let worker = bench.worker();
     let (src, dst) = (address("10.0.0.9:1"), address("[fd00::8]:2"));
-    worker.failed_early(Reporter::Destination, src, dst, &"unknown source");
+    worker.failed_early(Reporter::Destination, src, dst, ("why", &"unknown source"));
     drop(worker.opened(ConnectionInfo::new(Reporter::Source, src, dst)));
     let fields = "src.addr=10.0.0.9:1 dst.addr=[fd00::8]:2";
     assert_eq!(
