@@ -347,6 +347,43 @@ fn tiny_records_take_turns() {
     drop(peer.join().unwrap());
 }
 
+/// Half a record, of which more comes now and then, keeps a block for a record and no larger one.
+#[test]
+fn half_a_record_keeps_a_small_block() {
+    let (listener, addr) = listen();
+    let tls = certificate(&store());
+    let peer = thread::spawn({
+        let tls = Arc::clone(&tls);
+        move || {
+            let mut peer = Peer::connect(addr, &tls);
+            let mut codec = Connection::new(Role::Client, &Config::client());
+            codec.open(&request()).unwrap();
+            peer.send(codec.output()).unwrap();
+            // The longest record there is, with a frame that it fills.
+            let data = frame(0, 0, 1, &[7; tls::Session::MAX_PLAINTEXT - 9]);
+            let record = peer.record(&data);
+            for piece in record.chunks(2_000) {
+                peer.stream.write_all(piece).unwrap();
+                thread::sleep(Duration::from_millis(20));
+            }
+            peer
+        }
+    });
+    run(async {
+        let accepted = Listener::from_std(listener).accept().await.unwrap();
+        let (tunnel, requests) = serve(accepted, &tls, &Config::server()).await;
+        let mut most = 0;
+        while tunnel.held_bytes() == 0 {
+            most = most.max(tunnel.pool().bytes_in_use());
+            rt::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(most > 16_000 && most < 100_000, "{most} bytes");
+        requests.clear();
+        drop((tunnel, requests));
+    });
+    drop(peer.join().unwrap());
+}
+
 /// Streams that are given up say so to the peer with a code that nobody takes for an end.
 #[test]
 fn a_stream_that_is_given_up_is_reset_for_the_peer() {

@@ -375,7 +375,7 @@ impl Reader<'_> {
             let missing = want.saturating_sub(carry.len());
             if missing > 0 {
                 if carry.tail_room() < missing {
-                    carry = self.rehouse(&carry);
+                    carry = self.rehouse(&carry, want);
                 }
                 let n = missing.min(buf.len());
                 carry.extend_from_slice(&buf[..n]);
@@ -407,9 +407,15 @@ impl Reader<'_> {
         Ok(None)
     }
 
-    /// Moves an incomplete record to a block with room for the rest of it.
-    fn rehouse(&self, carry: &[u8]) -> Buf {
-        let mut buf = self.pool.large();
+    /// Moves an incomplete record to a block with room for the `want` bytes of it: one for a record,
+    /// which most fit. It may be a long time before the rest comes.
+    fn rehouse(&self, carry: &[u8], want: usize) -> Buf {
+        let mut buf = self.pool.record();
+        buf.grow_head(buf.head_room());
+        buf.truncate(0);
+        if buf.tail_room() < want {
+            buf = self.pool.large();
+        }
         buf.extend_from_slice(carry);
         buf
     }
