@@ -407,8 +407,8 @@ impl Reader<'_> {
         Ok(None)
     }
 
-    /// Moves an incomplete record to a block with room for the `want` bytes of it: one for a record,
-    /// which most fit. It may be a long time before the rest comes.
+    /// Moves an incomplete record to a block with room for the `want` bytes of it: one for a
+    /// record, which most fit. It may be a long time before the rest comes.
     fn rehouse(&self, carry: &[u8], want: usize) -> Buf {
         let mut buf = self.pool.record();
         buf.grow_head(buf.head_room());
