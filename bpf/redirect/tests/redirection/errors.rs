@@ -187,7 +187,7 @@ fn older_connections_find_the_paths_mtu() {
         .collect();
     talks.iter_mut().for_each(|talk| talk.ping().unwrap());
     install(&topology);
-    topology.ip("node", "link set und mtu 1300");
+    topology.narrow_underlay(1300);
     for talk in &mut talks {
         talk.exchange(&vec![7; LONG]).unwrap();
     }

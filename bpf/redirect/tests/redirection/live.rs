@@ -9,7 +9,7 @@ use redirect::{ListenerMap, Redirection, Role};
 
 use crate::shared::{CLSACT, EBPF, HARDENED, Kind, check};
 use crate::topology::{
-    APP1, APP2, Echo, PLAIN, REMOTE, Server, Talk, Topology, can_run, inside, run,
+    APP1, APP2, Echo, NODE, PLAIN, REMOTE, Server, Talk, Topology, can_run, inside, run,
 };
 
 fn older(topology: &Topology) -> usize {
@@ -318,14 +318,28 @@ fn a_ztunnel_in_another_namespace_takes_over() {
 }
 
 /// A part of the way takes smaller packets: ztunnel's socket learns it for TCP, the pod's for UDP.
+/// Also where the segments come one by one, and when the node has sent all the ICMP errors that it
+/// may: Linux does not limit those that say what size fits.
 #[test]
 fn the_paths_mtu_is_found() {
     if !can_run("the_paths_mtu_is_found") {
         return;
     }
-    let topology = Topology::new();
-    EBPF.install(&topology);
-    topology.ip("node", "link set und mtu 1300");
+    for one_by_one in [false, true] {
+        let topology = Topology::new();
+        EBPF.install(&topology);
+        topology.narrow_underlay(1300);
+        if one_by_one {
+            for (host, link) in [("remote", "und"), ("ztunnel", "eth0")] {
+                topology.ip(host, &format!("link set {link} gso_max_segs 1"));
+            }
+            spend_icmp_errors(&topology);
+        }
+        path_mtu_is_found(&topology);
+    }
+}
+
+fn path_mtu_is_found(topology: &Topology) {
     let _remote = Echo::app(&topology.netns("remote"), 80);
     let to = SocketAddr::from((REMOTE, 80));
     let mut talk = topology.talk_from("ztunnel", APP1, to);
@@ -336,13 +350,35 @@ fn the_paths_mtu_is_found() {
         std::net::UdpSocket::bind((APP1, 0)).unwrap()
     });
     socket.send_to(&[0; 1400], to).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(3);
+    let deadline = Instant::now() + Duration::from_secs(10);
     while !topology
         .ip("app1", &format!("route get {REMOTE}"))
         .contains("mtu 1300")
     {
         assert!(Instant::now() < deadline, "the pod was not told");
         thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Has the node send errors to app1 until it sends no more for a long time.
+fn spend_icmp_errors(topology: &Topology) {
+    topology.sysctl("node", "net/ipv4/icmp_ratelimit", "1000000");
+    let socket = inside(&topology.netns("app1"), || {
+        std::net::UdpSocket::bind((APP1, 0)).unwrap()
+    });
+    let sent = || topology.snmp("node", "Icmp:", "OutDestUnreachs");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let before = sent();
+        for _ in 0..20 {
+            // Refused: nobody is there. The error of one is told by the next.
+            let _ = socket.send_to(&[0], (NODE, 9));
+            thread::sleep(Duration::from_millis(1));
+        }
+        if sent() == before {
+            return;
+        }
+        assert!(Instant::now() < deadline, "errors without limit");
     }
 }
 

@@ -327,6 +327,21 @@ impl Topology {
         Talk::new(stream.unwrap_or_else(|e| panic!("{host} {from:?} -> {to}: {e}")))
     }
 
+    /// Has the link between node and remote take packets of `mtu` bytes, while the remote pod goes
+    /// on asking for segments that need 1,500, as one farther away would. At both ends: were it
+    /// told of the node's alone, remote would send full-sized segments, of which veth drops without
+    /// a word those that come alone, and passes those that come as one large packet. Whether a
+    /// transfer ends is then chance; after a loss it does not.
+    pub(crate) fn narrow_underlay(&self, mtu: u32) {
+        for host in ["node", "remote"] {
+            self.ip(host, &format!("link set und mtu {mtu}"));
+        }
+        self.ip(
+            "remote",
+            &format!("route replace 10.244.1.0/24 via 172.31.9.1 src {REMOTE} advmss 1460"),
+        );
+    }
+
     /// Gives everyone but the node an IPv6 address: pods `fd00:1::`, the remote pod `fd00:2::11`.
     pub(crate) fn add_ipv6(&self) {
         for (host, interfaces) in [
