@@ -35,7 +35,7 @@ readme: ## put the newest results into the README
 	$(TARGET)/release/lab report --readme README.md
 
 test: ## run every test, network ones included
-	@scripts/setup.sh --best-effort
+	@scripts/setup.sh --best-effort --tests
 	@scripts/test.sh
 
 # Debian's kernels in virtual machines: docs/kernels.md. KERNELS="5.10 6.1 6.12".

@@ -5,6 +5,7 @@
 #   scripts/setup.sh --best-effort  fails only without what the build needs; says what else is missing
 #   scripts/setup.sh --peers        also the proxies that `lab compare --peer` measures: HAProxy, and
 #                                   Envoy into peers/ of the target directory
+#   scripts/setup.sh --tests        also what only tests need: the proxies, and tshark
 #   scripts/setup.sh --kernels      also what runs other kernels: QEMU and what unpacks their packages
 #
 # Rust is not touched: rustup or the distribution's is the user's own affair. Packages that bring a
@@ -15,18 +16,19 @@ set -euo pipefail
 envoy_version=1.40.0
 envoy_sha256=a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884
 
-best_effort=no peers=no kernels=no
+best_effort=no peers=no tests=no kernels=no
 for argument in "$@"; do
     case "$argument" in
         --best-effort) best_effort=yes ;;
         --peers) peers=yes ;;
+        --tests) peers=yes tests=yes ;;
         --kernels) kernels=yes ;;
         -h | --help)
-            sed -n '2,11s/^# \{0,1\}//p' "$0"
+            sed -n '2,12s/^# \{0,1\}//p' "$0"
             exit 0
             ;;
         *)
-            echo "setup: unknown argument $argument: use --best-effort, --peers, --kernels or nothing" >&2
+            echo "setup: unknown argument $argument: use --best-effort, --peers, --tests, --kernels or nothing" >&2
             exit 2
             ;;
     esac
@@ -68,6 +70,10 @@ peers haproxy haproxy"
 peers python3 python3
 peers pip3 python3-pip"
     fi
+fi
+if [ "$tests" = yes ]; then
+    needs="$needs
+tests tshark tshark"
 fi
 if [ "$kernels" = yes ]; then
     needs="$needs
@@ -162,7 +168,7 @@ PYTHON
 # Says that all packages are there, fetches what is none, and ends the script.
 finish() {
     if [ "$peers" = yes ] && ! fetch_envoy; then
-        echo "setup: Envoy could not be fetched, see above; lab compare will skip it" >&2
+        echo "setup: Envoy could not be fetched, see above; what needs it is skipped" >&2
         [ "$best_effort" = yes ] || exit 1
     fi
     echo "setup: $1"
@@ -194,7 +200,6 @@ fi
 things=$(awk '{print $2}' <<<"$lacking" | tr '\n' ' ')
 echo "setup: missing: ${things% }; as root on Debian 12: apt-get install ${packages% }" >&2
 if [ "$best_effort" = yes ] && ! grep -q '^build ' <<<"$lacking"; then
-    echo "setup: going on without; what needs them is skipped by name" >&2
-    exit 0
+    finish "going on without; what needs them is skipped by name"
 fi
 exit 1
