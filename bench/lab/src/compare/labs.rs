@@ -9,6 +9,7 @@ use super::trial::Setup;
 use crate::lab::{Lab, LabOptions};
 use crate::peers::ProxyKind;
 use crate::report::schema::{Peer, SkippedPeer};
+use crate::services::Services;
 use crate::state::Redirect;
 
 /// Labs that are up, by the names of their paths; dropping takes them down.
@@ -56,15 +57,26 @@ impl Labs {
     }
 
     /// Brings up the labs of all other paths.
-    pub(super) fn up(&mut self, prefix: &str, plan: &Plan, interrupt: &Interrupt) -> Result<()> {
+    pub(super) fn up(
+        &mut self,
+        prefix: &str,
+        plan: &Plan,
+        services: Services,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
         for path in plan.paths.iter().filter(|path| path.peer.is_none()) {
             let name = format!("{prefix}-{}", path.slug());
             if plan.needs_ztunnels(path) {
-                let lab = up(&name, path, ProxyKind::Shared)?;
+                let lab = up(&name, path, ProxyKind::Shared, services)?;
                 self.up.push((path.name.clone(), lab));
             }
             if plan.cells.iter().any(|cell| path.needs_listener(cell)) {
-                let lab = up(&format!("{name}-alone"), path, ProxyKind::Listener)?;
+                let lab = up(
+                    &format!("{name}-alone"),
+                    path,
+                    ProxyKind::Listener,
+                    services,
+                )?;
                 self.listeners.push((path.name.clone(), lab));
             }
             if interrupt.came() {
@@ -99,13 +111,14 @@ impl Labs {
 }
 
 /// Brings up one lab of `path`.
-fn up(name: &str, path: &Path, proxy: ProxyKind) -> Result<Lab> {
+fn up(name: &str, path: &Path, proxy: ProxyKind, services: Services) -> Result<Lab> {
     make_room(name)?;
     let options = LabOptions {
         name: name.to_owned(),
         redirect: path.redirect,
         sockmap: path.sockmap,
         proxy,
+        services,
         ..LabOptions::default()
     };
     Lab::up(&options).with_context(|| format!("bringing up path {}", path.name))

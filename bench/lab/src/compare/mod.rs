@@ -42,6 +42,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::daemon::workspace_binary;
 use crate::report;
 use crate::report::schema::{Document, Peer, Settings, SkippedPeer};
+use crate::services::Services;
 use crate::state::Redirect;
 use interrupt::Interrupt;
 use labs::Labs;
@@ -89,12 +90,20 @@ pub struct CompareOptions {
     /// the load generator's client and server such as 0/1 or 0,1/2,3 [default: free]
     #[arg(long, value_name = "PLACEMENT")]
     pub pin: Option<String>,
+    /// Rules for services on the nodes, as kube-proxy makes them: iptables, nftables, or none,
+    /// where nodes only forward, without conntrack, as in reports that do not name them
+    /// [default: iptables, what most clusters have]
+    #[arg(long, value_name = "KIND")]
+    pub services: Option<Services>,
     /// Another proxy to measure: conventional, envoy-tcp, envoy-hbone, haproxy, or all of these;
     /// NAME=PATH: any ztunnel, run dedicated to the node's main pod; NAME=shared:PATH: one that
     /// takes this project's environment
     #[arg(long = "peer", value_name = "NAME[=PATH]")]
     pub peers: Vec<String>,
 }
+
+/// What most clusters have.
+const USUAL_SERVICES: Services = Services::Iptables;
 
 /// Every trial of a comparison: `[cell][path]` holds one per round.
 type Trials = Vec<Vec<Vec<Trial>>>;
@@ -130,6 +139,7 @@ fn run_as(prefix: &str, options: &CompareOptions) -> Result<PathBuf> {
         duration: Duration::from_secs_f64(duration),
         warmup: Duration::from_millis(warmup_ms),
         pin: &pin,
+        services: options.services.unwrap_or(USUAL_SERVICES),
     };
     let _lock = lock(prefix)?;
     let begun = OffsetDateTime::now_utc();
@@ -145,7 +155,7 @@ fn run_as(prefix: &str, options: &CompareOptions) -> Result<PathBuf> {
         git,
         machine,
         tunnel_driver: measured.tunnel_driver,
-        command: command_line(),
+        command: command_line(options),
         settings: measured.settings,
         peers: measured.peers,
         skipped_peers: measured.skipped_peers,
@@ -202,7 +212,7 @@ fn measure(
     let started = Instant::now();
     let mut labs = Labs::default();
     labs.up_peers(prefix, plan, wanted, setup, &interrupt)?;
-    labs.up(prefix, plan, &interrupt)?;
+    labs.up(prefix, plan, setup.services, &interrupt)?;
     fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
     let rounds_wanted = options.trials.unwrap_or(if options.quick { 5 } else { 10 });
     let idle_busy_share = idle_busy_share()?;
@@ -228,6 +238,7 @@ fn measure(
         duration_s: setup.duration.as_secs_f64(),
         warmup_s: setup.warmup.as_secs_f64(),
         placement: setup.pin.text(),
+        services: setup.services,
         rounds_wanted,
         rounds,
         idle_busy_share,
@@ -259,8 +270,12 @@ fn lock(prefix: &str) -> Result<Flock<File>> {
     })
 }
 
-fn command_line() -> String {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+/// The command, with what its meaning depends on and what the default was not always.
+fn command_line(options: &CompareOptions) -> String {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    if options.services.is_none() {
+        arguments.push(format!("--services {USUAL_SERVICES}"));
+    }
     format!("lab {}", arguments.join(" "))
 }
 

@@ -153,6 +153,7 @@ fn attempt(
         redirect,
         ztunnel: Some(binary.to_owned()),
         proxy: kind,
+        services: setup.services,
         ..LabOptions::default()
     };
     let lab = Lab::up(&options)?;
@@ -321,6 +322,7 @@ mod tests {
             duration: std::time::Duration::from_millis(300),
             warmup: std::time::Duration::from_millis(100),
             pin: &super::super::placement::Pin::parse(None).unwrap(),
+            services: crate::services::Services::Iptables,
         };
         for wanted in parsed(&["all", &stranger, &own, "absent=/bin/false"]).unwrap() {
             if let Err(reason) = &wanted.binary {

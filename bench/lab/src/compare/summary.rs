@@ -11,6 +11,7 @@ use crate::report::schema::{
     self, AgainstItself, Document, Estimate, Git, Machine, Peer, Ratio, Row, SCHEMA, Settings,
     SkippedPeer, Verdict, noise_kind,
 };
+use crate::services::Services;
 
 /// More CPU busy than this with nothing measured is named in the notes.
 const QUIET: f64 = 0.05;
@@ -288,6 +289,7 @@ fn notes(document: &Document) -> Vec<String> {
     }
     let settings = &document.settings;
     notes.extend(about_peers(document));
+    notes.push(about_services(settings.services));
     notes.push(format!("CPU placement: {}. {PLACED}", settings.placement));
     notes.push(LOOPS.to_owned());
     if settings.idle_busy_share > QUIET {
@@ -316,6 +318,20 @@ fn notes(document: &Document) -> Vec<String> {
 const PLACED: &str = "Rows marked one-cpu have client, server and all ztunnel threads on one \
     CPU; cpu-per-node gives node A's client and ztunnel one and node B's server and ztunnel \
     another. Latency of a lone connection depends on it more than on anything else.";
+/// What the nodes' rules for services mean for the figures.
+fn about_services(services: Services) -> String {
+    match services {
+        Services::None => "Services: none. The nodes only forward: no rules of kube-proxy, and on \
+                           paths none and ebpf no conntrack."
+            .to_owned(),
+        kube_proxy => format!(
+            "Services: {kube_proxy}, as in a cluster: the nodes have kube-proxy's rules and \
+             conntrack on what goes through their stack. Compare with earlier reports, which had \
+             none, by --services none."
+        ),
+    }
+}
+
 const ALONE: &str = "redirect-rr and redirect-connect are rr and connect without ztunnels: what \
     is redirected is answered by the load generator's echo server, on a transparent listener for \
     each CPU in ztunnel's place, in labs of their own; in path none the same server runs in the \

@@ -67,6 +67,11 @@ fn a_comparison_reports_and_leaves_nothing() {
         ("none", "none#2")
     );
     assert!(itself.ratios > 0);
+    // What a cluster has, unless one asks for something else; and the report says so.
+    assert_eq!(document.settings.services, Services::Iptables);
+    assert!(document.command.ends_with("--services iptables"));
+    let said = |note: &String| note.starts_with("Services: iptables");
+    assert!(document.notes.iter().any(said), "{:?}", document.notes);
     assert_eq!(document.skipped_peers[0].name, "absent");
     let single = document.rows.iter().filter(|row| row.path == "none");
     assert_eq!(single.count(), document.cells().len());

@@ -16,6 +16,7 @@ use super::placement::{Bound, Cpus, Pin};
 use super::plan::{Cell, Scope, Workload};
 use super::sample::{Role, Sample, Spent, Watched, resident_bytes};
 use crate::lab::Lab;
+use crate::services::Services;
 
 const CLIENT: &str = "client-a";
 /// Server ports in turn, so that a trial does not meet the last one's `TIME_WAIT`. Below the
@@ -33,6 +34,8 @@ pub(super) struct Setup<'a> {
     pub(super) duration: Duration,
     pub(super) warmup: Duration,
     pub(super) pin: &'a Pin,
+    /// Of all paths' labs.
+    pub(super) services: Services,
 }
 
 /// What a trial found.

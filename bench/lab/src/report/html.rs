@@ -74,11 +74,12 @@ fn head(html: &mut String, document: &Document) {
     let _ = writeln!(
         html,
         "<p class=\"about\">{} rounds of {} s per trial after {} s of warm-up, paths interleaved, \
-         their order flipped every round. Noise threshold {:.1} %. Machine {:.1} % busy with all \
-         labs up and nothing measured.</p>",
+         their order flipped every round. Rules for services on the nodes: {}. \
+         Noise threshold {:.1} %. Machine {:.1} % busy with all labs up and nothing measured.</p>",
         settings.rounds,
         settings.duration_s,
         settings.warmup_s,
+        settings.services,
         document.noise_threshold * 100.0,
         settings.idle_busy_share * 100.0,
     );

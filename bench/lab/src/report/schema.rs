@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::services::Services;
+
 /// Version of the layout written here.
 pub const SCHEMA: u32 = 1;
 
@@ -128,6 +130,9 @@ pub struct Settings {
     pub warmup_s: f64,
     /// CPUs of the load generator's client and server, in words.
     pub placement: String,
+    /// Whose rules for services the nodes had; reports from before there were any do not say.
+    #[serde(default)]
+    pub services: Services,
     /// Rounds asked for.
     pub rounds_wanted: u32,
     /// Rounds done.
