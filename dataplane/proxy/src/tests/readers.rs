@@ -347,6 +347,46 @@ fn tiny_records_take_turns() {
     drop(peer.join().unwrap());
 }
 
+/// Of two workers the one that holds more than its share gives streams up, although nothing but
+/// PING arrives there; the other one's stay.
+#[test]
+fn a_worker_within_its_share_gives_nothing_up() {
+    run(async {
+        let limit = TunnelMemory::new(15 << 20);
+        let of_worker = || Surroundings {
+            ping: (Duration::from_millis(100), Duration::from_secs(20)),
+            memory: WorkerMemory::new(&limit),
+            limit: Arc::clone(&limit),
+        };
+        let (full, other) = (of_worker(), of_worker());
+        let stuck = async |worker: &Surroundings, streams: usize| {
+            let pair = pair_in(Config::client(), Config::server(), worker).await;
+            let mut all = Vec::new();
+            for _ in 0..streams {
+                let (near, far) = pair.open().await;
+                all.push((pour(&pair.server, far), near));
+            }
+            until("they fill their windows", || {
+                let full = |sent: &Poured| sent.failed.get() || sent.bytes.get() > 4_000_000;
+                all.iter().all(|(sent, _)| full(sent))
+            })
+            .await;
+            (pair, all)
+        };
+        let (_full_pair, full_streams) = stuck(&full, 3).await;
+        assert_eq!(limit.streams_given_up(), 0);
+        let (other_pair, other_streams) = stuck(&other, 1).await;
+        until("the full one gives one up", || limit.streams_given_up() > 0).await;
+        carries(&other_pair, true, 1 << 20).await;
+        assert!(other_streams.iter().all(|(sent, _)| !sent.failed.get()));
+        until("that one knows", || {
+            full_streams.iter().any(|(sent, _)| sent.failed.get())
+        })
+        .await;
+        assert!(limit.held() <= limit.limit());
+    });
+}
+
 /// Half a record, of which more comes now and then, keeps a block for a record and no larger one.
 #[test]
 fn half_a_record_keeps_a_small_block() {
