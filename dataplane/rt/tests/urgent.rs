@@ -78,8 +78,14 @@ fn relay(backend: Backend, target: SocketAddr, how: How) -> (SocketAddr, thread:
     (addr, handle)
 }
 
-/// Sends `data`, the last byte of every piece as urgent, with pauses after some pieces.
-fn send(to: &TcpStream, data: &[u8], piece: usize, pause_every: usize) {
+/// Sends `data`, the last byte of every piece as urgent, with pauses after some pieces. The end is
+/// sent only when all has arrived: it would hide a relay that waits for more.
+fn send(
+    to: &TcpStream,
+    data: &[u8],
+    (piece, pause_every): (usize, usize),
+    arrived: &mpsc::Receiver<()>,
+) {
     for (at, piece) in data.chunks(piece).enumerate() {
         let (last, before) = piece.split_last().unwrap();
         for (bytes, flags) in [(before, 0), (std::slice::from_ref(last), libc::MSG_OOB)] {
@@ -98,6 +104,7 @@ fn send(to: &TcpStream, data: &[u8], piece: usize, pause_every: usize) {
             thread::sleep(Duration::from_millis(5));
         }
     }
+    let _ = arrived.recv(); // not, if less than that has arrived
     to.shutdown(Shutdown::Write).unwrap();
 }
 
@@ -131,11 +138,16 @@ fn check(backend: Backend, how: How, (len, piece, pause_every): (usize, usize, u
             );
         }
         thread::scope(|scope| {
-            scope.spawn(|| send(from, &data, piece, pause_every));
-            let (mut got, mut to) = (Vec::new(), to);
+            let (say, arrived) = mpsc::channel();
+            let data = &data;
+            scope.spawn(move || send(from, data, (piece, pause_every), &arrived));
+            let (mut got, mut to) = (vec![0; len], to);
+            to.read_exact(&mut got)
+                .unwrap_or_else(|error| panic!("{how:?}, pieces of {piece}: {error}"));
+            say.send(()).unwrap();
             to.read_to_end(&mut got).unwrap();
             assert!(
-                got == data,
+                got == *data,
                 "{how:?}, pieces of {piece}: {} of {len} bytes, or different ones",
                 got.len()
             );
