@@ -50,6 +50,7 @@ soak: ## what takes long: a million connections, minutes of silence, an hour of 
 	LAB_HANDOVERS=20 LAB_BIN_DIR=$(abspath $(TARGET))/release cargo test -p lab --release \
 	    --test handover -- --nocapture
 	cargo test -p proxy --release --lib -- silent_tunnels_live_for_five_minutes --ignored --test-threads 1
+	cargo test -p proxy --release --lib -- waits_for_seventy_seconds --ignored
 	PROXY_FUZZ_SECONDS=3600 cargo test -p proxy --release --lib -- whole_tunnels --nocapture
 
 miri: ## optional, with a nightly compiler: rt under Miri and AddressSanitizer

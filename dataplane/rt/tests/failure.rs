@@ -204,7 +204,35 @@ fn an_end_is_no_failure(backend: Backend) {
     assert_eq!(noticed(backend, end, AFTER_BOTH_ENDS, read_all), "nothing");
 }
 
+/// A flow that waits for room again and again is watched by one operation, however often.
+fn a_watch_is_one_operation(backend: Backend) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut runtime = Runtime::new(with(backend)).unwrap();
+    let counters = runtime.counters();
+    let submissions = move || counters.ring().submissions;
+    let operations = runtime.run(async move {
+        let mut listener = Listener::from_std(listener);
+        let accepted = listener.accept().await.unwrap();
+        let mut observer = accepted.observer();
+        let before = submissions();
+        for _ in 0..100 {
+            let watched = poll_fn(|cx| {
+                assert!(observer.poll_failure(cx).is_pending());
+                std::task::Poll::Ready(())
+            });
+            watched.await;
+            rt::time::sleep(Duration::from_millis(5)).await;
+        }
+        submissions() - before
+    });
+    // The counters are a turn late: the accept may be among them.
+    let operations = operations.unwrap();
+    assert!((1..=2).contains(&operations), "{operations} operations");
+}
+
 both_back_ends! {
+    a_watch_is_one_operation,
     a_reset_is_noticed,
     an_end_is_no_failure,
 }

@@ -269,8 +269,8 @@ fn start(way: &'static str, server: u16, backend: Backend) -> Worker {
     )
 }
 
-/// What is seen in every case, done by the client and by the server.
-fn seen(way: &'static str, backend: Backend) -> Vec<String> {
+/// What is seen in every one of `cases`, done by the client and by the server.
+fn seen(way: &'static str, backend: Backend, cases: &'static [Case]) -> Vec<String> {
     let server = Server::new();
     let worker = (way != "no proxy").then(|| start(way, server.port, backend));
     let connect = || match &worker {
@@ -279,7 +279,7 @@ fn seen(way: &'static str, backend: Backend) -> Vec<String> {
     };
     let (server, connect) = (&server, &connect);
     let seen = thread::scope(|scope| {
-        let cases = CASES.iter().enumerate().flat_map(|(at, case)| {
+        let cases = cases.iter().enumerate().flat_map(|(at, case)| {
             ["client", "server"]
                 .into_iter()
                 .enumerate()
@@ -319,13 +319,13 @@ fn seen(way: &'static str, backend: Backend) -> Vec<String> {
     seen
 }
 
-fn ends_are_as_without_a_proxy(backend: Backend) {
+fn ends_are_as_without_a_proxy(backend: Backend, cases: &'static [Case]) {
     let [none, ways @ ..] = WAYS;
-    let expected = seen(none, backend);
+    let expected = seen(none, backend, cases);
     thread::scope(|scope| {
         let ways: Vec<_> = ways
             .into_iter()
-            .map(|way| (way, scope.spawn(move || seen(way, backend))))
+            .map(|way| (way, scope.spawn(move || seen(way, backend, cases))))
             .collect();
         for (way, thread) in ways {
             let seen = thread.join().unwrap();
@@ -344,10 +344,32 @@ fn ends_are_as_without_a_proxy_on_io_uring() {
         eprintln!("skipped: ends_are_as_without_a_proxy_on_io_uring: {refusal}");
         return;
     }
-    ends_are_as_without_a_proxy(Backend::IoUring);
+    ends_are_as_without_a_proxy(Backend::IoUring, &CASES);
 }
 
 #[test]
 fn ends_are_as_without_a_proxy_on_epoll() {
-    ends_are_as_without_a_proxy(Backend::Epoll);
+    ends_are_as_without_a_proxy(Backend::Epoll, &CASES);
+}
+
+/// One that has ended its stream waits for the answer as long as that takes: longer than every time
+/// after which something else is given up.
+const PATIENT: [Case; 1] = [("ends, waits, gets the rest", |Sides { actor, witness }| {
+    actor.set_read_timeout(None).unwrap();
+    actor.shutdown(Shutdown::Write).unwrap();
+    assert_eq!((&witness).read(&mut [0]).unwrap(), 0);
+    thread::sleep(Duration::from_secs(70));
+    (&witness).write_all(&[1; 300_000]).unwrap();
+    drop(witness);
+    read(&actor, true)
+})];
+
+#[test]
+#[ignore = "takes more than a minute: make soak"]
+fn a_half_closed_connection_waits_for_seventy_seconds() {
+    for backend in [Backend::IoUring, Backend::Epoll] {
+        if backend == Backend::Epoll || rt::probe::check().is_ok() {
+            ends_are_as_without_a_proxy(backend, &PATIENT);
+        }
+    }
 }
