@@ -142,8 +142,10 @@ impl Error {
     }
 }
 
-/// Longest reason kept: a verifier log has thousands of lines and its end is what matters.
+/// Longest reason kept: a verifier log has thousands of lines, and its end is what matters. Before
+/// it stands what the kernel answered.
 const REASON_CHARS_MAX: usize = 400;
+const REASON_HEAD_CHARS: usize = 100;
 
 /// An error with its sources on one line, each source once.
 fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
@@ -160,7 +162,7 @@ fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
     join_lines(&text)
 }
 
-/// Replaces line breaks and keeps the end of what is too long.
+/// Replaces line breaks and keeps both ends of what is too long, more of the last.
 pub(crate) fn join_lines(text: &str) -> String {
     let joined: Vec<_> = text
         .lines()
@@ -168,8 +170,13 @@ pub(crate) fn join_lines(text: &str) -> String {
         .filter(|line| !line.is_empty())
         .collect();
     let joined = joined.join("; ");
-    match joined.char_indices().rev().nth(REASON_CHARS_MAX) {
-        Some((start, _)) => format!("...{}", &joined[start..]),
+    let tail = REASON_CHARS_MAX - REASON_HEAD_CHARS;
+    if joined.chars().count() <= REASON_CHARS_MAX {
+        return joined;
+    }
+    let head: String = joined.chars().take(REASON_HEAD_CHARS).collect();
+    match joined.char_indices().rev().nth(tail) {
+        Some((start, _)) => format!("{head} ... {}", &joined[start..]),
         None => joined,
     }
 }
@@ -179,11 +186,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reasons_are_one_line_and_keep_their_end() {
+    fn reasons_are_one_line_and_keep_their_ends() {
         assert_eq!(join_lines("a\n  b \n\nc\n"), "a; b; c");
-        let long = format!("{}end", "x".repeat(10_000));
+        let long = format!("returned EAGAIN{}end", "x".repeat(10_000));
         let short = join_lines(&long);
-        assert!(short.len() < 500 && short.starts_with("...") && short.ends_with("end"));
+        assert!(short.len() < 500 && short.starts_with("returned EAGAINx"));
+        assert!(short.contains(" ... ") && short.ends_with("end"));
         assert!(join_lines(&"é".repeat(1000)).ends_with('é'));
     }
 
