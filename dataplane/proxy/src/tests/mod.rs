@@ -12,6 +12,7 @@ mod handshakes;
 mod hostile;
 mod keepalive;
 mod peer;
+mod pods;
 mod pooling;
 mod queueing;
 mod readers;
