@@ -43,10 +43,11 @@ test-kernels: ## test redirection on Linux 6.1 under QEMU; KERNELS="5.10 6.1 6.1
 	@scripts/setup.sh --kernels
 	@KERNELS="$(or $(KERNELS),6.1)" scripts/kernels/run.sh
 
-soak: ## what takes long: a million connections, minutes of silence, an hour of fuzzing
+soak: ## what takes long: a million connections, all attacks, minutes of silence, an hour of fuzzing
 	RT_SOAK_CONNECTIONS=1000000 cargo test -p rt --release --test soak
 	cargo test -p redirect --release --test redirection -- a_thousand_pods --ignored --nocapture
-	cargo build --release -p ztunnel -p node-agent -p lab --bins
+	cargo build --release -p ztunnel -p node-agent -p loadgen -p lab --bins
+	$(TARGET)/release/lab attack all
 	LAB_HANDOVERS=20 LAB_BIN_DIR=$(abspath $(TARGET))/release cargo test -p lab --release \
 	    --test handover -- --nocapture
 	cargo test -p proxy --release --lib -- silent_tunnels_live_for_five_minutes --ignored --test-threads 1

@@ -83,6 +83,15 @@ impl CertificateAuthority {
     /// # Errors
     /// [`Error::Certificate`] if `uri` is no URI or the crypto library refuses.
     pub fn issue(&self, uri: &str) -> Result<(String, String)> {
+        self.issue_as(uri, |_| {})
+    }
+
+    /// As [`Self::issue`], with `change` to what is asked for: another time, other names.
+    pub(crate) fn issue_as(
+        &self,
+        uri: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Result<(String, String)> {
         let failed = |source| Error::Certificate {
             what: format!("a leaf for {uri}"),
             source,
@@ -97,6 +106,7 @@ impl CertificateAuthority {
             ExtendedKeyUsagePurpose::ClientAuth,
             ExtendedKeyUsagePurpose::ServerAuth,
         ];
+        change(&mut params);
         let certificate = params.signed_by(&key, &issuer).map_err(failed)?.pem();
         Ok((certificate, key.serialize_pem()))
     }

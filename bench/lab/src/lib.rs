@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+pub mod attack;
 mod ca;
 pub mod compare;
 mod daemon;

@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lab::attack::{self, AttackOptions, Verdict};
 use lab::compare::{self, CompareOptions};
 use lab::network::namespace;
 use lab::peers::ProxyKind;
@@ -52,6 +53,9 @@ enum Commands {
     },
     /// Measure the redirection paths against each other and write a report
     Compare(CompareOptions),
+    /// Set hostile peers and pods on ztunnels; exits with 1 if one gets what it should not
+    #[command(after_help = "Attacks: lab attack list")]
+    Attack(AttackOptions),
     /// Render report.html again from report.json
     Report {
         /// Directory of the report [default: the newest in results/ that compares ebpf and tunnel]
@@ -164,6 +168,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Commands::Compare(options) => {
             compare::run(&options).context("compare")?;
         }
+        Commands::Attack(options) => return hold_off(&options),
         Commands::Answer { listener_map } => {
             listener::serve(listener_map.as_deref()).context("answer")?;
         }
@@ -186,6 +191,20 @@ fn up(args: UpArgs) -> Result<()> {
     let lab = Lab::up(&options)
         .with_context(|| format!("up `{}` --redirect {}", options.name, options.redirect))?;
     print(&lab.status().to_string())
+}
+
+/// Exits with 0 if every attack was held off.
+fn hold_off(options: &AttackOptions) -> Result<ExitCode> {
+    let rows = attack::run(options).context("attack")?;
+    if !rows.is_empty() {
+        print(&attack::report(&rows))?;
+    }
+    let broke = rows.iter().any(|row| row.verdict == Verdict::Broke);
+    Ok(if broke {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn render(dir: Option<PathBuf>, readme: Option<&Path>) -> Result<()> {

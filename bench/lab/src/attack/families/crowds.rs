@@ -1,0 +1,312 @@
+//! Many at once: connections to a cold destination, peers that say nothing, idle connections to the
+//! endpoints and of a pod.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use super::resets::gets_in;
+use super::{Attack, Failure, got, small};
+use crate::attack::arena::{
+    ATTACKER, Arena, HBONE, PATIENCE, VICTIM, address, echoes, eventually, log_since, victim,
+};
+use crate::attack::catalog::{Bounds, Finding};
+use crate::attack::who::Who;
+use crate::lab::{Lab, LabOptions};
+use crate::topology::Node;
+use crate::ztunnel;
+
+const FAMILY: &str = "crowds";
+
+pub(super) fn attacks() -> Vec<Attack> {
+    let mut attacks = vec![Attack {
+        bounds: Bounds {
+            // A client's and a server's for each connection, over both ztunnels.
+            descriptors: 40_000,
+            memory: 1 << 30,
+            log: 16 << 20,
+            slower: Some(50),
+            honest_may_fail: false,
+        },
+        ..alone(
+            "cold-destination",
+            "the time of others: a worker that is busy with it alone",
+            Box::new(cold_destination),
+        )
+    }];
+    for (name, first) in [
+        ("silent-crowd", &[][..]),
+        (
+            "half-hello-crowd",
+            &[22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3][..],
+        ),
+    ] {
+        attacks.push(Attack {
+            bounds: Bounds {
+                descriptors: 12_000,
+                memory: 256 << 20,
+                log: 2 << 20,
+                ..Bounds::SMALL
+            },
+            ..alone(
+                name,
+                "every place for handshakes: the honest must get in",
+                Box::new(move |arena: &Arena| silent_crowd(arena, first)),
+            )
+        });
+    }
+    let endpoints: [(&str, u16, &str); 2] = [
+        ("idle-on-readiness", 15_021, "/healthz/ready"),
+        ("idle-on-metrics", 15_020, "/metrics"),
+    ];
+    for (name, port, path) in endpoints {
+        for (suffix, bytes) in [("", &b""[..]), ("-half-a-request", b"GET /heal")] {
+            let run = move |arena: &Arena| idle_on(arena, port, path, bytes);
+            attacks.push(alone(
+                &format!("{name}{suffix}"),
+                "the endpoint for itself",
+                Box::new(run),
+            ));
+        }
+    }
+    attacks.push(alone(
+        "admin-from-a-pod",
+        "the admin page",
+        Box::new(admin_page),
+    ));
+    attacks.push(Attack {
+        bounds: Bounds {
+            log: 4 << 20,
+            ..Bounds::SMALL
+        },
+        ..alone(
+            "descriptors-of-a-node",
+            "readiness, metrics, or connections that are there: the reserve",
+            Box::new(all_descriptors),
+        )
+    });
+    attacks
+}
+
+fn alone(name: &str, must_not: &str, run: super::Run) -> Attack {
+    Attack {
+        alone: true,
+        ..small(name, FAMILY, must_not, run)
+    }
+}
+
+/// One pod connects to one place to which there is no tunnel, thousands of times at once. First an
+/// eighth of that, to see what a connection costs: all must not take much more than eight times as
+/// long.
+fn cold_destination(arena: &Arena) -> Finding {
+    let many = arena.count(8_000, 3_200);
+    let some = many / 8;
+    // Two ports of a pod are one destination: the first crowd must not warm the way of the second.
+    let first = crowd(arena, (VICTIM, "server-a"), some)?;
+    let all = crowd(arena, ("client-a", VICTIM), many)?;
+    let linear = first.as_secs_f64().max(0.05) * 8.0;
+    let told = format!(
+        "{some} through in {:.2} s, {many} in {:.2} s",
+        first.as_secs_f64(),
+        all.as_secs_f64()
+    );
+    if all.as_secs_f64() > linear * 5.0 {
+        return got(format!("more than its share of time: {told}"));
+    }
+    Ok(told)
+}
+
+/// Connects `count` times at once and asks on each; how long until all were answered.
+fn crowd(arena: &Arena, (from, to): (&str, &str), count: usize) -> Result<Duration, Failure> {
+    let target = address(to, 8080)?;
+    let begun = Instant::now();
+    let opened = arena.lab.on(from, || {
+        (0..count)
+            .map(|_| {
+                let mut stream = TcpStream::connect_timeout(&target, PATIENCE)?;
+                stream.set_read_timeout(Some(PATIENCE * 5))?;
+                stream.write_all(b"!")?;
+                Ok(stream)
+            })
+            .collect::<std::io::Result<Vec<_>>>()
+    })?;
+    let mut opened = opened?;
+    let mut failed = 0;
+    for stream in &mut opened {
+        failed += usize::from(stream.read_exact(&mut [0]).is_err());
+    }
+    if failed > 0 {
+        return got(format!("{failed} of {count} honest connections failed"));
+    }
+    Ok(begun.elapsed())
+}
+
+/// More connections than all workers have places, without a ClientHello; then the honest come.
+fn silent_crowd(arena: &Arena, first: &[u8]) -> Finding {
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let count = (2048 * workers + 200).min(9_000);
+    let target = victim(HBONE)?;
+    let silent = arena.lab.on(ATTACKER, || {
+        (0..count)
+            .map(|_| {
+                let mut stream = TcpStream::connect_timeout(&target, PATIENCE)?;
+                stream.write_all(first)?;
+                Ok(stream)
+            })
+            .collect::<std::io::Result<Vec<_>>>()
+    })?;
+    // What was hung up already is as good as refused.
+    let silent = silent.unwrap_or_default();
+    let tries = 20;
+    let mut failed = Vec::new();
+    for _ in 0..tries {
+        let who = Who::Workload("waypoint-b");
+        if let Err(failure) = gets_in(arena, "waypoint-b", who) {
+            failed.push(format!("{failure:?}"));
+        }
+    }
+    drop(silent);
+    match failed.last() {
+        None => Ok(format!(
+            "{tries} honest handshakes beside {count} silent ones"
+        )),
+        Some(last) => got(format!(
+            "{} of {tries} honest handshakes failed: {last}",
+            failed.len()
+        )),
+    }
+}
+
+/// Idle connections to an endpoint, from a pod.
+fn idle_on(arena: &Arena, port: u16, path: &str, first: &[u8]) -> Finding {
+    let count = 100;
+    let target = address("ztunnel-b", port)?;
+    let usual = answers(arena, port, path)?;
+    // All at once: who is idle may be hung up on soon. Refused is fine, too.
+    let idle: Vec<_> = arena.lab.on(ATTACKER, || {
+        let connect = || {
+            let mut stream =
+                TcpStream::connect_timeout(&target, Duration::from_millis(300)).ok()?;
+            let _ = stream.write_all(first);
+            Some(stream)
+        };
+        (0..count).map_while(|_| connect()).collect()
+    })?;
+    let now = answers(arena, port, path)?;
+    let told = format!(
+        "answers in {} ms beside {} idle connections, {} ms before",
+        now.as_millis(),
+        idle.len(),
+        usual.as_millis()
+    );
+    // kubelet waits for a second.
+    if now > (usual * 20).max(Duration::from_millis(500)) {
+        return got(format!("the time of who asks honestly: {told}"));
+    }
+    Ok(told)
+}
+
+/// The longest time that an answer takes in some tries.
+fn answers(arena: &Arena, port: u16, path: &str) -> Result<Duration, Failure> {
+    let mut took = Vec::new();
+    for _ in 0..5 {
+        let begun = Instant::now();
+        match arena.page("ztunnel-b", port, path) {
+            Ok((200, _)) => took.push(begun.elapsed()),
+            Ok((status, _)) => return got(format!("status {status} for who asks honestly")),
+            Err(error) => return got(format!("no answer for who asks honestly: {error}")),
+        }
+    }
+    Ok(took.into_iter().max().unwrap_or_default())
+}
+
+/// The admin page is for the node alone.
+fn admin_page(arena: &Arena) -> Finding {
+    for host in [ATTACKER, "client-a", "node-b"] {
+        let target = address("ztunnel-b", 15_000)?;
+        let Ok(mut stream) = arena.dial(host, target) else {
+            continue;
+        };
+        let _ = stream.write_all(b"GET /config_dump HTTP/1.0\r\n\r\n");
+        if matches!(stream.read(&mut [0; 64]), Ok(1..)) {
+            return got(format!("the admin page from {host}"));
+        }
+    }
+    Ok("not from pods and not from the node's namespace".to_owned())
+}
+
+/// A lab whose ztunnels may have few descriptors, and a pod that takes them all.
+fn all_descriptors(arena: &Arena) -> Finding {
+    const LIMIT: usize = 1_000;
+    if !arena.is_own() {
+        return Err(Failure::Skipped("brings up a lab of its own".to_owned()));
+    }
+    let directory = tempfile::tempdir()?;
+    let program = directory.path().join("ztunnel");
+    let binary = crate::daemon::workspace_binary("ztunnel")?;
+    let text = format!(
+        "#!/bin/sh\nulimit -n {LIMIT}\nexec '{}' \"$@\"\n",
+        binary.display()
+    );
+    std::fs::write(&program, text)?;
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&program, mode)?;
+    let name = format!("{}-fd", arena.lab.name());
+    let lab = Lab::up(&LabOptions {
+        name: name.clone(),
+        redirect: arena.lab.redirect(),
+        ztunnel: Some(program),
+        ..LabOptions::default()
+    })?;
+    let finding = Arena::new(lab, true, true)
+        .map_err(Failure::from)
+        .and_then(|few| take_all(&few, LIMIT * 3 / 2));
+    Lab::down(&name)?;
+    finding
+}
+
+fn take_all(few: &Arena, count: usize) -> Finding {
+    let mut kept = few.dial("client-a", address(VICTIM, 8080)?)?;
+    if !echoes(&mut kept, b"before") {
+        return Err(Failure::Driver("no honest connection".to_owned()));
+    }
+    let target: SocketAddr = address(VICTIM, 8080)?;
+    let idle: Vec<_> = few.lab.on("server-a", || {
+        let connect = || TcpStream::connect_timeout(&target, Duration::from_secs(2)).ok();
+        (0..count).map_while(|_| connect()).collect()
+    })?;
+    let mut missing = Vec::new();
+    for (port, path) in [
+        (15_021, "/healthz/ready"),
+        (15_020, "/metrics"),
+        (15_000, "/config_dump"),
+    ] {
+        match few.page("ztunnel-a", port, path) {
+            Ok((200, _)) => {}
+            Ok((status, _)) => missing.push(format!("{path} {status}")),
+            Err(error) => missing.push(format!("{path}: {error}")),
+        }
+    }
+    if !echoes(&mut kept, b"during") {
+        missing.push("a connection that was there".to_owned());
+    }
+    let log = ztunnel::log_path(few.lab.name(), Node::A);
+    let told = log_since(&log, 0)?;
+    // A line for each connection would be 500 of them.
+    if told.len() > 128 << 10 {
+        missing.push(format!("{} KiB of log", told.len() >> 10));
+    }
+    let count = idle.len();
+    drop(idle);
+    let back = eventually("new connections are taken again", || {
+        few.dial("client-a", target)
+            .is_ok_and(|mut stream| echoes(&mut stream, b"after"))
+    });
+    if back.is_err() {
+        missing.push("new connections, for good".to_owned());
+    }
+    match missing.is_empty() {
+        true => Ok(format!("{count} idle connections, all else went on")),
+        false => got(missing.join("; ")),
+    }
+}

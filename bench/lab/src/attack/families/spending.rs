@@ -1,0 +1,248 @@
+//! What costs the victim more than the attacker: memory behind small frames, work behind SETTINGS,
+//! lines of log behind refusals.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+
+use super::resets::unread_listener;
+use super::{Application, Attack, Failure, INSIDER, got, small};
+use crate::attack::arena::{
+    ATTACKER, Arena, HBONE, PATIENCE, VICTIM, accept_all, address, eventually, victim,
+};
+use crate::attack::catalog::{Bounds, Finding};
+use crate::attack::frames::{connect, data, hello, settings};
+use crate::attack::session::{Heard, Session};
+
+const FAMILY: &str = "spending";
+/// Payload of a small frame.
+const SMALL: usize = 100;
+
+pub(super) fn attacks() -> Vec<Attack> {
+    let memory = "memory far beyond the bytes it sends";
+    let log = "a line of log for each refusal, without limit";
+    vec![
+        alone("small-data-unread", memory, Box::new(small_data)),
+        alone("small-data-not-connected", memory, Box::new(not_connected)),
+        alone("small-writes-of-a-pod", memory, Box::new(small_writes)),
+        Attack {
+            bounds: Bounds {
+                // It is about work, which is compared with that of a twin; and 800 streams end.
+                slower: None,
+                log: 1 << 20,
+                ..Bounds::SMALL
+            },
+            ..alone(
+                "settings-of-256",
+                "work for each value on each stream",
+                Box::new(settings_of_256),
+            )
+        },
+        alone("refusals-in-a-tunnel", log, Box::new(refusals_in_a_tunnel)),
+        alone(
+            "refusals-in-plain",
+            log,
+            Box::new(|arena: &Arena| refusals(arena, ATTACKER, address(VICTIM, 9003)?, b"")),
+        ),
+        alone(
+            "refusals-of-a-pod",
+            log,
+            Box::new(|arena: &Arena| refusals(arena, "client-a", address(VICTIM, 9001)?, b"")),
+        ),
+        alone(
+            "refusals-of-handshakes",
+            log,
+            Box::new(|arena: &Arena| {
+                refusals(arena, ATTACKER, victim(HBONE)?, b"GET / HTTP/1.1\r\n\r\n")
+            }),
+        ),
+    ]
+}
+
+fn alone(name: &str, must_not: &str, run: super::Run) -> Attack {
+    Attack {
+        alone: true,
+        ..small(name, FAMILY, must_not, run)
+    }
+}
+
+/// A stream to an application that does not read, in frames that are small, each in a record.
+fn small_data(arena: &Arena) -> Finding {
+    let (listener, port) = unread_listener(arena)?;
+    let mut session = arena.session(INSIDER)?;
+    session.send(&hello())?;
+    session.send(&connect(1, &victim(port)?.to_string()))?;
+    let mut held = Vec::new();
+    eventually("the stream reaches the application", || {
+        held.extend(accept_all(&listener).unwrap_or_default());
+        !held.is_empty()
+    })?;
+    let sent = drip(arena, &mut session);
+    Ok(format!(
+        "{} KiB in {sent} frames: {}",
+        (sent * SMALL) >> 10,
+        session.heard().words()
+    ))
+}
+
+/// The same to an application whose connection is not made yet.
+fn not_connected(arena: &Arena) -> Finding {
+    let full = arena.lab.on(VICTIM, || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&std::net::SocketAddr::from(([0, 0, 0, 0], 0)).into())?;
+        socket.listen(0)?;
+        Ok::<TcpListener, std::io::Error>(socket.into())
+    })??;
+    let port = full.local_addr()?.port();
+    // Nobody accepts: after these the kernel answers no more.
+    let filled: Vec<_> = arena.lab.on(VICTIM, || {
+        let to = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        let connect = || TcpStream::connect_timeout(&to, Duration::from_millis(300));
+        (0..4).map_while(|_| connect().ok()).collect()
+    })?;
+    let mut session = arena.session(INSIDER)?;
+    session.send(&hello())?;
+    session.send(&connect(1, &victim(port)?.to_string()))?;
+    let sent = drip(arena, &mut session);
+    drop(filled);
+    Ok(format!(
+        "{} KiB in {sent} frames: {}",
+        (sent * SMALL) >> 10,
+        session.heard().words()
+    ))
+}
+
+/// Small frames, as many as the windows take.
+fn drip(arena: &Arena, session: &mut Session) -> usize {
+    let frame = data(1, &[7; SMALL]);
+    let mut sent = 0;
+    while sent < arena.count(24_000, 12_000) && session.send(&frame).is_ok() {
+        sent += 1;
+        // Each is to arrive by itself.
+        thread::sleep(Duration::from_micros(30));
+        if sent % 256 == 0 && session.hear(Duration::ZERO, |_| true).over() {
+            break;
+        }
+    }
+    sent
+}
+
+/// A pod without any certificate does the same through its own, honest ztunnel.
+fn small_writes(arena: &Arena) -> Finding {
+    let (listener, port) = unread_listener(arena)?;
+    let mut stream = arena.dial("client-a", victim(port)?)?;
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(Duration::from_secs(3)))?;
+    let mut sent = 0;
+    // It is stopped once the windows are full.
+    while sent < arena.count(24_000, 12_000) && stream.write_all(&[7; SMALL]).is_ok() {
+        thread::sleep(Duration::from_micros(30));
+        sent += 1;
+    }
+    let held = accept_all(&listener)?;
+    Ok(format!(
+        "{} KiB in {sent} writes, {} unread",
+        (sent * SMALL) >> 10,
+        held.len()
+    ))
+}
+
+/// SETTINGS with as many values as fit a small frame, on a tunnel with many streams. The twin sends
+/// as many bytes in values without a meaning.
+fn settings_of_256(arena: &Arena) -> Finding {
+    let application = Application::on_victim(arena)?;
+    let to = application.authority()?;
+    let windows: Vec<_> = (0..256).map(|i| (4, 65_535 + (i & 1))).collect();
+    let nothing: Vec<_> = (0..256).map(|i| (0xa5a5, 65_535 + (i & 1))).collect();
+    let twin = work_of(arena, (&to, &application.listener), &settings(&nothing))?;
+    let cost = work_of(arena, (&to, &application.listener), &settings(&windows))?;
+    let told = format!("{cost} ms of CPU, without a meaning {twin} ms");
+    // A clock tick is 10 ms.
+    if cost > (twin + 50) * 4 {
+        return got(format!("work: {told}"));
+    }
+    Ok(told)
+}
+
+/// CPU of the ztunnels for tunnels on which `frame` is sent until they end, or often enough.
+fn work_of(
+    arena: &Arena,
+    (to, listener): (&str, &TcpListener),
+    frame: &[u8],
+) -> Result<u64, Failure> {
+    let mut cost = 0;
+    for _ in 0..4 {
+        let mut session = arena.session(INSIDER)?;
+        session.send(&hello())?;
+        for i in 0..100 {
+            session.send(&connect(1 + 2 * i, to))?;
+        }
+        let mut held = Vec::new();
+        eventually("a hundred streams reach the application", || {
+            held.extend(accept_all(listener).unwrap_or_default());
+            session.hear(Duration::ZERO, |_| true);
+            held.len() >= 100 || session.heard().over()
+        })?;
+        let before = arena.sample().cpu_ms;
+        let mut sent = 0;
+        while sent < 120 && session.send(frame).is_ok() {
+            sent += 1;
+        }
+        session.hear(PATIENCE, |heard| heard.over() || heard.acks > sent);
+        cost += arena.sample().cpu_ms - before;
+    }
+    Ok(cost)
+}
+
+/// Requests for a port that nobody may have, thousands of them.
+fn refusals_in_a_tunnel(arena: &Arena) -> Finding {
+    let to = victim(9003)?.to_string();
+    let count = arena.count(6_000, 2_000);
+    let mut session = arena.session(INSIDER)?;
+    session.send(&hello())?;
+    let mut asked = 0;
+    while asked < count && !session.heard().over() {
+        let batch: Vec<u8> = (asked..asked + 50)
+            .flat_map(|i| connect(1 + 2 * i as u32, &to))
+            .collect();
+        if session.send(&batch).is_err() {
+            break;
+        }
+        asked += 50;
+        session.hear(PATIENCE, |heard| {
+            heard.over() || heard.statuses.len() + heard.resets.len() >= asked
+        });
+    }
+    let heard = session.hear(Duration::ZERO, Heard::over);
+    let words = heard.words();
+    if heard.statuses.iter().any(|(_, status)| *status == 200) {
+        return got("a port that nobody may have");
+    }
+    Ok(format!("{asked} refused: {words}"))
+}
+
+/// Connections that are refused, one after the other.
+fn refusals(arena: &Arena, host: &str, to: std::net::SocketAddr, first: &[u8]) -> Finding {
+    let count = arena.count(6_000, 2_000);
+    let answered = arena.lab.on(host, || {
+        let mut answered = 0;
+        for _ in 0..count {
+            let Ok(mut stream) = TcpStream::connect_timeout(&to, PATIENCE) else {
+                continue;
+            };
+            let _ = stream.set_read_timeout(Some(PATIENCE));
+            let _ = stream.write_all(first);
+            let mut byte = [0];
+            // An alert of TLS is one byte of 21.
+            answered += usize::from(matches!(stream.read(&mut byte), Ok(1)) && byte[0] != 21);
+        }
+        answered
+    })?;
+    if answered > 0 {
+        return got(format!("{answered} answers"));
+    }
+    Ok(format!("{count} refused"))
+}
