@@ -65,10 +65,13 @@ pub fn path(state_dir: &Path) -> PathBuf {
 #[derive(Debug)]
 pub struct PodTable {
     path: PathBuf,
-    /// The file that was read, held open: as long as it is, no other file gets its number.
-    read: Option<File>,
+    /// The file that was read and its device and number; held open, so that no other file gets
+    /// that number.
+    read: Option<(File, (u64, u64))>,
     /// None: what was read is not a table.
     pods: Option<HashMap<IpAddr, Arc<PodIdentity>>>,
+    /// Why the last attempt failed: told once.
+    complaint: String,
 }
 
 impl PodTable {
@@ -79,6 +82,7 @@ impl PodTable {
             path: path.to_owned(),
             read: None,
             pods: None,
+            complaint: String::new(),
         }
     }
 
@@ -99,22 +103,27 @@ impl PodTable {
         let Ok(there) = fs::metadata(&self.path) else {
             return;
         };
-        let read = self.read.as_ref().and_then(|file| file.metadata().ok());
-        if read.is_some_and(|read| (read.dev(), read.ino()) == (there.dev(), there.ino())) {
+        let there = (there.dev(), there.ino());
+        if self.read.as_ref().is_some_and(|(_, read)| *read == there) {
             return;
         }
         match self.load() {
-            Ok(()) => {}
+            Ok(()) => self.complaint.clear(),
             Err(error) => {
-                let path = self.path.display();
-                tracing::error!("pod table {path}: {error}: no pod is known until it is right");
+                let (path, error) = (self.path.display(), error.to_string());
+                if self.complaint != error {
+                    tracing::error!("pod table {path}: {error}: no pod is known until it is right");
+                }
+                self.complaint = error;
                 self.pods = None;
             }
         }
     }
 
     fn load(&mut self) -> io::Result<()> {
-        let file = self.read.insert(File::open(&self.path)?);
+        let file = File::open(&self.path)?;
+        let metadata = file.metadata()?;
+        let (file, _) = self.read.insert((file, (metadata.dev(), metadata.ino())));
         let mut text = String::new();
         file.take(BYTES_MAX).read_to_string(&mut text)?;
         let wrong = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
