@@ -151,7 +151,10 @@ fn an_attempt_ends_as_without_a_runtime() {
             ("ip6tables", Ipv6Addr::LOCALHOST.into(), &REJECTS6),
         ];
         for (program, address, rejects) in families {
-            let listener = TcpListener::bind((address, 7000)).unwrap();
+            let Ok(listener) = TcpListener::bind((address, 7000)) else {
+                assert!(address.is_ipv6());
+                continue; // a machine without IPv6
+            };
             thread::spawn(move || listener.incoming().map(std::mem::forget).count());
             targets.push((format!("accepted {address}"), (address, 7000).into()));
             targets.push((format!("refused {address}"), (address, 7001).into()));

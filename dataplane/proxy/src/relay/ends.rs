@@ -237,18 +237,14 @@ impl Ends<'_> {
         if done && self.sides[1 - from].sent().left == 0 {
             return Poll::Ready(self.lost(from));
         }
-        self.linger(cx, from, LINGER).map(|()| self.lost(from))
+        self.linger_for(cx, from).map(|()| self.lost(from))
     }
 
     /// Side `from` has left: what it had sent is delivered, its end as well, and then the other
     /// side may end what it sends.
     fn poll_leaving(&mut self, cx: &mut Context<'_>, from: usize) -> Poll<Result<(), ProxyError>> {
         if !self.flows[from].ended.get() {
-            let patience = match self.sides[from].is_complete() {
-                true => LINGER_COMPLETE,
-                false => LINGER,
-            };
-            return self.linger(cx, from, patience).map(|()| self.lost(from));
+            return self.linger_for(cx, from).map(|()| self.lost(from));
         }
         if self.over[1 - from] {
             return Poll::Ready(Ok(()));
@@ -256,6 +252,15 @@ impl Ends<'_> {
         // Its sender may stop now; closing with data unread would reset it, and take away what is
         // still on its way to it.
         self.linger(cx, from, LINGER).map(Ok)
+    }
+
+    /// As [`Self::linger`], as long as what `from` has left is worth.
+    fn linger_for(&mut self, cx: &mut Context<'_>, from: usize) -> Poll<()> {
+        let patience = match self.sides[from].is_complete() {
+            true => LINGER_COMPLETE,
+            false => LINGER,
+        };
+        self.linger(cx, from, patience)
     }
 
     /// Ready when the receiver of what `from` has left takes nothing for `patience`, or slowly.

@@ -187,26 +187,34 @@ fn an_application_that_does_not_read_is_reset() {
     }
 }
 
-/// What was complete when its sender left is kept for a receiver that takes its time.
+/// What was complete when its sender left, or its tunnel broke, is kept for a receiver that takes
+/// its time.
 #[test]
 fn a_late_reader_gets_a_complete_answer() {
-    let answer = pattern(9, 3_000_000);
-    let expected = answer.clone();
-    run(async move {
-        let app = |mut stream: TcpStream| {
-            thread::sleep(Duration::from_secs(3));
-            let mut all = Vec::new();
-            stream.read_to_end(&mut all).map(|_| all)
-        };
-        let (received, result) = relayed(app, async |pair, far| {
-            far.send(&mut bufs(&pair.server.pool(), &answer))
-                .await
-                .unwrap();
-            far.finish().unwrap();
-            drop(far);
-        })
-        .await;
-        assert!(received.unwrap() == expected);
-        assert!(result.is_ok(), "{result:?}");
-    });
+    for tunnel_breaks in [false, true] {
+        let answer = pattern(9, 3_000_000);
+        let expected = answer.clone();
+        run(async move {
+            let app = |mut stream: TcpStream| {
+                thread::sleep(Duration::from_secs(3));
+                let mut all = Vec::new();
+                stream.read_to_end(&mut all).map(|_| all)
+            };
+            let (received, result) = relayed(app, async |pair, far| {
+                far.send(&mut bufs(&pair.server.pool(), &answer))
+                    .await
+                    .unwrap();
+                far.finish().unwrap();
+                rt::time::sleep(Duration::from_millis(500)).await;
+                if tunnel_breaks {
+                    let error = TunnelError::KeepaliveTimeout;
+                    pair.client.abort(error, ErrorCode::NO_ERROR);
+                }
+                drop(far);
+            })
+            .await;
+            assert!(received.unwrap() == expected, "{tunnel_breaks}");
+            assert_eq!(result.is_err(), tunnel_breaks, "{result:?}");
+        });
+    }
 }
