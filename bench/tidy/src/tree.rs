@@ -1,5 +1,6 @@
 //! Finding the sources.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -20,6 +21,31 @@ pub fn sources(root: &Path) -> io::Result<Vec<Source>> {
     }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(found)
+}
+
+/// The directory of each crate of the workspace by its name, with a slash at the end.
+///
+/// # Errors
+/// A file or directory cannot be read.
+pub fn crates(root: &Path) -> io::Result<HashMap<String, String>> {
+    let manifest = fs::read_to_string(root.join("Cargo.toml"))?;
+    let members = manifest.lines().map(str::trim).filter_map(|line| {
+        let member = line.strip_prefix('"')?.strip_suffix("\",")?;
+        root.join(member)
+            .join("Cargo.toml")
+            .exists()
+            .then_some(member)
+    });
+    members
+        .map(|member| {
+            let manifest = fs::read_to_string(root.join(member).join("Cargo.toml"))?;
+            let name = manifest
+                .lines()
+                .find_map(|line| line.strip_prefix("name = \""));
+            let name = name.and_then(|rest| rest.split('"').next());
+            Ok((name.unwrap_or(member).to_owned(), format!("{member}/")))
+        })
+        .collect()
 }
 
 fn walk(root: &Path, directory: &Path, found: &mut Vec<Source>) -> io::Result<()> {

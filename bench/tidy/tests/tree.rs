@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use tidy::{Ratchet, check, sources};
+use tidy::{Ratchet, SECURITY, check, check_security, crates, sources};
 
 #[test]
 fn the_tree_is_tidy() {
@@ -19,7 +19,11 @@ fn the_tree_is_tidy() {
         sources.len(),
         root.display()
     );
-    let findings = check(&sources, ratchet);
+    let mut findings = check(&sources, ratchet);
+    let document = std::fs::read_to_string(root.join(SECURITY)).unwrap();
+    let crates = crates(&root).unwrap();
+    assert!(crates.len() > 10, "{crates:?}");
+    findings.extend(check_security(&document, &sources, &crates));
     let list: Vec<_> = findings.iter().map(ToString::to_string).collect();
     assert!(
         findings.is_empty(),

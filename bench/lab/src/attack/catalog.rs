@@ -167,5 +167,13 @@ mod tests {
         for (name, _) in KNOWN_TO_SUCCEED {
             assert!(names.contains(name), "{name} is no attack");
         }
+        let document = include_str!("../../../../docs/security.md");
+        for name in document.split("`attack: ").skip(1) {
+            let name = name.split('`').next().unwrap();
+            assert!(
+                names.contains(name),
+                "docs/security.md: {name} is no attack"
+            );
+        }
     }
 }
