@@ -199,7 +199,7 @@ impl Ca {
 /// The proxy this one is compared with.
 mod ours {
     use super::{Arc, Ca, Duration, NodeContext, Snapshot, Sockets, io, thread};
-    use proxy::{Listeners, ProxyConfig, RedirectMode, WorkerSetup};
+    use proxy::{Listeners, ProxyConfig, RedirectMode, TunnelMemory, WorkerSetup};
     use telemetry::{AccessLevel, AccessLog, LogFormat, LogSink, Registry};
     use tls::{Authority, CertificateStore, LocalIssuer};
     use tracing::level_filters::LevelFilter;
@@ -217,6 +217,7 @@ mod ours {
             mode: RedirectMode::Node,
             original_source: true,
             same_node_tunnel: false,
+            pods: None,
             short_cut: None,
             mark: None,
             keepalive: None,
@@ -230,11 +231,13 @@ mod ours {
             ping_timeout: Duration::from_secs(20),
             pool_unused: Duration::from_secs(300),
             response_baggage: true,
+            tunnel_memory: TunnelMemory::new(64 << 20),
         };
         let sink = LogSink::new(LogFormat::Plain, 1 << 16, io::sink()).unwrap();
         let log = AccessLog::new(&sink, AccessLevel::new(LevelFilter::INFO));
         thread::spawn(move || {
             let (commands, receiver) = rt::mailbox::channel(1);
+            let (later, snapshots) = rt::mailbox::latest();
             let setup = WorkerSetup {
                 config: Arc::new(config),
                 listeners: Listeners {
@@ -245,12 +248,13 @@ mod ours {
                 snapshot: Arc::new(snapshot),
                 certificates: Arc::new(CertificateStore::new(Arc::new(issuer))),
                 telemetry: Registry::new("test").worker(log),
+                snapshots,
                 commands: receiver,
                 seed: 1,
             };
             let mut runtime = rt::Runtime::new(rt::RuntimeConfig::default()).unwrap();
             runtime.run(proxy::serve(setup)).unwrap();
-            drop(commands);
+            drop((commands, later));
         });
     }
 }
