@@ -1,7 +1,12 @@
 //! The little HTTP/1.1 server under metrics, readiness and admin.
 //!
 //! It shares a thread with the control plane, so nobody may keep it busy: connections are bounded
-//! in number and time, headers in size and time, and request bodies are not read.
+//! in number and time, headers in size and time, and request bodies are not read. A new connection
+//! is always taken: where there are too many, the longest idle one goes, first of all one of an
+//! address that has more than its share (`connections`). So a probe is answered whoever else holds
+//! connections open.
+
+mod connections;
 
 use std::convert::Infallible;
 use std::io;
@@ -18,13 +23,14 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{debug, warn};
+
+use connections::{Connections, Seat};
 
 /// Bounds of one server.
 #[derive(Clone, Copy, Debug)]
 pub struct HttpLimits {
-    /// Connections served at a time; more wait in the listener's backlog.
+    /// Connections served at a time; for another one the longest idle goes.
     pub connections_max: usize,
     /// Time a client has to send a request's header.
     pub header_timeout: Duration,
@@ -110,18 +116,21 @@ pub(crate) async fn serve(
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let answer = Arc::new(answer);
-    let slots = Arc::new(Semaphore::new(limits.connections_max));
+    let connections = Arc::<Connections>::default();
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
-            // Nobody closes the semaphore.
-            return Ok(());
-        };
         match listener.accept().await {
             Ok((stream, peer)) => {
                 let answer = Arc::clone(&answer);
+                let seat = Arc::new(connections.enter(peer.ip(), limits.connections_max));
                 tokio::spawn(async move {
-                    if let Err(error) = connection(stream, slot, limits, answer).await {
-                        debug!(server = name, %peer, %error, "connection ended");
+                    let served = connection(stream, Arc::clone(&seat), limits, answer);
+                    tokio::select! {
+                        ended = served => if let Err(error) = ended {
+                            debug!(server = name, %peer, %error, "connection ended");
+                        },
+                        () = seat.displaced() => {
+                            debug!(server = name, %peer, "idle connection closed for another one");
+                        }
                     }
                 });
             }
@@ -135,7 +144,7 @@ pub(crate) async fn serve(
 
 async fn connection<A>(
     stream: TcpStream,
-    _slot: OwnedSemaphorePermit,
+    seat: Arc<Seat>,
     limits: HttpLimits,
     answer: Arc<A>,
 ) -> Result<(), hyper::Error>
@@ -143,6 +152,7 @@ where
     A: Fn(&Query<'_>) -> Answer + Send + Sync + 'static,
 {
     let service = service_fn(move |request| {
+        seat.is_used();
         let response = respond(&request, &*answer);
         async move { Ok::<_, Infallible>(response) }
     });

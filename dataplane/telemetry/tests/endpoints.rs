@@ -244,3 +244,42 @@ fn slow_and_hostile_clients_are_bounded() {
     idle.read_to_end(&mut answer).unwrap();
     assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"));
 }
+
+/// Every one of the three ports: whoever holds connections open, and however fast new ones come, a
+/// probe is answered, on a new connection and on one that is kept.
+#[test]
+fn idle_connections_keep_no_probe_out() {
+    // Nobody goes because it is time.
+    let limits = HttpLimits {
+        header_timeout: Duration::from_secs(3600),
+        connection_age_max: Duration::from_secs(3600),
+        ..HttpLimits::default()
+    };
+    let admin = admin(Shutdown::new());
+    let [metrics, readiness, admin] = serve(Registry::new("x"), Ready::new(), admin, limits);
+    for (to, path) in [
+        (metrics, "/metrics"),
+        (readiness, "/healthz/ready"),
+        (admin, "/"),
+    ] {
+        let idle = |_| TcpStream::connect(to).unwrap();
+        let mut held: Vec<TcpStream> = (0..200).map(idle).collect();
+        for probe in 0..20 {
+            held.extend((0..20).map(idle));
+            let (status, _, body) = request(to, "GET", path, "*/*");
+            assert_eq!(status, 200, "{path}, probe {probe}: {body}");
+        }
+        // The oldest have gone, the newest are there.
+        let first = &mut held[0];
+        first.set_read_timeout(Some(PATIENCE)).unwrap();
+        let ended = first.read(&mut [0; 1]);
+        assert!(matches!(ended, Ok(0) | Err(_)), "{path}: {ended:?}");
+        let last = held.last_mut().unwrap();
+        last.set_read_timeout(Some(PATIENCE)).unwrap();
+        last.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes())
+            .unwrap();
+        let mut answer = [0; 12];
+        last.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200", "{path}");
+    }
+}
