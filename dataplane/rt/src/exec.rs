@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use crate::buf::{Pool, PoolConfig};
 use crate::counters::SharedCounters;
 use crate::driver::{Backend, Driver};
+use crate::memory::Collector;
 use crate::probe::{self, Refusal};
 use crate::time::{Key, Timers};
 
@@ -94,6 +95,8 @@ pub(crate) struct Inner {
     tasks: RefCell<Tasks>,
     /// Ends the period after which the pool gives back what it did not need.
     trim: Cell<Option<Key>>,
+    /// What the allocator has to give back.
+    collector: Collector,
     /// Tasks that go on after the next look at the ring.
     next_turn: RefCell<Vec<Waker>>,
     worker: u16,
@@ -183,6 +186,7 @@ impl Runtime {
             pool,
             tasks: RefCell::default(),
             trim: Cell::new(None),
+            collector: Collector::default(),
             next_turn: RefCell::default(),
             worker,
             remote,
@@ -295,6 +299,7 @@ impl Inner {
     fn reserve(&self) -> u32 {
         let mut tasks = self.tasks.borrow_mut();
         tasks.live += 1;
+        self.collector.note(tasks.live);
         if let Some(index) = tasks.free.pop() {
             let slot = &mut tasks.slots[index as usize];
             slot.live = true;
@@ -394,7 +399,7 @@ impl Inner {
     /// Every [`TRIM_PERIOD`] in which there is something to spare, gives memory back.
     fn trim_memory(&self) {
         let running = self.trim.get();
-        if running.is_none() && !self.pool.has_spare() {
+        if running.is_none() && !self.has_spare() {
             return;
         }
         let mut timers = self.timers.borrow_mut();
@@ -404,10 +409,15 @@ impl Inner {
             }
             self.pool.trim();
             self.driver.borrow_mut().trim();
+            self.collector.period(self.tasks.borrow().live);
         }
-        let spare = self.pool.has_spare();
+        let spare = self.has_spare();
         self.trim
             .set(spare.then(|| timers.time_out(Instant::now() + TRIM_PERIOD)));
+    }
+
+    fn has_spare(&self) -> bool {
+        self.pool.has_spare() || self.collector.is_due(self.tasks.borrow().live)
     }
 
     fn take_remote(&self) {

@@ -26,6 +26,7 @@ mod driver;
 mod exec;
 mod limit;
 pub mod mailbox;
+pub mod memory;
 pub mod net;
 mod op;
 pub mod probe;

@@ -49,9 +49,7 @@ pub(crate) fn run() -> Result<(), RunError> {
     let environment = Environment::of_process();
     let settings = config::read(&environment)?;
     let (source, watcher) = control::watch::open(&settings.source)?;
-    let issuer = LocalIssuer::new(authority(&settings.authority)?, settings.certificate_ttl);
-    let certificates = CertificateStore::new(Arc::new(issuer)).with_records(settings.tls_records);
-    let certificates = Arc::new(certificates);
+    let certificates = certificates(&settings)?;
     if settings.backend == rt::Backend::IoUring {
         rt::probe::check()?;
     }
@@ -78,7 +76,6 @@ pub(crate) fn run() -> Result<(), RunError> {
     export_dropped_lines(&registry, &logging);
     let common = Common {
         config: Arc::clone(&settings.proxy),
-        snapshot: source.snapshot(),
         certificates: Arc::clone(&certificates),
         registry: registry.clone(),
         logging: logging.clone(),
@@ -90,7 +87,9 @@ pub(crate) fn run() -> Result<(), RunError> {
         handover::let_connections_move();
     }
     listeners::listen(&sockets)?;
-    let workers = workers::start(&common, sockets, &cpus, settings.runtime())?;
+    let (first, runtime) = (source.snapshot(), settings.runtime());
+    let workers = workers::start(&common, &first, sockets, &cpus, runtime)?;
+    drop(first); // nothing but the workers and its source keeps it
     tracing::info!(
         "version {}, {} workers on CPUs {:?}, {:?} mode",
         env!("CARGO_PKG_VERSION"),
@@ -114,6 +113,13 @@ pub(crate) fn run() -> Result<(), RunError> {
     let result = control.run();
     logging.sink().flush(LAST_LOG);
     result
+}
+
+/// Certificates of this node's workloads, issued in process.
+fn certificates(settings: &Settings) -> Result<Arc<CertificateStore>, AuthorityError> {
+    let issuer = LocalIssuer::new(authority(&settings.authority)?, settings.certificate_ttl);
+    let store = CertificateStore::new(Arc::new(issuer)).with_records(settings.tls_records);
+    Ok(Arc::new(store))
 }
 
 /// Who listens where these sockets will, and is not this process.
@@ -303,6 +309,7 @@ impl Control {
         if let Some(watcher) = self.watcher {
             tokio::spawn(watcher.run());
         }
+        tokio::spawn(give_memory_back());
         let failed = |error| RunError::Io("cannot handle signals", error);
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -327,6 +334,17 @@ impl Control {
                 let _ = worker.send(Arc::clone(&snapshot)); // fails for one that has drained
             }
         }));
+    }
+}
+
+/// How often this thread's freed memory goes back to the system: that of replaced configurations,
+/// above all.
+const COLLECT: Duration = Duration::from_secs(10);
+
+async fn give_memory_back() {
+    loop {
+        tokio::time::sleep(COLLECT).await;
+        rt::memory::collect();
     }
 }
 

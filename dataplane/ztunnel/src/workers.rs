@@ -27,7 +27,6 @@ pub(crate) enum StartError {
 #[derive(Debug, Clone)]
 pub(crate) struct Common {
     pub(crate) config: Arc<ProxyConfig>,
-    pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) certificates: Arc<CertificateStore>,
     pub(crate) registry: Registry,
     pub(crate) logging: Logging,
@@ -47,6 +46,7 @@ const MAILBOX: usize = 4;
 /// Starts one worker per set of listeners and waits until each has its ring.
 pub(crate) fn start(
     common: &Common,
+    snapshot: &Arc<Snapshot>,
     listeners: Vec<Listeners>,
     cpus: &[u32],
     runtime: RuntimeConfig,
@@ -69,6 +69,7 @@ pub(crate) fn start(
             runtime,
         };
         let inbox = Inbox {
+            snapshot: Arc::clone(snapshot),
             snapshots,
             commands,
         };
@@ -98,6 +99,8 @@ struct Place {
 
 /// What a worker is sent.
 struct Inbox {
+    /// The first configuration. Nothing else may keep it: it is freed when there is another.
+    snapshot: Arc<Snapshot>,
     snapshots: LatestReceiver<Arc<Snapshot>>,
     commands: mailbox::Receiver<Command>,
 }
@@ -127,7 +130,7 @@ fn run(
     let setup = WorkerSetup {
         config: Arc::clone(&common.config),
         listeners,
-        snapshot: Arc::clone(&common.snapshot),
+        snapshot: inbox.snapshot,
         certificates: Arc::clone(&common.certificates),
         telemetry: common.registry.worker(common.logging.access_log()),
         snapshots: inbox.snapshots,

@@ -22,6 +22,10 @@ use crate::tunnel::Tunnel;
 /// Tunnels of one key that are being set up at a time, at most.
 const DIALS_MAX: usize = 8;
 
+/// Who wait are woken so many at a time: the worker looks at its ring in between, so that a crowd
+/// does not keep others waiting.
+const PLACES_PER_TURN: usize = 32;
+
 /// What there is for one key.
 #[derive(Debug, Default)]
 pub(super) struct Entry {
@@ -165,28 +169,30 @@ impl Entry {
         None
     }
 
-    /// Gives what room there is to those who have waited longest.
-    fn give_places(&self) {
+    /// Gives what room there is to those who have waited longest, up to [`PLACES_PER_TURN`].
+    /// Returns whether it stopped because of that.
+    fn give_places(&self) -> bool {
         let mut from = 0;
-        loop {
-            while self
-                .waiting
-                .borrow()
-                .front()
-                .is_some_and(|waiter| waiter.left.get())
-            {
+        for _ in 0..PLACES_PER_TURN {
+            while self.first_has_left() {
                 self.waiting.borrow_mut().pop_front();
             }
             if self.waiting.borrow().is_empty() {
-                return;
+                return false;
             }
             let Some(place) = self.find(&mut from) else {
-                return;
+                return false;
             };
             if let Some(waiter) = self.next_waiter() {
                 waiter.settle(Ok(place));
             }
         }
+        true
+    }
+
+    fn first_has_left(&self) -> bool {
+        let waiting = self.waiting.borrow();
+        waiting.front().is_some_and(|waiter| waiter.left.get())
     }
 
     /// Tells all who wait that there will be no room.
@@ -269,7 +275,9 @@ impl Entry {
 /// Serves the queue until it is empty.
 async fn serve(entry: Rc<Entry>, context: Rc<Context>, key: Key) {
     loop {
-        entry.give_places();
+        while entry.give_places() {
+            rt::next_turn().await;
+        }
         if entry.waiting.borrow().is_empty() {
             entry.served.set(false);
             context.pool.forget_unused(&key);

@@ -39,7 +39,7 @@ impl Connections {
     }
 
     /// Takes in a connection of `peer`. If there are `max` already another one has to go: of the
-    /// address with more than its share of them, or else of all, the one that has been idle longest.
+    /// address with more than its share, or else of all, the one that has been idle longest.
     pub(super) fn enter(self: &Arc<Self>, peer: IpAddr, max: usize) -> Seat {
         let peer = peer.to_canonical();
         let displaced = Arc::<Notify>::default();
