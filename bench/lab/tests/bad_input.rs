@@ -7,6 +7,7 @@ mod support;
 use std::fs;
 use std::io::Write as _;
 use std::net::{IpAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
 use std::thread;
@@ -219,6 +220,11 @@ fn broken_ca(lab: &mut TestLab) {
     let input = Input::good();
     fs::write(input.path("ca.pem"), "not a certificate\n").unwrap();
     assert_names(&input.refusal(lab), &["ca.pem"]);
+    // A key that others can change.
+    let input = Input::good();
+    let writable = fs::Permissions::from_mode(0o666);
+    fs::set_permissions(input.path("ca-key.pem"), writable).unwrap();
+    assert_names(&input.refusal(lab), &["LOCAL_CA_KEY", "ca-key.pem", "0666"]);
     // The key of another root.
     let input = Input::good();
     let other = CertificateAuthority::generate("cluster.local").unwrap();

@@ -92,6 +92,22 @@ pub enum Error {
         /// The one it is meant for.
         path: PathBuf,
     },
+    /// Others than root can change what is done as root.
+    #[error("{}: {reason}: what is in there is run as root; give it to root and take the others' \
+             write permission away, or choose another state_dir", path.display())]
+    Untrusted {
+        /// The component of the path.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// What is pinned under one of our names is not ours.
+    #[error("{} is not of this redirection: bpffs needs a directory that no other tool uses",
+            path.display())]
+    Foreign {
+        /// The pin.
+        path: PathBuf,
+    },
     /// The journal cannot be understood.
     #[error("journal {} is damaged ({reason}): remove what is left by hand, then the file",
             path.display())]

@@ -5,10 +5,10 @@
 //! without an entry. Entries are taken back newest first.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
 use std::net::IpAddr;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,7 @@ use crate::pod_table::Writer;
 use crate::settings::{Iptables, Pod};
 use crate::status::Uncaptured;
 use crate::sysctl;
+use crate::trust::check_trusted;
 use crate::undo::{Entry, Undo, undo_entries};
 
 const FILE: &str = "redirection.json";
@@ -62,6 +63,7 @@ impl Journal {
     /// Reads the journal in `state_dir`, which need not exist.
     pub(crate) fn open(state_dir: &Path, redirect: &'static str) -> Result<Self> {
         let path = state_dir.join(FILE);
+        check_trusted(&path)?;
         let content =
             match fs::read(&path) {
                 Ok(bytes) => Some(serde_json::from_slice::<Content>(&bytes).map_err(|error| {
@@ -167,6 +169,7 @@ impl Journal {
             .mode(0o700)
             .create(dir)
             .map_err(|e| Error::file("make state directory", dir, e))?;
+        check_trusted(dir)?;
         self.table.forget();
         self.save()
     }
@@ -475,7 +478,14 @@ impl Journal {
             reason: error.to_string(),
         })?;
         let new = self.path.with_extension("new");
-        fs::write(&new, bytes).map_err(|e| Error::file("write", &new, e))?;
+        let written = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)
+            .and_then(|mut file| file.write_all(&bytes));
+        written.map_err(|e| Error::file("write", &new, e))?;
         fs::rename(&new, &self.path).map_err(|e| Error::file("replace", &self.path, e))?;
         self.table.write(&content.pods)
     }
@@ -550,17 +560,29 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let full = dir.path().join("full");
         fs::create_dir(&full).unwrap();
-        fs::write(full.join("x"), "").unwrap();
         let mut j = journal(dir.path());
-        j.record(None, Undo::Directory { path: full.clone() })
-            .unwrap();
+        j.record(None, Undo::Pin { path: full.clone() }).unwrap();
         assert!(j.undo_all().is_err());
-        fs::remove_file(full.join("x")).unwrap();
+        fs::remove_dir(&full).unwrap();
+        fs::write(&full, "").unwrap();
         Journal::open(dir.path(), "ebpf")
             .unwrap()
             .undo_all()
             .unwrap();
         assert!(!full.exists());
+    }
+
+    #[test]
+    fn a_directory_with_files_of_others_stays_and_is_no_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = dir.path().join("shared");
+        fs::create_dir(&shared).unwrap();
+        fs::write(shared.join("theirs"), "").unwrap();
+        let mut j = journal(dir.path());
+        let path = shared.clone();
+        j.record(None, Undo::Directory { path }).unwrap();
+        j.undo_all().unwrap();
+        assert!(shared.join("theirs").exists());
     }
 
     #[test]

@@ -31,6 +31,7 @@ mod journal;
 mod listener_map;
 mod local_addresses;
 mod netns;
+mod pinned;
 mod pins;
 pub mod pod_table;
 mod privileges;
@@ -38,6 +39,7 @@ mod settings;
 pub mod sockmap;
 mod status;
 mod sysctl;
+mod trust;
 mod undo;
 
 pub use ebpf::{Dropped, Outcome};
@@ -49,6 +51,7 @@ pub use pod_table::{Lookup, PodIdentity, PodTable};
 pub use privileges::check as check_privileges;
 pub use settings::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
 pub use status::{Counters, Failure, PodStatus, Status, Uncaptured, Why};
+pub use trust::check_trusted;
 
 /// A way to bring mesh pods' TCP to ztunnel.
 ///

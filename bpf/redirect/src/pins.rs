@@ -1,9 +1,10 @@
 //! Maps and links that outlive this process, pinned by name in a directory of a bpffs.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use aya::Ebpf as Object;
 use aya::maps::{Map, MapData, MapError, MapInfo};
@@ -11,6 +12,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::loaded_programs;
 
 use crate::error::{Error, Result};
+use crate::pinned::{self, Kind};
 
 /// A map, by its name in the object and as a pin: key size, value size, entries.
 pub(crate) struct MapLayout {
@@ -88,6 +90,39 @@ pub(crate) fn program_of(link: &Path) -> Option<u32> {
     let link = FdLink::from(PinnedLink::from_pin(link).ok()?);
     link.info().ok().map(|info| info.program_id())
 }
+
+/// Name of the map that is pinned there, as the kernel has it; None if it is no map.
+pub(crate) fn map_name(pin: &Path) -> Option<String> {
+    (pinned::kind(pin).ok()? == Kind::Map).then_some(())?;
+    let info = MapInfo::from_pin(pin).ok()?;
+    info.name_as_str().map(str::to_owned)
+}
+
+/// Name of the program whose link is pinned there, as the kernel has it; None if it is no link, or
+/// one whose program is gone.
+pub(crate) fn program_name(pin: &Path) -> Option<String> {
+    (pinned::kind(pin).ok()? == Kind::Link).then_some(())?;
+    let wanted = program_of(pin)?;
+    // Numbers are not given anew while the kernel has others, so that what was read stays true; and
+    // there may be thousands of pins of a few programs.
+    static NAMES: Mutex<BTreeMap<u32, String>> = Mutex::new(BTreeMap::new());
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    if !names.contains_key(&wanted) {
+        let all = loaded_programs().flatten();
+        *names = all
+            .filter_map(|program| Some((program.id(), program.name_as_str()?.to_owned())))
+            .collect();
+    }
+    names.get(&wanted).cloned()
+}
+
+/// Whether the kernel, which cuts names, would call it so.
+pub(crate) fn is_called(shown: &str, full: &str) -> bool {
+    shown == &full[..full.len().min(NAME_BYTES_MAX)]
+}
+
+/// Names in the kernel are cut.
+const NAME_BYTES_MAX: usize = 15;
 
 /// How often loading is tried while somebody keeps removing pins.
 const LOADS_MAX: usize = 5;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command;
 use crate::cut_off;
-use crate::ebpf::filters;
+use crate::ebpf::{attach, filters};
 use crate::error::{Error, Result};
 use crate::expedite;
 use crate::iptables_tunnel::tables::{self, Family};
@@ -111,6 +111,10 @@ impl Undo {
                 iptables,
                 family,
             } => netns.run(|| tables::remove(*family, *iptables)),
+            Self::Pin { path } if attach::is_foreign(path) => {
+                tracing::warn!(pin = %path.display(), "is another's by now and stays");
+                Ok(())
+            }
             Self::Pin { path } => {
                 let removed = fs::remove_file(path);
                 ignore_missing(removed.map_err(|e| Error::file("remove pin", path, e)))
@@ -130,6 +134,12 @@ impl Undo {
             }
             Self::Directory { path } => {
                 let removed = fs::remove_dir(path);
+                if let Err(error) = &removed
+                    && error.kind() == io::ErrorKind::DirectoryNotEmpty
+                {
+                    tracing::warn!(directory = %path.display(), "has others' files and stays");
+                    return Ok(());
+                }
                 ignore_missing(removed.map_err(|e| Error::file("remove directory", path, e)))
             }
             Self::Expedited { before } => expedite::write(before),

@@ -20,8 +20,8 @@ pub(crate) enum Error {
             path.display())]
     Locked { path: PathBuf, pid: String },
     /// Another agent works in this network namespace, with another state directory.
-    #[error("another node-agent runs in this network namespace: stop it first")]
-    NetnsLocked,
+    #[error("another node-agent runs in this network namespace, process {pid}: stop it first")]
+    NetnsLocked { pid: i32 },
     /// The lock file or the state directory cannot be used.
     #[error("cannot lock {}: {source}", path.display())]
     Lock { path: PathBuf, source: io::Error },

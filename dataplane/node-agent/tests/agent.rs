@@ -15,6 +15,8 @@ mod topology;
 
 #[path = "agent/granularity.rs"]
 mod granularity;
+#[path = "agent/privilege.rs"]
+mod privilege;
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use crate::config::{self, AuthoritySource, ConfigError, Settings};
 use crate::environment::Environment;
 use crate::handover::{self, Neighbours};
+use crate::key_file::{self, KeyFileError};
 use crate::listeners::{self, Endpoint, Endpoints, ListenError};
 use crate::steering::Steering;
 use crate::workers::{self, Common, StartError, Workers};
@@ -31,6 +32,8 @@ pub(crate) enum RunError {
     Logging(#[from] LoggingError),
     #[error(transparent)]
     Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    KeyFile(#[from] KeyFileError),
     #[error(transparent)]
     Uring(#[from] rt::probe::Refusal),
     #[error(transparent)]
@@ -116,7 +119,7 @@ pub(crate) fn run() -> Result<(), RunError> {
 }
 
 /// Certificates of this node's workloads, issued in process.
-fn certificates(settings: &Settings) -> Result<Arc<CertificateStore>, AuthorityError> {
+fn certificates(settings: &Settings) -> Result<Arc<CertificateStore>, RunError> {
     let issuer = LocalIssuer::new(authority(&settings.authority)?, settings.certificate_ttl);
     let store = CertificateStore::new(Arc::new(issuer)).with_records(settings.tls_records);
     Ok(Arc::new(store))
@@ -146,18 +149,26 @@ fn export_dropped_lines(registry: &Registry, logging: &Logging) {
 }
 
 /// The CA that workload certificates are issued from.
-fn authority(source: &AuthoritySource) -> Result<Authority, AuthorityError> {
-    match source {
-        AuthoritySource::Files(certificate, key) => Authority::from_pem_files(certificate, key),
+fn authority(source: &AuthoritySource) -> Result<Authority, RunError> {
+    Ok(match source {
+        AuthoritySource::Files(certificate, key) => {
+            key_file::check(key)?;
+            Authority::from_pem_files(certificate, key)?
+        }
         AuthoritySource::Fake => Authority::from_pem(
             include_bytes!("../fake-ca/certificate.pem"),
             include_bytes!("../fake-ca/key.pem"),
-        ),
-    }
+        )?,
+    })
 }
 
 /// Says what an operator must know of whom is served.
 fn warn_of_clients(settings: &Settings, source: &ConfigSource) {
+    if let AuthoritySource::Files(_, key) = &settings.authority
+        && let Ok(Some(warning)) = key_file::check(key)
+    {
+        tracing::warn!("{warning}");
+    }
     warn_of_missing_table(settings);
     if settings.authority == AuthoritySource::Fake {
         tracing::warn!("FAKE_CA: certificates prove nothing, the CA's key is public; tests only");

@@ -11,6 +11,7 @@ mod config;
 mod control_thread;
 mod environment;
 mod handover;
+mod key_file;
 mod listeners;
 mod pod_table;
 mod short_cut;

@@ -153,6 +153,7 @@ impl Attacher<'_> {
 
     fn attach_link(&mut self, hook: Hook<'_>) -> Result<(), AttachError> {
         let pin = self.pins.join(hook.pin_name());
+        check_own(self.journal, &pin)?;
         note_link(self.journal, self.pins, hook)?;
         let program = classifier(self.ebpf, hook.attached())?;
         if let Ok(old) = PinnedLink::from_pin(&pin) {
@@ -230,6 +231,8 @@ impl Attacher<'_> {
         };
         let pin = self.pins.join(name);
         let next = self.pins.join(pins::next_name(name));
+        check_own(self.journal, &pin)?;
+        check_own(self.journal, &next)?;
         self.journal.record(None, Undo::Pin { path: pin.clone() })?;
         self.journal.record(None, Undo::Pin { path: next })?;
         let file = File::open(netns).map_err(|source| Error::Netns {
@@ -313,20 +316,97 @@ pub(crate) fn note_filter(
     journal.record(hook.owner, undo).map(drop)
 }
 
-/// The pins in `dir` that are of this crate.
+/// The pins in `dir` that are of this crate for certain: the directory may be shared, and some of
+/// the names are anybody's.
 pub(crate) fn own_pins(dir: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(dir) else {
         return Vec::new();
     };
-    let is_own = |name: &str| {
-        layout::MAPS.iter().any(|map| map.name == name)
-            || layout::PROGRAMS
-                .iter()
-                .any(|program| name.starts_with(program))
+    let paths = entries.flatten().map(|entry| entry.path());
+    paths.filter(|path| is_own(path)).collect()
+}
+
+/// Whether what is pinned has one of our names, there and in the kernel, and a map our layout.
+fn is_own(pin: &Path) -> bool {
+    let name = pin.file_name().and_then(|name| name.to_str());
+    let Some(name) = name else {
+        return false;
     };
-    entries
-        .flatten()
-        .filter(|entry| entry.file_name().to_str().is_some_and(is_own))
-        .map(|entry| entry.path())
-        .collect()
+    if let Some(map) = layout::MAPS.iter().find(|map| map.name == name) {
+        let called = pins::map_name(pin).is_some_and(|shown| pins::is_called(&shown, name));
+        return called && pins::check_layout(pin, map).is_ok();
+    }
+    is_link_name(name) && pins::program_name(pin).is_some_and(|shown| is_program(&shown))
+}
+
+/// `PROGRAM`, `PROGRAM_INDEX`, or one of these that is being replaced.
+fn is_link_name(name: &str) -> bool {
+    let name = name.strip_suffix(&pins::next_name("")).unwrap_or(name);
+    layout::PROGRAMS.iter().any(|program| {
+        let Some(rest) = name.strip_prefix(program) else {
+            return false;
+        };
+        let index = rest.strip_prefix('_').unwrap_or_default();
+        rest.is_empty() || (!index.is_empty() && index.bytes().all(|b| b.is_ascii_digit()))
+    })
+}
+
+fn is_program(shown: &str) -> bool {
+    let mut programs = layout::PROGRAMS.iter();
+    programs.any(|program| pins::is_called(shown, program))
+}
+
+/// Whether a pin that the journal knows as ours is another's by now: a map or a link of another
+/// name. What is neither, or dead, nobody else can have any use for.
+pub(crate) fn is_foreign(pin: &Path) -> bool {
+    let name = pin.file_name().and_then(|name| name.to_str());
+    let name = name.unwrap_or_default();
+    match (pins::map_name(pin), pins::program_name(pin)) {
+        (Some(shown), _) => !pins::is_called(&shown, name),
+        (_, Some(shown)) => !is_program(&shown),
+        _ => false,
+    }
+}
+
+/// Refuses what others have pinned under a name of ours.
+pub(crate) fn check_own(journal: &mut Journal, pin: &Path) -> Result<()> {
+    let known = journal.has(&Undo::Pin {
+        path: pin.to_owned(),
+    });
+    let exists = fs::symlink_metadata(pin).is_ok();
+    if exists && (is_foreign(pin) || !(known || is_own(pin))) {
+        return Err(Error::Foreign {
+            path: pin.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_known_by_their_whole_names() {
+        for own in [
+            "app_outbound_7",
+            "ztunnel_ingress",
+            "ztunnel_ingress_next",
+            "underlay_ingress_12_next",
+        ] {
+            assert!(is_link_name(own), "{own}");
+        }
+        for other in [
+            "",
+            "config",
+            "app_outbound_policy",
+            "app_outbound7",
+            "app_outbound_",
+            "app_outbound_7_old",
+            "my_app_outbound_7",
+            "cut_off_the_other",
+        ] {
+            assert!(!is_link_name(other), "{other}");
+        }
+    }
 }

@@ -11,12 +11,9 @@ use crate::command;
 use crate::error::Result;
 use crate::journal::Journal;
 use crate::netns::Netns;
-use crate::pins::program_of;
+use crate::pins::{is_called, program_of};
 use crate::settings::Settings;
 use crate::sysctl;
-
-/// Names in the kernel are cut.
-const NAME_BYTES_MAX: usize = 15;
 
 pub(crate) fn take(
     settings: &Settings,
@@ -99,8 +96,10 @@ fn tcx_programs<'a>(interfaces: &[&'a str]) -> Vec<(&'a str, &'static str, Progr
 
 /// The program of ours that the kernel calls so.
 fn own_name(name: &[u8]) -> Option<&'static str> {
-    let known = |full: &&str| full.as_bytes()[..full.len().min(NAME_BYTES_MAX)] == *name;
-    layout::PROGRAMS.into_iter().find(known)
+    let name = str::from_utf8(name).ok()?;
+    layout::PROGRAMS
+        .into_iter()
+        .find(|full| is_called(name, full))
 }
 
 /// Our filters under clsact qdiscs.

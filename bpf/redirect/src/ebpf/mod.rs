@@ -390,6 +390,7 @@ fn load(journal: &mut Journal, directory: &Path) -> Result<Object> {
     let mut loader = EbpfLoader::new();
     for map in &layout::MAPS {
         let pin = directory.join(map.name);
+        attach::check_own(journal, &pin)?;
         journal.record(None, Undo::Pin { path: pin.clone() })?;
         if let Err(error) = pins::check_layout(&pin, map) {
             tracing::info!(%error, "replaced");

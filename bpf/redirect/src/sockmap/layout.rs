@@ -27,6 +27,8 @@ pub(crate) const MARK_BYTES: usize = 8 + KEY_BYTES;
 /// A socket: `struct end_key`, only ever copied.
 pub(crate) type Key = [u8; KEY_BYTES];
 
+/// What the names of all pins begin with, and of nobody else's.
+pub(crate) const PREFIX: &str = "shortcut_";
 pub(crate) const CONFIG: &str = "shortcut_config";
 pub(crate) const PODS: &str = "shortcut_pods";
 pub(crate) const ENDS: &str = "shortcut_ends";

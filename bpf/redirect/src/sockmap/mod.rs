@@ -311,12 +311,23 @@ pub fn remove(bpffs: &Path) -> Result<()> {
         tracing::warn!(left, "sockets keep {} until they close", layout::SENDERS);
     }
     let entries = fs::read_dir(&pins).map_err(|e| Error::file("list", &pins, e))?;
+    let mut others = 0;
     for entry in entries.flatten() {
-        if left == 0 || entry.file_name() != layout::SENDERS {
+        let name = entry.file_name();
+        if !name
+            .to_str()
+            .is_some_and(|name| name.starts_with(layout::PREFIX))
+        {
+            others += 1;
+        } else if left == 0 || name != layout::SENDERS {
             unpin(&entry.path())?;
         }
     }
     if left > 0 {
+        return Ok(());
+    }
+    if others > 0 {
+        tracing::warn!(others, directory = %pins.display(), "not ours, so that it stays");
         return Ok(());
     }
     fs::remove_dir(&pins).map_err(|e| Error::file("remove directory", &pins, e))
