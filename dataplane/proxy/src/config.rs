@@ -99,6 +99,9 @@ pub struct ProxyConfig {
     pub handshake_timeout: Duration,
     /// Handshakes under way on one worker in each direction; as many more may wait.
     pub handshakes_max: usize,
+    /// Descriptors of the data path ([`rt::descriptors::open`]) from which on new connections are
+    /// reset: the rest of what the process may have is for the control plane.
+    pub descriptors_max: usize,
     /// Memory for what has arrived in tunnels, of all workers (`ZTUNNEL_TUNNEL_MEMORY_BYTES`).
     pub tunnel_memory: Arc<TunnelMemory>,
     /// How long a captured connection waits for its pod's workload to become known.

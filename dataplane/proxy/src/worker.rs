@@ -83,6 +83,8 @@ impl fmt::Debug for WorkerSetup {
     }
 }
 
+/// How often a listener says that connections are reset because there are too many.
+const REFUSED_LINES: Duration = Duration::from_secs(10);
 /// How often unused tunnels are looked for.
 const POOL_SWEEP: Duration = Duration::from_secs(30);
 /// Pause after `accept(2)` failed for lack of descriptors or memory.
@@ -169,6 +171,7 @@ where
     let take = |stream| rt::spawn(handle(Rc::clone(&context), stream, context.alive()));
     let mut accepted_in_turn = 0;
     let mut end = None;
+    let mut refused = Refused::default();
     loop {
         if accepted_in_turn == ACCEPTS_PER_TURN {
             accepted_in_turn = 0;
@@ -189,7 +192,12 @@ where
             None => {}
             Some(Ok(stream)) => {
                 accepted_in_turn += 1;
-                take(stream);
+                if rt::descriptors::open() > context.config.descriptors_max {
+                    let _ = stream.reset_on_close(); // the client may be gone already
+                    refused.note(&context);
+                } else {
+                    take(stream);
+                }
             }
             Some(Err(error)) => {
                 tracing::warn!("cannot accept connections: {error}; trying again");
@@ -198,6 +206,31 @@ where
         }
     }
     listener.close().await.into_iter().for_each(take);
+}
+
+/// Connections of one listener that were reset because there are too many.
+#[derive(Debug, Default)]
+struct Refused {
+    count: u64,
+    told: Option<Instant>,
+}
+
+impl Refused {
+    /// One more. A line every [`REFUSED_LINES`] tells how many.
+    fn note(&mut self, context: &Context) {
+        self.count += 1;
+        if self.told.is_some_and(|told| told.elapsed() < REFUSED_LINES) {
+            return;
+        }
+        self.told = Some(Instant::now());
+        let (count, max) = (self.count, context.config.descriptors_max);
+        self.count = 0;
+        tracing::warn!(
+            "{count} new connections were reset: the data path has more than {max} descriptors \
+             open, and the rest is kept for the control plane; raise the limit of open files \
+             (RLIMIT_NOFILE) or find out who connects so much"
+        );
+    }
 }
 
 /// What `future` brings, or nothing when the worker begins to drain.

@@ -22,6 +22,7 @@
 mod affinity;
 pub mod buf;
 mod counters;
+pub mod descriptors;
 mod driver;
 mod exec;
 mod limit;

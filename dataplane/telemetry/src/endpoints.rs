@@ -31,6 +31,7 @@ const DASHBOARD: &str = "<!DOCTYPE html>
 <li><code>POST /logging</code>: show or change the log level</li>
 <li><code>POST /quitquitquit</code>: drain and end</li>
 </ul>
+<p>LIMITS</p>
 </body></html>
 ";
 
@@ -61,6 +62,8 @@ impl Shutdown {
 pub struct Admin {
     /// Makes the value of `/config_dump`.
     pub config_dump: Box<dyn Fn() -> serde_json::Value + Send + Sync>,
+    /// Says what is limited and how much of it is used, for the page at `/`. Plain text.
+    pub limits: Box<dyn Fn() -> String + Send + Sync>,
     /// Whose filter `/logging` changes.
     pub logging: Logging,
     /// What `/quitquitquit` triggers.
@@ -154,7 +157,10 @@ fn readiness(ready: &Ready, query: &Query<'_>) -> Answer {
 fn administration(admin: &Admin, query: &Query<'_>) -> Answer {
     let post = *query.method == Method::POST;
     match query.path {
-        "/" if is_read(query.method) => Answer::ok("text/html; charset=utf-8", DASHBOARD),
+        "/" if is_read(query.method) => {
+            let page = DASHBOARD.replace("LIMITS", &(admin.limits)());
+            Answer::ok("text/html; charset=utf-8", page)
+        }
         "/config_dump" if is_read(query.method) => config_dump(admin),
         "/" | "/config_dump" => Answer::method_not_allowed("GET"),
         "/logging" if post => logging(&admin.logging, query.query),

@@ -43,6 +43,7 @@ fn admin(shutdown: Shutdown) -> Admin {
     let config_dump = Box::new(|| serde_json::json!({"workloads": [{"name": "web"}]}));
     Admin {
         config_dump,
+        limits: Box::new(|| "open files: 7 at most".to_owned()),
         logging,
         shutdown,
     }
@@ -142,7 +143,7 @@ fn administration() {
     let (_, _, shutdown, [_, _, admin]) = all();
     let (status, kind, body) = request(admin, "GET", "/", "*/*");
     assert_eq!((status, &*kind), (200, "text/html; charset=utf-8"));
-    assert!(body.contains("config_dump"));
+    assert!(body.contains("config_dump") && body.contains("open files: 7 at most"));
     let (status, kind, body) = request(admin, "GET", "/config_dump", "*/*");
     assert_eq!((status, &*kind), (200, "application/json"));
     let dump: serde_json::Value = serde_json::from_str(&body).unwrap();

@@ -322,6 +322,7 @@ fn proxy_config(
         keepalive: keepalive(environment)?,
         connect_timeout: Duration::from_secs(10),
         handshake_timeout: Duration::from_secs(10),
+        descriptors_max: descriptors_max(),
         handshakes_max: environment
             .number("ZTUNNEL_HANDSHAKES_MAX", 1..=65_536)?
             .unwrap_or(1024) as usize,
@@ -342,6 +343,13 @@ fn proxy_config(
             .boolean("ENABLE_RESPONSE_BAGGAGE")?
             .unwrap_or(true),
     })
+}
+
+/// What the data path may use of the limit of open files: all but a sixteenth, or 1,024 where that
+/// is less, which is for configuration, endpoints and logs.
+fn descriptors_max() -> usize {
+    let limit = crate::limits::open_files();
+    limit - (limit / 16).min(1024)
 }
 
 /// Without effect elsewhere: in a pod's namespace every mesh connection takes a tunnel.

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use control::{ConfigSource, Watcher};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use proxy::{Command, Listeners, RedirectMode};
 use telemetry::{Admin, HttpLimits, Logging, LoggingError, MetricKind, Ready, Registry, Shutdown};
 use tls::{Authority, AuthorityError, CertificateStore, LocalIssuer};
@@ -17,6 +16,7 @@ use crate::config::{self, AuthoritySource, ConfigError, Settings};
 use crate::environment::Environment;
 use crate::handover::{self, Neighbours};
 use crate::key_file::{self, KeyFileError};
+use crate::limits;
 use crate::listeners::{self, Endpoint, Endpoints, ListenError};
 use crate::steering::Steering;
 use crate::workers::{self, Common, StartError, Workers};
@@ -50,13 +50,13 @@ const LAST_LOG: Duration = Duration::from_secs(1);
 /// Runs the proxy until it is asked to end.
 pub(crate) fn run() -> Result<(), RunError> {
     let environment = Environment::of_process();
+    limits::raise_open_files();
     let settings = config::read(&environment)?;
     let (source, watcher) = control::watch::open(&settings.source)?;
     let certificates = certificates(&settings)?;
     if settings.backend == rt::Backend::IoUring {
         rt::probe::check()?;
     }
-    raise_descriptor_limit();
     let cpus = rt::available_cpus().map_err(|error| RunError::Io("cannot read CPUs", error))?;
     let sockets =
         listeners::data_path(settings.workers, &cpus, settings.transparent, settings.ipv6)?;
@@ -204,16 +204,6 @@ fn warn_of_missing_table(settings: &Settings) {
     }
 }
 
-/// As many descriptors as the hard limit allows; a proxy needs two or three per connection.
-fn raise_descriptor_limit() {
-    let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return;
-    };
-    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        eprintln!("ztunnel: cannot raise the limit of open files to {hard}: {error}");
-    }
-}
-
 struct Control {
     settings: Settings,
     source: ConfigSource,
@@ -306,9 +296,18 @@ impl Control {
         });
         let (source, certificates) = (self.source, self.certificates);
         let proxy = Arc::clone(&self.settings.proxy);
+        let descriptors_max = proxy.descriptors_max;
         let dump = move || crate::admin::config_dump(&source, &certificates, &proxy);
         let admin_state = Admin {
             config_dump: Box::new(dump),
+            limits: Box::new(move || {
+                format!(
+                    "open files: {} at most; new connections are reset from {descriptors_max} of \
+                     the data path on, which has {} now",
+                    limits::open_files(),
+                    rt::descriptors::open()
+                )
+            }),
             logging: self.logging,
             shutdown: shutdown.clone(),
         };

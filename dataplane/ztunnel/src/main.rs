@@ -12,6 +12,7 @@ mod control_thread;
 mod environment;
 mod handover;
 mod key_file;
+mod limits;
 mod listeners;
 mod pod_table;
 mod short_cut;

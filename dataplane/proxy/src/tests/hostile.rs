@@ -312,3 +312,19 @@ fn a_connection_without_a_window_stalls_alone_in_bounded_memory() {
     });
     assert_eq!(peer.join().unwrap(), FIRST_WINDOW);
 }
+
+/// More connections than descriptors: new ones are reset, and nothing else is.
+#[test]
+fn connections_beyond_the_limit_of_descriptors_are_reset() {
+    use std::io::{ErrorKind, Read as _};
+    let (port, _) = super::end_to_end::echo();
+    let worker = super::end_to_end::worker_with(port, "", &store(), |config| {
+        config.descriptors_max = 0;
+    });
+    for _ in 0..5 {
+        let mut stream = worker.connect(super::end_to_end::CLIENT);
+        let error = stream.read(&mut [0; 1]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    worker.drain();
+}

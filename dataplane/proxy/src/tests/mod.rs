@@ -377,6 +377,7 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(5),
         handshakes_max: 64,
+        descriptors_max: usize::MAX,
         tunnel_memory: TunnelMemory::new(64 << 20),
         workload_timeout: Duration::from_millis(200),
         client: Config::client(),

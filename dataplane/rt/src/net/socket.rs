@@ -12,6 +12,7 @@ use super::error::take_error;
 use super::read::ReadHalf;
 use super::sockaddr::{RawAddr, set_option};
 use super::write::WriteHalf;
+use crate::descriptors::Counted;
 use crate::driver::Watch;
 use crate::exec::current;
 
@@ -26,6 +27,7 @@ pub(crate) struct Socket {
     watch: OnceCell<Watch>,
     /// Woken by the first error.
     waiter: Waiter,
+    _counted: Counted,
 }
 
 /// At most one waker.
@@ -45,6 +47,7 @@ impl Socket {
             failed: Cell::new(0),
             watch: OnceCell::new(),
             waiter: Waiter::default(),
+            _counted: Counted::new(1),
         }
     }
 

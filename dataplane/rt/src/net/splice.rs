@@ -17,6 +17,7 @@ use std::task::{Context, Poll, ready};
 use super::read::ReadHalf;
 use super::socket::{Socket, set_nonblocking};
 use super::write::WriteHalf;
+use crate::descriptors::Counted;
 use crate::exec::Inner;
 use crate::op::{Keep, OpId, Readiness};
 
@@ -47,6 +48,7 @@ pub struct Splice {
     reader: OwnedFd,
     writer: OwnedFd,
     inside: usize,
+    _counted: Counted,
 }
 
 impl Splice {
@@ -68,6 +70,7 @@ impl Splice {
             reader,
             writer,
             inside: 0,
+            _counted: Counted::new(2),
         })
     }
 
