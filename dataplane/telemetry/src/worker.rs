@@ -10,7 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -146,9 +146,7 @@ impl WorkerTelemetry {
         let inner = &self.inner;
         inner.shared.failed_early[reporter_index(reporter)].add(1);
         if inner.access.enables(Level::WARN) {
-            let mut refusals = inner.refusals.borrow_mut();
-            if !refusals.tell(src.ip(), reporter, reason, Instant::now()) {
-                inner.shared.refusals_left_out.add(1);
+            if !inner.tells(src.ip(), reporter, reason) {
                 return;
             }
             let mut buffer = inner.line.borrow_mut();
@@ -210,6 +208,16 @@ impl WorkerTelemetry {
 }
 
 impl Inner {
+    /// Whether one more refusal is told; if not, that is counted.
+    fn tells(&self, src: IpAddr, reporter: Reporter, reason: &'static str) -> bool {
+        let mut refusals = self.refusals.borrow_mut();
+        let tells = refusals.tell(src, reporter, reason, Instant::now());
+        if !tells {
+            self.shared.refusals_left_out.add(1);
+        }
+        tells
+    }
+
     fn series(&self, info: &ConnectionInfo, flags: ResponseFlags) -> Arc<Series> {
         let hash = self.hash(info, flags);
         let found = self
@@ -391,6 +399,11 @@ impl ConnectionRecord {
             Level::INFO
         };
         if worker.access.enables(level) {
+            // What never came to be is a refusal, and anyone may have those without end.
+            let src = self.info.src.ip();
+            if flags != ResponseFlags::None && !worker.tells(src, reporter, flags.label()) {
+                return;
+            }
             let mut buffer = worker.line.borrow_mut();
             let mut line = worker
                 .access

@@ -442,6 +442,37 @@ fn refusals_are_told_within_a_budget_and_counted_exactly() {
     assert!(page.contains(&out), "{page}");
 }
 
+/// What a policy refuses is refused early or late, and costs the log as little.
+#[test]
+fn denied_connections_are_told_within_the_same_budget() {
+    let registry = Registry::new("test");
+    let bench = Bench::new(LogFormat::Plain, "access=info", registry);
+    let worker = bench.worker();
+    let dst = address("10.0.0.8:80");
+    for port in 1..=5000 {
+        let src = SocketAddr::new([10, 0, 0, 9].into(), port);
+        let info = ConnectionInfo::new(Reporter::Destination, src, dst);
+        worker
+            .opened(info)
+            .close(Some(&"policy"), ResponseFlags::Deny);
+    }
+    // Those that came to be are told, however they end.
+    for port in 1..=100 {
+        let src = SocketAddr::new([10, 0, 0, 9].into(), port);
+        let info = ConnectionInfo::new(Reporter::Destination, src, dst);
+        worker
+            .opened(info)
+            .close(Some(&"reset"), ResponseFlags::None);
+    }
+    worker.tell_left_out();
+    let lines = bench.lines();
+    let of = |word: &str| lines.iter().filter(|line| line.contains(word)).count();
+    assert!((20..100).contains(&of("policy")), "{}", of("policy"));
+    assert_eq!(of("reset"), 100);
+    let left_out = format!("reason=\"DENY\" count={}", 5000 - of("policy"));
+    assert_eq!(of(&left_out), 1, "{left_out}");
+}
+
 #[test]
 fn early_failures_and_openings() {
     let bench = Bench::new(LogFormat::Plain, "access=debug", Registry::new("test"));
