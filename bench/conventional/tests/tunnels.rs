@@ -232,6 +232,7 @@ mod ours {
             pool_unused: Duration::from_secs(300),
             response_baggage: true,
             tunnel_memory: TunnelMemory::new(64 << 20),
+            descriptors_max: usize::MAX,
         };
         let sink = LogSink::new(LogFormat::Plain, 1 << 16, io::sink()).unwrap();
         let log = AccessLog::new(&sink, AccessLevel::new(LevelFilter::INFO));
