@@ -146,17 +146,15 @@ fn silent_crowd(arena: &Arena, first: &[u8]) -> Finding {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let count = (2048 * workers + 200).min(9_000);
     let target = victim(HBONE)?;
-    let silent = arena.lab.on(ATTACKER, || {
-        (0..count)
-            .map(|_| {
-                let mut stream = TcpStream::connect_timeout(&target, PATIENCE)?;
-                stream.write_all(first)?;
-                Ok(stream)
-            })
-            .collect::<std::io::Result<Vec<_>>>()
+    // Those that are hung up on meanwhile are as good as refused; the others stay.
+    let silent: Vec<_> = arena.lab.on(ATTACKER, || {
+        let connect = || {
+            let mut stream = TcpStream::connect_timeout(&target, PATIENCE).ok()?;
+            stream.write_all(first).ok()?;
+            Some(stream)
+        };
+        (0..count).filter_map(|_| connect()).collect()
     })?;
-    // What was hung up already is as good as refused.
-    let silent = silent.unwrap_or_default();
     let tries = 20;
     let mut failed = Vec::new();
     for _ in 0..tries {
