@@ -114,13 +114,36 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
     sorted[(sorted.len() - 1) * percent / 100]
 }
 
-/// A crowd of one pod must not stop an established connection of another.
-fn a_crowd_delays_nobody_for_long(lab: &TestLab, crowd: usize) -> Vec<TcpStream> {
+/// How long a neighbour's round trips took, sorted: before a crowd, and while it was there.
+struct Neighbour {
+    quiet: Vec<Duration>,
+    loud: Vec<Duration>,
+    /// How long the crowd was.
+    took: Duration,
+}
+
+impl Neighbour {
+    fn show(&self, what: &str) {
+        let show = |times: &[Duration]| {
+            let [p50, p90, p99] = [50, 90, 99].map(|percent| percentile(times, percent));
+            format!("p50 {p50:.1?}, p90 {p90:.1?}, p99 {p99:.1?}")
+        };
+        let (quiet, loud) = (show(&self.quiet), show(&self.loud));
+        let took = self.took;
+        eprintln!(
+            "{what}: all were through in {took:.1?}; a neighbour's round trips: quiet {quiet}; \
+             meanwhile {loud}"
+        );
+    }
+}
+
+/// `crowd` connections of one pod at once, beside an established connection of another.
+fn beside_a_crowd(lab: &TestLab, crowd: usize) -> (Neighbour, Vec<TcpStream>) {
     let neighbour = lab.connect("server-a", at("server-b", PORT));
     neighbour.set_nodelay(true).unwrap();
     neighbour.set_read_timeout(Some(PATIENCE * 4)).unwrap();
     let (quiet_over, crowd_over) = (AtomicBool::new(false), AtomicBool::new(false));
-    let (quiet, loud, streams, took) = thread::scope(|scope| {
+    thread::scope(|scope| {
         let measuring = scope.spawn(|| {
             let quiet = round_trips(&neighbour, &quiet_over);
             (quiet, round_trips(&neighbour, &crowd_over))
@@ -133,25 +156,28 @@ fn a_crowd_delays_nobody_for_long(lab: &TestLab, crowd: usize) -> Vec<TcpStream>
         let took = start.elapsed();
         crowd_over.store(true, Ordering::Relaxed);
         let (quiet, loud) = measuring.join().unwrap();
-        (quiet, loud, streams, took)
-    });
-    let show = |times: &[Duration]| {
-        let [p50, p90, p99] = [50, 90, 99].map(|percent| percentile(times, percent));
-        format!("p50 {p50:.1?}, p90 {p90:.1?}, p99 {p99:.1?}")
-    };
-    eprintln!(
-        "{crowd} connections at once were through in {took:.1?}; a neighbour's round trips: \
-         quiet {}; meanwhile {}",
-        show(&quiet),
-        show(&loud)
-    );
+        let neighbour = Neighbour { quiet, loud, took };
+        (neighbour, streams)
+    })
+}
+
+/// A crowd of one pod must not stop an established connection of another.
+fn a_crowd_delays_nobody_for_long(lab: &TestLab, crowd: usize) -> Vec<TcpStream> {
+    let twin = TestLab::up("crowd-none", Redirect::None);
+    let _server = server(&twin);
+    beside_a_crowd(&twin, crowd).0.show("without a mesh");
+    drop(twin);
+    let (neighbour, streams) = beside_a_crowd(lab, crowd);
+    neighbour.show("with a mesh");
     // A stall is as long as what makes it: a tenth of that is no stall, on any machine.
-    let longest = *loud.last().unwrap();
+    let longest = *neighbour.loud.last().unwrap();
+    let took = neighbour.took;
     assert!(
         longest < took / 2,
         "{longest:?} of {took:?} without an answer"
     );
-    assert!(loud.len() > 20, "{} answers in {took:?}", loud.len());
+    let answers = neighbour.loud.len();
+    assert!(answers > 20, "{answers} answers in {took:?}");
     streams
 }
 
