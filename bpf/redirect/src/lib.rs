@@ -42,6 +42,7 @@ mod sysctl;
 mod trust;
 mod undo;
 
+pub use ebpf::sock_diag::listening;
 pub use ebpf::{Dropped, Outcome};
 pub use error::{Error, Result};
 pub use listener_map::{ListenerMap, MAX_CPUS, Role};

@@ -50,9 +50,15 @@ impl Neighbours {
     /// Whether somebody else listens on the port in this thread's network namespace. What cannot be
     /// read counts as nobody.
     pub(crate) fn are_there(&self) -> bool {
+        let foreign = |(port, inode)| port == self.port && !self.own.contains(&inode);
+        if let Ok(listening) = redirect::listening() {
+            return listening
+                .into_iter()
+                .any(|(address, inode)| foreign((address.port(), inode)));
+        }
+        // A kernel without sock_diag. Reading this walks the table of all connections.
         ["tcp", "tcp6"].iter().any(|table| {
             let listed = listeners(table).unwrap_or_default();
-            let foreign = |(port, inode)| port == self.port && !self.own.contains(&inode);
             listed.into_iter().any(foreign)
         })
     }

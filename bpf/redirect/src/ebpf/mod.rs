@@ -28,7 +28,7 @@ pub(crate) mod links;
 pub(crate) mod maps;
 mod older;
 mod pods;
-mod sock_diag;
+pub(crate) mod sock_diag;
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr};

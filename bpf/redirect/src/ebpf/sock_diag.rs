@@ -1,4 +1,4 @@
-//! Open TCP connections of the calling thread's network namespace, by sock_diag(7).
+//! Open TCP connections and listeners of the calling thread's network namespace, by sock_diag(7).
 //!
 //! The kernel keeps the connections of all namespaces in one table and looks at all of it for each
 //! question, milliseconds on a large machine. So it is asked only for a family that has any, which
@@ -15,6 +15,13 @@ use nix::sys::socket::{
 
 /// Local and remote end.
 pub(super) type Ends = (SocketAddr, SocketAddr);
+
+/// A socket in the kernel's tables.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    ends: Ends,
+    inode: u32,
+}
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
@@ -62,19 +69,43 @@ pub(super) fn connections() -> io::Result<Vec<Ends>> {
         if sockets == Some(0) {
             continue;
         }
-        let netlink = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkSockDiag,
-        )?;
+        let netlink = netlink()?;
         // A server that nobody is connected to. Listeners have a small table of their own.
         let listeners = ask(&netlink, family, LISTEN)?.len();
         if sockets.is_none_or(|sockets| sockets > listeners) {
-            all.extend(ask(&netlink, family, OPEN)?);
+            let open = ask(&netlink, family, OPEN)?;
+            all.extend(open.into_iter().map(|socket| socket.ends));
         }
     }
     Ok(all)
+}
+
+/// Address and inode of every listening TCP socket in the calling thread's network namespace. They
+/// have a table of their own: what this costs does not depend on how many connections there are.
+///
+/// # Errors
+/// The kernel's, when it cannot be asked (`CONFIG_INET_DIAG`).
+pub fn listening() -> io::Result<Vec<(SocketAddr, u64)>> {
+    let netlink = netlink()?;
+    let mut all = Vec::new();
+    for family in FAMILIES {
+        let found = ask(&netlink, family, LISTEN)?;
+        all.extend(
+            found
+                .into_iter()
+                .map(|socket| (socket.ends.0, socket.inode.into())),
+        );
+    }
+    Ok(all)
+}
+
+fn netlink() -> io::Result<OwnedFd> {
+    Ok(socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkSockDiag,
+    )?)
 }
 
 /// Sockets in the kernel's tables, listening ones included; None if it does not say.
@@ -107,7 +138,7 @@ fn request(family: Family, states: u32) -> [u8; HEADER_BYTES + REQUEST_BYTES] {
 }
 
 /// Sockets of a family in any of these states.
-fn ask(netlink: &OwnedFd, family: Family, states: u32) -> io::Result<Vec<Ends>> {
+fn ask(netlink: &OwnedFd, family: Family, states: u32) -> io::Result<Vec<Found>> {
     let kernel = NetlinkAddr::new(0, 0);
     let message = request(family, states);
     sendto(netlink.as_raw_fd(), &message, &kernel, MsgFlags::empty())?;
@@ -122,13 +153,13 @@ fn ask(netlink: &OwnedFd, family: Family, states: u32) -> io::Result<Vec<Ends>> 
 }
 
 /// One datagram of messages; true if it was the last.
-fn parse(mut bytes: &[u8], all: &mut Vec<Ends>) -> io::Result<bool> {
+fn parse(mut bytes: &[u8], all: &mut Vec<Found>) -> io::Result<bool> {
     while let Some((length, kind)) = header(bytes) {
         let message = &bytes[HEADER_BYTES..length];
         match kind {
             NLMSG_DONE => return Ok(true),
             NLMSG_ERROR => return Err(error(message)),
-            _ => all.extend(ends(message)),
+            _ => all.extend(found(message)),
         }
         // The next begins at a multiple of four.
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
@@ -157,8 +188,9 @@ fn error(message: &[u8]) -> io::Error {
     }
 }
 
-/// `struct inet_diag_msg`: family, state, timer, retrans, then ports and addresses.
-fn ends(message: &[u8]) -> Option<Ends> {
+/// `struct inet_diag_msg`: family, state, timer, retrans, then ports and addresses; the inode comes
+/// last.
+fn found(message: &[u8]) -> Option<Found> {
     let message = message.get(..MESSAGE_BYTES)?;
     let port = |at: usize| u16::from_be_bytes([message[at], message[at + 1]]);
     let address = |at: usize| -> Option<IpAddr> {
@@ -170,7 +202,10 @@ fn ends(message: &[u8]) -> Option<Ends> {
         }
     };
     let local = SocketAddr::new(address(8)?, port(4));
-    Some((local, SocketAddr::new(address(24)?, port(6))))
+    Some(Found {
+        ends: (local, SocketAddr::new(address(24)?, port(6))),
+        inode: u32::from_ne_bytes(message[68..].try_into().ok()?),
+    })
 }
 
 #[cfg(test)]
@@ -203,6 +238,19 @@ mod tests {
             assert!(all.contains(&(to, from)), "{all:?}");
             assert!(all.iter().all(|(_, remote)| remote.port() != 0), "{all:?}");
         }
+    }
+
+    #[test]
+    fn listeners_have_the_inode_of_their_descriptor() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let link = fs::read_link(format!("/proc/self/fd/{}", listener.as_raw_fd())).unwrap();
+        let all = listening().unwrap();
+        let address = listener.local_addr().unwrap();
+        let found = all.iter().find(|(at, _)| *at == address);
+        let inode = found.map(|(_, inode)| format!("socket:[{inode}]"));
+        assert_eq!(inode.as_deref(), link.to_str());
+        drop(listener);
+        assert!(listening().unwrap().iter().all(|(at, _)| *at != address));
     }
 
     #[test]
