@@ -5,6 +5,10 @@
 //! goes from one pod to another changes hands here before the new one is captured. ztunnel asks for
 //! each connection it accepts; the file is read again only when it is another one.
 //!
+//! Whether it is another one is looked at by stat(2), unless that was done less than [`FRESH`] ago:
+//! whoever writes waits for [`SETTLE`], which is longer, before anything is captured. So a reader
+//! that still goes by the file before has no connection of the new pod to ask about.
+//!
 //! A file, not a BPF map: both back ends have it alike, it needs neither a bpffs nor privileges to
 //! read, names in it are as long as Kubernetes allows, and it can be looked at.
 //!
@@ -19,6 +23,8 @@ use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::settings::Pod;
@@ -28,6 +34,10 @@ use crate::settings::Pod;
 const DIRECTORY: &str = "pods";
 const FILE: &str = "table";
 const HEADER: &str = "ztunnel-pods 1";
+/// How long what stat(2) said counts: several look-ups for one connection are one look.
+const FRESH: Duration = Duration::from_micros(100);
+/// How long a new table is there before anything else happens.
+const SETTLE: Duration = Duration::from_millis(1);
 /// A larger one is not read: some 80 times what a node's pods need.
 const BYTES_MAX: u64 = 16 << 20;
 
@@ -68,6 +78,8 @@ pub struct PodTable {
     /// The file that was read and its device and number; held open, so that no other file gets
     /// that number.
     read: Option<(File, (u64, u64))>,
+    /// When it was last seen to be the one that is there.
+    looked: Option<Instant>,
     /// None: what was read is not a table.
     pods: Option<HashMap<IpAddr, Arc<PodIdentity>>>,
     /// Why the last attempt failed: told once.
@@ -81,13 +93,14 @@ impl PodTable {
         Self {
             path: path.to_owned(),
             read: None,
+            looked: None,
             pods: None,
             complaint: String::new(),
         }
     }
 
-    /// Who has `address` now. One stat(2), and once after a change reading the file. One that was
-    /// removed counts as it was: what it says is captured still is.
+    /// Who has `address` now. One stat(2) in 100 us at most, and once after a change reading the
+    /// file. One that was removed counts as it was: what it says is captured still is.
     pub fn get(&mut self, address: IpAddr) -> Lookup {
         self.follow();
         match &self.pods {
@@ -100,11 +113,17 @@ impl PodTable {
     }
 
     fn follow(&mut self) {
+        let now = Instant::now();
+        let is_fresh = |looked| now.duration_since(looked) < FRESH;
+        if self.looked.is_some_and(is_fresh) {
+            return;
+        }
         let Ok(there) = fs::metadata(&self.path) else {
             return;
         };
         let there = (there.dev(), there.ino());
         if self.read.as_ref().is_some_and(|(_, read)| *read == there) {
+            self.looked = Some(now);
             return;
         }
         match self.load() {
@@ -216,6 +235,7 @@ impl Writer {
             .map_err(failed("make"))?;
         io::Write::write_all(&mut file, text.as_bytes()).map_err(failed("write"))?;
         fs::rename(&new, &self.path).map_err(|e| Error::file("replace", &self.path, e))?;
+        thread::sleep(SETTLE);
         self.written = Some(text);
         Ok(())
     }
@@ -341,6 +361,7 @@ mod tests {
         let broken = directory.path().join("next");
         fs::write(&broken, "nonsense").unwrap();
         fs::rename(&broken, &file).unwrap();
+        thread::sleep(SETTLE);
         assert_eq!(names(&mut table, &["10.0.0.1"]), ["NoTable"]);
     }
 }
