@@ -7,13 +7,12 @@ use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
 
-use hyper::{Method, StatusCode};
+use httpd::{
+    Answer, Exposition, HttpLimits, Method, Query, Ready, StatusCode, query_value, serve,
+};
 use tokio::sync::Notify;
 
-use crate::exposition::Exposition;
-use crate::http::{Answer, HttpLimits, Query, query_value, serve};
 use crate::logging::{Logging, LoggingError};
-use crate::ready::Ready;
 use crate::registry::Registry;
 
 const LOGGING_HELP: &str = "\
@@ -123,13 +122,9 @@ pub async fn serve_admin(
     .await
 }
 
-fn is_read(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD)
-}
-
 fn metrics(registry: &Registry, query: &Query<'_>) -> Answer {
     match query.path {
-        "/metrics" | "/stats/prometheus" if is_read(query.method) => {
+        "/metrics" | "/stats/prometheus" if query.is_read() => {
             let exposition = Exposition::from_accept(query.accept);
             Answer::ok(exposition.content_type(), registry.encode(exposition))
         }
@@ -140,16 +135,7 @@ fn metrics(registry: &Registry, query: &Query<'_>) -> Answer {
 
 fn readiness(ready: &Ready, query: &Query<'_>) -> Answer {
     match query.path {
-        "/healthz/ready" if is_read(query.method) => {
-            let pending = ready.pending();
-            if pending.is_empty() {
-                Answer::text(StatusCode::OK, "ready\n")
-            } else {
-                let body = format!("not ready, pending: {}\n", pending.join(", "));
-                Answer::text(StatusCode::INTERNAL_SERVER_ERROR, body)
-            }
-        }
-        "/healthz/ready" => Answer::method_not_allowed("GET"),
+        "/healthz/ready" => ready.answer(query),
         _ => Answer::not_found(),
     }
 }
@@ -157,11 +143,11 @@ fn readiness(ready: &Ready, query: &Query<'_>) -> Answer {
 fn administration(admin: &Admin, query: &Query<'_>) -> Answer {
     let post = *query.method == Method::POST;
     match query.path {
-        "/" if is_read(query.method) => {
+        "/" if query.is_read() => {
             let page = DASHBOARD.replace("LIMITS", &(admin.limits)());
             Answer::ok("text/html; charset=utf-8", page)
         }
-        "/config_dump" if is_read(query.method) => config_dump(admin),
+        "/config_dump" if query.is_read() => config_dump(admin),
         "/" | "/config_dump" => Answer::method_not_allowed("GET"),
         "/logging" if post => logging(&admin.logging, query.query),
         "/quitquitquit" if post => {

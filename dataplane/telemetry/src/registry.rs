@@ -7,11 +7,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use httpd::{Exposition, MetricKind, Page, append_label, is_label_name, is_metric_name};
+
 use crate::access::AccessLog;
 use crate::connection::{ConnectionInfo, Reporter, ResponseFlags};
-use crate::exposition::{
-    Exposition, MetricKind, Page, append_label, is_label_name, is_metric_name,
-};
 use crate::faults::{Fault, Happening};
 use crate::process;
 use crate::series::{LabelSet, LabelSets, Series, WorkerCounter, reporter_index};

@@ -12,10 +12,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use httpd::append_label;
 use mesh::{Identity, Workload};
 
 use crate::connection::{ConnectionInfo, Reporter, ResponseFlags};
-use crate::exposition::append_label;
 
 /// What a label says when its value is not known.
 const UNKNOWN: &str = "unknown";

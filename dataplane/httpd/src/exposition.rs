@@ -5,8 +5,6 @@
 
 use std::fmt::Write as _;
 
-use crate::text::infallible;
-
 /// Which of the two text formats to write.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Exposition {
@@ -50,13 +48,14 @@ pub enum MetricKind {
 
 /// Writes families into one page.
 #[derive(Debug)]
-pub(crate) struct Page {
+pub struct Page {
     text: String,
     exposition: Exposition,
 }
 
 impl Page {
-    pub(crate) fn new(exposition: Exposition) -> Self {
+    /// An empty one.
+    pub fn new(exposition: Exposition) -> Self {
         Self {
             text: String::with_capacity(16 << 10),
             exposition,
@@ -64,7 +63,7 @@ impl Page {
     }
 
     /// Starts a family; its samples follow.
-    pub(crate) fn family(&mut self, name: &str, help: &str, kind: MetricKind) {
+    pub fn family(&mut self, name: &str, help: &str, kind: MetricKind) {
         let (family, kind) = match (kind, self.exposition) {
             (MetricKind::Counter, Exposition::OpenMetrics) => {
                 (name.strip_suffix("_total").unwrap_or(name), "counter")
@@ -72,27 +71,28 @@ impl Page {
             (MetricKind::Counter, Exposition::Text) => (name, "counter"),
             (MetricKind::Gauge, _) => (name, "gauge"),
         };
-        infallible(write!(self.text, "# HELP {family} "));
+        let _ = write!(self.text, "# HELP {family} "); // a String takes everything
         append_escaped(
             &mut self.text,
             help,
             self.exposition == Exposition::OpenMetrics,
         );
-        infallible(write!(self.text, "\n# TYPE {family} {kind}\n"));
+        let _ = write!(self.text, "\n# TYPE {family} {kind}\n"); // a String takes everything
     }
 
     /// One sample; `labels` is what [`append_label`] made, without braces.
-    pub(crate) fn sample(&mut self, name: &str, labels: &str, value: u64) {
+    pub fn sample(&mut self, name: &str, labels: &str, value: u64) {
         self.text.push_str(name);
         if !labels.is_empty() {
             self.text.push('{');
             self.text.push_str(labels);
             self.text.push('}');
         }
-        infallible(writeln!(self.text, " {value}"));
+        let _ = writeln!(self.text, " {value}"); // a String takes everything
     }
 
-    pub(crate) fn finish(mut self) -> String {
+    /// All of it.
+    pub fn finish(mut self) -> String {
         if self.exposition == Exposition::OpenMetrics {
             self.text.push_str("# EOF\n");
         }
@@ -101,7 +101,7 @@ impl Page {
 }
 
 /// Appends `name="value"`, with a comma before it unless it is the first.
-pub(crate) fn append_label(out: &mut String, name: &str, value: &str) {
+pub fn append_label(out: &mut String, name: &str, value: &str) {
     if !out.is_empty() {
         out.push(',');
     }
@@ -109,6 +109,15 @@ pub(crate) fn append_label(out: &mut String, name: &str, value: &str) {
     out.push_str("=\"");
     append_escaped(out, value, true);
     out.push('"');
+}
+
+/// Labels for [`Page::sample`], which need not be known before.
+pub fn labels(pairs: &[(&str, &str)]) -> String {
+    let mut text = String::new();
+    for (name, value) in pairs {
+        append_label(&mut text, name, value);
+    }
+    text
 }
 
 /// Escapes what both formats escape: backslash, line feed and, where asked, the quote.
@@ -124,13 +133,13 @@ fn append_escaped(out: &mut String, value: &str, quote: bool) {
 }
 
 /// Whether `name` is a metric name: `[a-zA-Z_:][a-zA-Z0-9_:]*`.
-pub(crate) fn is_metric_name(name: &str) -> bool {
+pub fn is_metric_name(name: &str) -> bool {
     let valid = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
     name.starts_with(|c: char| valid(c) && !c.is_ascii_digit()) && name.chars().all(valid)
 }
 
 /// Whether `name` is a label name: `[a-zA-Z_][a-zA-Z0-9_]*`, and not reserved.
-pub(crate) fn is_label_name(name: &str) -> bool {
+pub fn is_label_name(name: &str) -> bool {
     is_metric_name(name) && !name.contains(':') && !name.starts_with("__")
 }
 

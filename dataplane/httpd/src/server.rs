@@ -1,12 +1,10 @@
-//! The little HTTP/1.1 server under metrics, readiness and admin.
+//! The small HTTP/1.1 server under metrics, readiness and administration.
 //!
-//! It shares a thread with the control plane, so nobody may keep it busy: connections are bounded
+//! It may share a thread with other work, so nobody may keep it busy: connections are bounded
 //! in number and time, headers in size and time, and request bodies are not read. A new connection
 //! is always taken: where there are too many, the longest idle one goes, first of all one of an
 //! address that has more than its share (`connections`). So a probe is answered whoever else holds
 //! connections open.
-
-mod connections;
 
 use std::convert::Infallible;
 use std::io;
@@ -25,7 +23,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tracing::{debug, warn};
 
-use connections::{Connections, Seat};
+use crate::connections::{Connections, Seat};
 
 /// Bounds of one server.
 #[derive(Clone, Copy, Debug)]
@@ -60,24 +58,38 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A request, as far as anyone here cares.
 #[derive(Debug)]
-pub(crate) struct Query<'a> {
-    pub(crate) method: &'a Method,
-    pub(crate) path: &'a str,
+pub struct Query<'a> {
+    /// GET, say.
+    pub method: &'a Method,
+    /// The target up to the question mark.
+    pub path: &'a str,
     /// What follows the question mark, still encoded.
-    pub(crate) query: &'a str,
-    pub(crate) accept: &'a str,
+    pub query: &'a str,
+    /// The `Accept` header; empty without one.
+    pub accept: &'a str,
+}
+
+impl Query<'_> {
+    /// Whether it only reads: GET, or HEAD.
+    pub fn is_read(&self) -> bool {
+        matches!(*self.method, Method::GET | Method::HEAD)
+    }
 }
 
 /// An answer.
 #[derive(Debug)]
-pub(crate) struct Answer {
-    pub(crate) status: StatusCode,
-    pub(crate) content_type: &'static str,
-    pub(crate) body: String,
+pub struct Answer {
+    /// The status of the response.
+    pub status: StatusCode,
+    /// The `Content-Type` header.
+    pub content_type: &'static str,
+    /// All of the body.
+    pub body: String,
 }
 
 impl Answer {
-    pub(crate) fn text(status: StatusCode, body: impl Into<String>) -> Self {
+    /// Plain text.
+    pub fn text(status: StatusCode, body: impl Into<String>) -> Self {
         Self {
             status,
             content_type: "text/plain; charset=utf-8",
@@ -85,7 +97,8 @@ impl Answer {
         }
     }
 
-    pub(crate) fn ok(content_type: &'static str, body: impl Into<String>) -> Self {
+    /// 200.
+    pub fn ok(content_type: &'static str, body: impl Into<String>) -> Self {
         Self {
             status: StatusCode::OK,
             content_type,
@@ -93,21 +106,24 @@ impl Answer {
         }
     }
 
-    pub(crate) fn not_found() -> Self {
+    /// 404.
+    pub fn not_found() -> Self {
         Self::text(StatusCode::NOT_FOUND, "not found\n")
     }
 
-    pub(crate) fn method_not_allowed(allowed: &str) -> Self {
+    /// 405, with what is `allowed`.
+    pub fn method_not_allowed(allowed: &str) -> Self {
         let body = format!("method not allowed: use {allowed}\n");
         Self::text(StatusCode::METHOD_NOT_ALLOWED, body)
     }
 }
 
-/// Serves `answer` on `listener` for ever, on a current-thread or any other tokio runtime.
+/// Serves `answer` on `listener` until the future is dropped, on a current-thread or any other
+/// tokio runtime. Connections of then go on until their bounds, or the runtime, end them.
 ///
 /// # Errors
 /// The listener cannot be handed to tokio.
-pub(crate) async fn serve(
+pub async fn serve(
     name: &'static str,
     listener: StdListener,
     limits: HttpLimits,
@@ -194,7 +210,7 @@ fn respond(
 }
 
 /// The value of `key` in an encoded query; empty for a key without value.
-pub(crate) fn query_value(query: &str, key: &str) -> Option<String> {
+pub fn query_value(query: &str, key: &str) -> Option<String> {
     query.split('&').find_map(|pair| {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         (name == key).then(|| percent_decode(value))

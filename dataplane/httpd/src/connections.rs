@@ -11,7 +11,7 @@ const SHARE: usize = 4;
 
 /// Open connections, by when they last asked for something: the longest idle comes first.
 #[derive(Debug, Default)]
-pub(super) struct Connections(Mutex<Table>);
+pub(crate) struct Connections(Mutex<Table>);
 
 #[derive(Debug, Default)]
 struct Table {
@@ -27,7 +27,7 @@ struct Entry {
 
 /// A connection's place, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(crate) struct Seat {
     connections: Arc<Connections>,
     number: Mutex<u64>,
     displaced: Arc<Notify>,
@@ -40,7 +40,7 @@ impl Connections {
 
     /// Takes in a connection of `peer`. If there are `max` already another one has to go: of the
     /// address with more than its share, or else of all, the one that has been idle longest.
-    pub(super) fn enter(self: &Arc<Self>, peer: IpAddr, max: usize) -> Seat {
+    pub(crate) fn enter(self: &Arc<Self>, peer: IpAddr, max: usize) -> Seat {
         let peer = peer.to_canonical();
         let displaced = Arc::<Notify>::default();
         let mut table = self.lock();
@@ -91,7 +91,7 @@ impl Table {
 
 impl Seat {
     /// It has asked for something.
-    pub(super) fn is_used(&self) {
+    pub(crate) fn is_used(&self) {
         let mut number = self.number.lock().unwrap_or_else(PoisonError::into_inner);
         let mut table = self.connections.lock();
         if let Some(entry) = table.by_age.remove(&*number) {
@@ -100,7 +100,7 @@ impl Seat {
     }
 
     /// Waits until it has to go.
-    pub(super) async fn displaced(&self) {
+    pub(crate) async fn displaced(&self) {
         self.displaced.notified().await;
     }
 }

@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hyper::StatusCode;
+
+use crate::server::{Answer, Query};
+
 /// The tasks that readiness waits for. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Ready {
@@ -34,6 +38,19 @@ impl Ready {
     /// Whether nothing is pending.
     pub fn is_ready(&self) -> bool {
         self.with(|pending| pending.is_empty())
+    }
+
+    /// The answer to a probe: 200 `ready`, or 500 and the tasks that are not.
+    pub fn answer(&self, query: &Query<'_>) -> Answer {
+        let pending = self.pending();
+        if !query.is_read() {
+            Answer::method_not_allowed("GET")
+        } else if pending.is_empty() {
+            Answer::text(StatusCode::OK, "ready\n")
+        } else {
+            let body = format!("not ready, pending: {}\n", pending.join(", "));
+            Answer::text(StatusCode::INTERNAL_SERVER_ERROR, body)
+        }
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut BTreeMap<String, usize>) -> T) -> T {
