@@ -355,5 +355,4 @@ fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
 }
 
 #[cfg(test)]
-#[path = "sink_tests.rs"]
 pub(crate) mod tests;
