@@ -7,9 +7,7 @@ use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
 
-use httpd::{
-    Answer, Exposition, HttpLimits, Method, Query, Ready, StatusCode, query_value, serve,
-};
+use httpd::{Answer, Exposition, HttpLimits, Method, Query, Ready, StatusCode, query_value, serve};
 use tokio::sync::Notify;
 
 use crate::logging::{Logging, LoggingError};

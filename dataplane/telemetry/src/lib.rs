@@ -22,6 +22,7 @@ mod process;
 mod refusals;
 mod registry;
 mod series;
+mod shared;
 mod sink;
 mod text;
 mod worker;

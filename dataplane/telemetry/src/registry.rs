@@ -5,15 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use httpd::{Exposition, MetricKind, Page, append_label, is_label_name, is_metric_name};
 
 use crate::access::AccessLog;
-use crate::connection::{ConnectionInfo, Reporter, ResponseFlags};
+use crate::connection::{Reporter, ResponseFlags};
 use crate::faults::{Fault, Happening};
 use crate::process;
-use crate::series::{LabelSet, LabelSets, Series, WorkerCounter, reporter_index};
+use crate::series::{LabelSet, Series, reporter_index};
+use crate::shared::{SharedLabels, WorkerShared, lock};
 use crate::worker::WorkerTelemetry;
 
 /// Label sets kept apart before the rest is counted as overflow.
@@ -59,7 +60,7 @@ pub struct Registry {
 }
 
 struct Inner {
-    labels: Mutex<LabelSets>,
+    labels: SharedLabels,
     workers: Mutex<Vec<WorkerSeries>>,
     extra: Mutex<BTreeMap<String, ExtraFamily>>,
     build: String,
@@ -70,25 +71,6 @@ struct WorkerSeries {
     shared: Arc<WorkerShared>,
     /// Those taken over from `WorkerShared::fresh` in earlier scrapes.
     series: Vec<Arc<Series>>,
-}
-
-/// What one worker shares with the scraper.
-#[derive(Debug, Default)]
-pub(crate) struct WorkerShared {
-    /// Series that no scrape has seen yet. Held by a scrape for one swap.
-    fresh: Mutex<Vec<Arc<Series>>>,
-    /// Connections open now, by reporter.
-    pub(crate) open: [WorkerCounter; 2],
-    /// Connections refused before there was anything to count them under, by reporter.
-    pub(crate) failed_early: [WorkerCounter; 2],
-    /// Of those, how many the log does not tell one by one.
-    pub(crate) refusals_left_out: WorkerCounter,
-    /// Label sets counted as overflow.
-    pub(crate) overflows: WorkerCounter,
-    /// What peers of tunnels did wrong, in the order of [`Fault::ALL`].
-    pub(crate) faults: [WorkerCounter; Fault::COUNT],
-    /// By number of the [`Happening`].
-    pub(crate) happenings: [WorkerCounter; Happening::COUNT],
 }
 
 type Read = Box<dyn Fn() -> u64 + Send + Sync>;
@@ -111,7 +93,7 @@ impl Registry {
         append_label(&mut build, "component", "ztunnel");
         append_label(&mut build, "tag", tag);
         let inner = Inner {
-            labels: Mutex::new(LabelSets::new(label_sets_max)),
+            labels: SharedLabels::new(label_sets_max),
             workers: Mutex::default(),
             extra: Mutex::default(),
             build,
@@ -128,7 +110,7 @@ impl Registry {
             shared: Arc::clone(&shared),
             series: Vec::new(),
         });
-        WorkerTelemetry::new(self.clone(), shared, access)
+        WorkerTelemetry::new(self.inner.labels.clone(), shared, access)
     }
 
     /// Adds a metric whose value `read` tells at each scrape; several with one name and different
@@ -221,21 +203,10 @@ impl Registry {
         page.finish()
     }
 
-    /// The series of `info` and `flags` for one worker, from `known` or new.
-    pub(crate) fn intern(
-        &self,
-        info: &ConnectionInfo,
-        flags: ResponseFlags,
-    ) -> (Arc<LabelSet>, bool) {
-        lock(&self.inner.labels).intern(info, flags)
-    }
-
     fn merge(&self) -> Totals {
         let mut totals = Totals::default();
         for worker in lock(&self.inner.workers).iter_mut() {
-            worker
-                .series
-                .append(&mut std::mem::take(&mut *lock(&worker.shared.fresh)));
+            worker.series.append(&mut worker.shared.take_fresh());
             for series in &worker.series {
                 totals.add(series);
             }
@@ -254,7 +225,7 @@ impl Registry {
                 *total += happening.get();
             }
         }
-        totals.label_sets = lock(&self.inner.labels).len() as u64;
+        totals.label_sets = self.inner.labels.len() as u64;
         totals
     }
 }
@@ -263,15 +234,8 @@ impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registry")
             .field("workers", &lock(&self.inner.workers).len())
-            .field("label_sets", &lock(&self.inner.labels).len())
+            .field("label_sets", &self.inner.labels.len())
             .finish_non_exhaustive()
-    }
-}
-
-impl WorkerShared {
-    /// Shows a new series to the next scrape.
-    pub(crate) fn publish(&self, series: Arc<Series>) {
-        lock(&self.fresh).push(series);
     }
 }
 
@@ -462,9 +426,4 @@ impl Totals {
             Source::Single(value) => page.sample(own.name, "", value(self)),
         }
     }
-}
-
-/// A panic elsewhere must not take the metrics with it.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

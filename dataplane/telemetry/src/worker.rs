@@ -24,8 +24,8 @@ use crate::connection::{ConnectionInfo, Reporter, ResponseFlags, Security};
 use crate::faults::{Fault, Happening};
 use crate::line::LineBuffer;
 use crate::refusals::Refusals;
-use crate::registry::{Registry, WorkerShared};
 use crate::series::{Series, reporter_index};
+use crate::shared::{SharedLabels, WorkerShared};
 
 /// Entries of the table before it starts afresh. Counters are not lost by that.
 const TABLE_MAX: usize = 1 << 16;
@@ -41,7 +41,7 @@ pub struct WorkerTelemetry {
 
 #[derive(Debug)]
 struct Inner {
-    registry: Registry,
+    labels: SharedLabels,
     shared: Arc<WorkerShared>,
     access: AccessLog,
     hasher: RandomState,
@@ -92,9 +92,9 @@ fn address<T>(object: &Option<Arc<T>>) -> usize {
 }
 
 impl WorkerTelemetry {
-    pub(crate) fn new(registry: Registry, shared: Arc<WorkerShared>, access: AccessLog) -> Self {
+    pub(crate) fn new(labels: SharedLabels, shared: Arc<WorkerShared>, access: AccessLog) -> Self {
         let inner = Inner {
-            registry,
+            labels,
             shared,
             access,
             hasher: RandomState::new(),
@@ -233,7 +233,7 @@ impl Inner {
 
     #[cold]
     fn first_seen(&self, hash: u64, info: &ConnectionInfo, flags: ResponseFlags) -> Arc<Series> {
-        let (labels, overflow) = self.registry.intern(info, flags);
+        let (labels, overflow) = self.labels.intern(info, flags);
         if overflow {
             self.shared.overflows.add(1);
         }
