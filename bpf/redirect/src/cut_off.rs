@@ -8,20 +8,13 @@
 
 use std::collections::BTreeSet;
 
-use crate::command;
-use crate::ebpf::filters;
-use crate::ebpf::links::Links;
 use crate::error::{Error, Result};
 use crate::journal::Journal;
-use crate::netns::Netns;
+use crate::journal::undo::Undo;
 use crate::settings::Settings;
-use crate::undo::Undo;
-
-/// Its handle, beside that of the capturing filters.
-const HANDLE: &str = "0x5a56";
-/// A classic BPF program: return TC_ACT_SHOT (2).
-const DROP: &str = "1,6 0 0 2";
-const DIRECTIONS: [&str; 2] = ["ingress", "egress"];
+use crate::system::links::Links;
+use crate::system::netns::Netns;
+use crate::system::tc;
 
 /// Whom, in the journal, the programs on a cut-off interface are there for: no pod, whose UIDs have
 /// no brackets.
@@ -51,17 +44,13 @@ pub(crate) fn check(settings: &Settings, links: &Links, interface: &str) -> Resu
 /// Adds the filters.
 pub(crate) fn by_filters(journal: &mut Journal, node: &Netns, interface: &str) -> Result<()> {
     let owner = filter_owner(interface);
-    if !node.run(filters::clsact_interfaces)?.contains(interface) {
+    if !node.run(tc::clsact_interfaces)?.contains(interface) {
         let undo = Undo::Clsact {
             netns: node.clone(),
             interface: interface.to_owned(),
         };
         journal.record(Some(&owner), undo)?;
-        let words = ["qdisc", "add", "dev", interface, "clsact"];
-        match node.run(|| command::run("tc", &words)) {
-            Err(error) if !command::is_present(&error) => return Err(error),
-            _ => {}
-        }
+        node.run(|| tc::add_clsact(interface))?;
     }
     for egress in [false, true] {
         let undo = Undo::DropFilter {
@@ -70,22 +59,9 @@ pub(crate) fn by_filters(journal: &mut Journal, node: &Netns, interface: &str) -
             egress,
         };
         journal.record(Some(&owner), undo)?;
-        let mut words = filter_words("replace", interface, egress);
-        words.extend(["da", "bytecode", DROP]);
-        node.run(|| command::run("tc", &words))?;
+        node.run(|| tc::add_drop_filter(interface, egress))?;
     }
     journal.set_cut_off(interface, true)
-}
-
-fn filter_words<'a>(verb: &'a str, interface: &'a str, egress: bool) -> Vec<&'a str> {
-    let direction = DIRECTIONS[usize::from(egress)];
-    let place = [interface, direction, "prio", "1", "handle", HANDLE, "bpf"];
-    ["filter", verb, "dev"].into_iter().chain(place).collect()
-}
-
-/// Removes one of the filters.
-pub(crate) fn remove_filter(interface: &str, egress: bool) -> Result<()> {
-    command::run("tc", &filter_words("del", interface, egress)).map(drop)
 }
 
 /// Removes the filters of interfaces whose pods are captured now.
@@ -117,10 +93,12 @@ pub(crate) fn inventory(journal: &Journal, node: &Netns) -> BTreeSet<String> {
         .filter(|name| journal.has_owner(&filter_owner(name)));
     let mut all = BTreeSet::new();
     for interface in with_filters {
-        for direction in DIRECTIONS {
-            let words = ["filter", "show", "dev", interface, direction];
-            let shown = node.run(|| command::run("tc", &words)).unwrap_or_default();
-            if shown.contains(&format!(" handle {HANDLE} ")) {
+        for egress in [false, true] {
+            if node
+                .run(|| tc::has_drop_filter(interface, egress))
+                .is_ok_and(|there| there)
+            {
+                let direction = tc::direction(egress);
                 all.insert(format!("filter {interface} {direction} cut_off"));
             }
         }

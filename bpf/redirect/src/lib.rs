@@ -21,38 +21,32 @@
 
 use std::collections::BTreeSet;
 
-mod command;
 mod cut_off;
 pub mod ebpf;
 mod error;
-mod expedite;
 pub mod iptables_tunnel;
 mod journal;
 mod listener_map;
-mod local_addresses;
-mod netns;
-mod pinned;
-mod pins;
+mod observation;
 pub mod pod_table;
-mod privileges;
 mod settings;
 pub mod sockmap;
 mod status;
-mod sysctl;
-mod trust;
-mod undo;
+mod system;
 
-pub use ebpf::sock_diag::listening;
-pub use ebpf::{Dropped, Outcome};
+pub use ebpf::{Dropped, MAX_CPUS, Outcome, Role};
 pub use error::{Error, Result};
-pub use listener_map::{ListenerMap, MAX_CPUS, Role};
-pub use local_addresses::AddressWatch;
-pub use netns::{Observation, check_namespaces, interface_index};
+pub use listener_map::ListenerMap;
+pub use observation::Observation;
 pub use pod_table::{Lookup, PodIdentity, PodTable};
-pub use privileges::check as check_privileges;
-pub use settings::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
+pub use settings::{Attach, Node, Pod, Settings, Variant, Ztunnel};
 pub use status::{Counters, Failure, PodStatus, Status, Uncaptured, Why};
-pub use trust::check_trusted;
+pub use system::iptables::Iptables;
+pub use system::local_addresses::AddressWatch;
+pub use system::netns::{check_namespaces, interface_index};
+pub use system::privileges::check as check_privileges;
+pub use system::sock_diag::listening;
+pub use system::trust::check_trusted;
 
 /// A way to bring mesh pods' TCP to ztunnel.
 ///

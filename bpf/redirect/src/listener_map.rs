@@ -5,30 +5,8 @@ use std::path::Path;
 
 use aya::maps::{Map, MapData, SockMap};
 
-use crate::ebpf;
+use crate::ebpf::{self, MAX_CPUS, Role};
 use crate::error::{Error, Result};
-
-/// CPUs the map has room for; `MAX_CPUS` of `bpf/src/layout.h`.
-pub const MAX_CPUS: u32 = 1024;
-
-/// What a listener is for; the values are those of `bpf/src/layout.h`.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-#[repr(u32)]
-pub enum Role {
-    /// Connections local pods make (15001).
-    Outbound = 0,
-    /// Plaintext connections to local pods (15006).
-    InboundPlain = 1,
-    /// HBONE connections to local pods (15008).
-    InboundHbone = 2,
-    /// DNS queries of local pods over UDP (15053), if they are captured.
-    DnsUdp = 3,
-    /// DNS queries of local pods over TCP (15053), if they are captured.
-    DnsTcp = 4,
-}
-
-/// Number of roles.
-pub(crate) const ROLES: u32 = 5;
 
 /// The pinned socket map, one slot for each role and CPU.
 ///

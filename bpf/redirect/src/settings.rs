@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::system::iptables::Iptables;
 
 /// Most underlay interfaces; `MAX_UNDERLAYS` of `bpf/src/layout.h`.
 pub(crate) const UNDERLAYS_MAX: usize = 8;
@@ -121,19 +122,6 @@ pub enum Variant {
     /// The same path with these defects fixed; TCP by IPv6 of captured pods is dropped.
     #[default]
     Hardened,
-}
-
-/// Which of the two kinds of iptables is used. They do not see each other's rules.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Iptables {
-    /// What `iptables-restore` is on this system.
-    #[default]
-    Auto,
-    /// nftables in the kernel.
-    Nft,
-    /// The original one.
-    Legacy,
 }
 
 /// How programs are attached to interfaces.

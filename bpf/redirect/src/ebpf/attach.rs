@@ -13,16 +13,16 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType};
 
-use super::{filters, layout};
+use super::layout;
 use crate::error::{Error, Result};
 use crate::journal::Journal;
-use crate::netns::Netns;
-use crate::pins;
+use crate::journal::undo::Undo;
 use crate::settings::Attach;
-use crate::undo::Undo;
+use crate::system::netns::Netns;
+use crate::system::{pins, programs, tc};
 
 const EEXIST: i32 = 17;
 const EINVAL: i32 = 22;
@@ -185,29 +185,28 @@ impl Attacher<'_> {
     fn attach_filter(&mut self, hook: Hook<'_>) -> Result<()> {
         let clsact = match self.clsact.take() {
             Some(known) => known,
-            None => filters::clsact_interfaces()?,
+            None => tc::clsact_interfaces()?,
         };
         let has_clsact = clsact.contains(hook.interface);
         self.clsact = Some(clsact);
         note_filter(self.journal, self.node, hook, has_clsact)?;
         if !has_clsact {
-            tc::qdisc_add_clsact(hook.interface).map_err(|e| hook.error(&e))?;
+            qdisc_add_clsact(hook.interface).map_err(|e| hook.error(&e))?;
             self.clsact
                 .get_or_insert_default()
                 .insert(hook.interface.to_owned());
         }
         let program = classifier(self.ebpf, hook.attached())?;
         let options = NlOptions {
-            priority: filters::PRIORITY,
-            handle: filters::HANDLE,
+            priority: tc::PRIORITY,
+            handle: tc::HANDLE,
             classid: None,
         };
         let options = TcAttachOptions::Netlink(options);
         let attached = program.attach_with_options(hook.interface, hook.attach_type(), options);
         let id = match attached {
-            Err(error) if os_error(&error) == Some(EEXIST) => {
-                let link =
-                    filters::own(hook.interface, hook.egress()).map_err(|e| hook.error(&e))?;
+            Err(error) if tc::os_error(&error) == Some(EEXIST) => {
+                let link = tc::own(hook.interface, hook.egress()).map_err(|e| hook.error(&e))?;
                 program.attach_to_link(link)
             }
             other => other,
@@ -255,7 +254,7 @@ enum AttachError {
 impl AttachError {
     fn classify(hook: Hook<'_>, error: &ProgramError) -> Self {
         let reason = hook.error(error);
-        match os_error(error) {
+        match tc::os_error(error) {
             Some(EINVAL | ENOTSUP) => Self::Unsupported(reason),
             _ => Self::Other(reason),
         }
@@ -273,17 +272,6 @@ impl From<AttachError> for Error {
         match error {
             AttachError::Unsupported(error) | AttachError::Other(error) => error,
         }
-    }
-}
-
-pub(crate) fn os_error(error: &ProgramError) -> Option<i32> {
-    match error {
-        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
-        ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
-            error.raw_os_error()
-        }
-        ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
-        _ => None,
     }
 }
 
@@ -333,10 +321,11 @@ fn is_own(pin: &Path) -> bool {
         return false;
     };
     if let Some(map) = layout::MAPS.iter().find(|map| map.name == name) {
-        let called = pins::map_name(pin).is_some_and(|shown| pins::is_called(&shown, name));
+        let called = pins::map_name(pin).is_some_and(|shown| programs::is_called(&shown, name));
         return called && pins::check_layout(pin, map).is_ok();
     }
-    is_link_name(name) && pins::program_name(pin).is_some_and(|shown| is_program(&shown))
+    is_link_name(name)
+        && pins::program_name(pin).is_some_and(|shown| programs::own(&shown).is_some())
 }
 
 /// `PROGRAM`, `PROGRAM_INDEX`, or one of these that is being replaced.
@@ -351,30 +340,13 @@ fn is_link_name(name: &str) -> bool {
     })
 }
 
-fn is_program(shown: &str) -> bool {
-    let mut programs = layout::PROGRAMS.iter();
-    programs.any(|program| pins::is_called(shown, program))
-}
-
-/// Whether a pin that the journal knows as ours is another's by now: a map or a link of another
-/// name. What is neither, or dead, nobody else can have any use for.
-pub(crate) fn is_foreign(pin: &Path) -> bool {
-    let name = pin.file_name().and_then(|name| name.to_str());
-    let name = name.unwrap_or_default();
-    match (pins::map_name(pin), pins::program_name(pin)) {
-        (Some(shown), _) => !pins::is_called(&shown, name),
-        (_, Some(shown)) => !is_program(&shown),
-        _ => false,
-    }
-}
-
 /// Refuses what others have pinned under a name of ours.
 pub(crate) fn check_own(journal: &mut Journal, pin: &Path) -> Result<()> {
     let known = journal.has(&Undo::Pin {
         path: pin.to_owned(),
     });
     let exists = fs::symlink_metadata(pin).is_ok();
-    if exists && (is_foreign(pin) || !(known || is_own(pin))) {
+    if exists && (pins::is_foreign(pin) || !(known || is_own(pin))) {
         return Err(Error::Foreign {
             path: pin.to_owned(),
         });

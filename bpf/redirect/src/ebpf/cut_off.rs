@@ -2,11 +2,11 @@
 //! ones.
 
 use super::attach::Hook;
-use super::links::Links;
 use super::{Ebpf, layout, pods};
 use crate::cut_off::{self, owner};
 use crate::error::{Error, Result};
-use crate::netns::Netns;
+use crate::system::links::Links;
+use crate::system::netns::Netns;
 
 /// Cuts off each of these; returns those that could not be.
 pub(crate) fn all(

@@ -8,7 +8,7 @@ use aya::maps::{MapData, RingBuf};
 
 use super::layout::{self, ADDRESS_BYTES, EVENT_BYTES};
 use crate::error::Result;
-use crate::pins;
+use crate::system::pins;
 
 /// A packet that a program dropped. The buffer is lossy: counters say how many there were.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]

@@ -7,13 +7,12 @@ use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
 
 use super::attach::{self, CLSACT};
 use super::{RULE_PREF, TABLE, layout, maps};
-use crate::command;
 use crate::error::Result;
 use crate::journal::Journal;
-use crate::netns::Netns;
-use crate::pins::{is_called, program_of};
 use crate::settings::Settings;
-use crate::sysctl;
+use crate::system::netns::Netns;
+use crate::system::pins::program_of;
+use crate::system::{command, programs, tc};
 
 pub(crate) fn take(
     settings: &Settings,
@@ -35,7 +34,7 @@ pub(crate) fn take(
         all.extend(ztunnel.run(ztunnel_routing)?);
     }
     all.extend(crate::cut_off::inventory(journal, node));
-    all.extend(sysctl::describe(journal));
+    all.extend(journal.describe_sysctls());
     all.extend(journal.describe_table());
     Ok(all)
 }
@@ -68,7 +67,7 @@ pub(super) fn links(interfaces: &[&str]) -> BTreeSet<String> {
     programs
         .into_iter()
         .filter_map(|(interface, direction, program)| {
-            let name = own_name(program.name())?;
+            let name = programs::own(program.name_as_str()?)?;
             Some(format!("tcx {interface} {direction} {name}"))
         })
         .collect()
@@ -87,29 +86,21 @@ fn tcx_programs<'a>(interfaces: &[&'a str]) -> Vec<(&'a str, &'static str, Progr
                 continue;
             };
             let own = programs.into_iter();
-            let own = own.filter(|program| own_name(program.name()).is_some());
+            let own = own.filter(|program| program.name_as_str().and_then(programs::own).is_some());
             all.extend(own.map(|program| (interface, direction, program)));
         }
     }
     all
 }
 
-/// The program of ours that the kernel calls so.
-fn own_name(name: &[u8]) -> Option<&'static str> {
-    let name = str::from_utf8(name).ok()?;
-    layout::PROGRAMS
-        .into_iter()
-        .find(|full| is_called(name, full))
-}
-
 /// Our filters under clsact qdiscs.
 fn filters(interfaces: &[&str]) -> Result<BTreeSet<String>> {
-    let present = super::filters::clsact_interfaces()?;
+    let present = tc::clsact_interfaces()?;
     let with_clsact = interfaces.iter().filter(|name| present.contains(**name));
     let with_clsact: Vec<&str> = with_clsact.copied().collect();
     let qdiscs = with_clsact.iter();
     let mut all: BTreeSet<_> = qdiscs.map(|name| format!("qdisc clsact {name}")).collect();
-    for shown in super::filters::list(&with_clsact)? {
+    for shown in tc::list(&with_clsact)? {
         let (interface, direction) = (shown.interface, shown.direction);
         let own = shown.own.map(|own| own.program);
         let own = own.filter(|program| layout::PROGRAMS.contains(&program.as_str()));
@@ -154,13 +145,13 @@ pub(super) fn attached_programs(pins: &Path, interfaces: &[&str]) -> HashSet<u32
     for (_, _, program) in tcx_programs(interfaces) {
         all.insert(program.id());
     }
-    let filters = super::filters::clsact_interfaces().and_then(|present| {
+    let filters = tc::clsact_interfaces().and_then(|present| {
         let with_clsact = interfaces.iter().filter(|name| present.contains(**name));
         let with_clsact: Vec<&str> = with_clsact.copied().collect();
-        let shown = super::filters::list(&with_clsact)?;
+        let shown = tc::list(&with_clsact)?;
         Ok(shown.into_iter().filter_map(|shown| shown.own).collect())
     });
-    let filters: Vec<super::filters::Own> = filters.unwrap_or_default();
+    let filters: Vec<tc::Own> = filters.unwrap_or_default();
     all.extend(filters.into_iter().map(|own| own.id));
     all
 }

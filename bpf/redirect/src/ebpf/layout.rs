@@ -2,13 +2,38 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::listener_map::{MAX_CPUS, ROLES};
-use crate::pins::MapLayout;
 use crate::settings::UNDERLAYS_MAX;
+use crate::system::pins::MapLayout;
+pub(crate) use crate::system::programs::{
+    APP_INBOUND, APP_OUTBOUND, CUT_OFF, PROGRAMS, UNDERLAY_INGRESS, ZTUNNEL_GUARD, ZTUNNEL_HOST,
+    ZTUNNEL_INGRESS,
+};
 
 /// The compiled `bpf/src/redirect.bpf.c`.
 pub(crate) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.bpf.o"));
+
+/// CPUs the map has room for; `MAX_CPUS` of `bpf/src/layout.h`.
+pub const MAX_CPUS: u32 = 1024;
+
+/// What a listener is for; the values are those of `bpf/src/layout.h`.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(u32)]
+pub enum Role {
+    /// Connections local pods make (15001).
+    Outbound = 0,
+    /// Plaintext connections to local pods (15006).
+    InboundPlain = 1,
+    /// HBONE connections to local pods (15008).
+    InboundHbone = 2,
+    /// DNS queries of local pods over UDP (15053), if they are captured.
+    DnsUdp = 3,
+    /// DNS queries of local pods over TCP (15053), if they are captured.
+    DnsTcp = 4,
+}
+
+/// Number of roles.
+const ROLES: u32 = 5;
 
 /// Size of `struct config`.
 pub(crate) const CONFIG_BYTES: usize = 8 + 2 * ADDRESS_BYTES + 4 * UNDERLAYS_MAX + 6 + 2;
@@ -67,25 +92,6 @@ pub(crate) const MAPS: [MapLayout; 10] = [
     map(COUNTERS, 4, 8, (PROGRAMS.len() * REASONS.len()) as u32),
     // Last: whoever waits for it finds the others.
     map(LISTENERS, 4, 4, ROLES * MAX_CPUS),
-];
-
-pub(crate) const APP_OUTBOUND: &str = "app_outbound";
-pub(crate) const APP_INBOUND: &str = "app_inbound";
-pub(crate) const ZTUNNEL_HOST: &str = "ztunnel_host";
-pub(crate) const UNDERLAY_INGRESS: &str = "underlay_ingress";
-pub(crate) const ZTUNNEL_INGRESS: &str = "ztunnel_ingress";
-pub(crate) const CUT_OFF: &str = "cut_off";
-pub(crate) const ZTUNNEL_GUARD: &str = "ztunnel_guard";
-
-/// In the order of `enum program`.
-pub(crate) const PROGRAMS: [&str; 7] = [
-    APP_OUTBOUND,
-    APP_INBOUND,
-    ZTUNNEL_HOST,
-    UNDERLAY_INGRESS,
-    ZTUNNEL_INGRESS,
-    CUT_OFF,
-    ZTUNNEL_GUARD,
 ];
 
 /// In the order of `enum reason`.

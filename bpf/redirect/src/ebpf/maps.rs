@@ -10,9 +10,9 @@ use ipnet::IpNet;
 
 use super::layout::{self, ADDRESS_BYTES, CONFIG_BYTES, Config, FLOW_BYTES};
 use crate::error::{Error, Result};
-use crate::pins::{ignore_missing, open, write_failed};
 use crate::settings::Pod;
 use crate::status::Counters;
+use crate::system::pins::{ignore_missing, open, write_failed};
 
 type AddressKey = [u8; ADDRESS_BYTES];
 pub(crate) type FlowKey = [u8; FLOW_BYTES];

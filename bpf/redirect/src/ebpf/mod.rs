@@ -8,9 +8,10 @@
 //! Programs and maps are pinned and stay when the agent ends. With ztunnel gone, connections are
 //! refused; with its network namespace gone, packets are dropped.
 //!
-//! Connections that are open when a pod is added go on as they are (`older.rs`). Pinned maps that
-//! another version made with another layout are replaced; so are the programs, one by one, and what
-//! is redirected goes on. ztunnel puts its listeners into a new map within a second.
+//! Connections that are open when a pod is added go on as they are (`existing_connections.rs`).
+//! Pinned maps that another version made with another layout are replaced; so are the programs, one
+//! by one, and what is redirected goes on. ztunnel puts its listeners into a new map within a
+//! second.
 //!
 //! IPv4 and IPv6, the latter if ztunnel has an IPv6 address; without one, IPv6 TCP of pods is
 //! dropped in its network namespace.
@@ -18,17 +19,14 @@
 //! Limits: the node's netfilter does not see what is redirected, so network policies built on it
 //! do not apply to that; a pod's connections break when it is removed (they are ztunnel's).
 
-pub(crate) mod attach;
+mod attach;
 mod cut_off;
 mod events;
-pub(crate) mod filters;
+mod existing_connections;
 mod inventory;
-pub(crate) mod layout;
-pub(crate) mod links;
-pub(crate) mod maps;
-mod older;
+mod layout;
+mod maps;
 mod pods;
-pub(crate) mod sock_diag;
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -37,18 +35,19 @@ use std::path::{Path, PathBuf};
 use aya::{Ebpf as Object, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use crate::Redirection;
 use crate::error::{Error, Result};
 use crate::journal::Journal;
-use crate::netns::{self, Netns};
+use crate::journal::undo::Undo;
 use crate::settings::{Pod, Settings};
 use crate::status::{Counters, Failure, PodStatus, Status, Uncaptured};
-use crate::undo::Undo;
-use crate::{Redirection, expedite, local_addresses, pins, sysctl};
+use crate::system::links::Links;
+use crate::system::netns::{self, Netns};
+use crate::system::{local_addresses, pins, sysctl};
 use attach::{Attacher, Hook};
 pub use events::Dropped;
 use layout::Config;
-pub use layout::Outcome;
-use links::Links;
+pub use layout::{MAX_CPUS, Outcome, Role};
 
 const NAME: &str = "ebpf";
 
@@ -239,9 +238,9 @@ impl Redirection for Ebpf {
     }
 
     fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
-        expedite::begin(&mut self.journal, uids.len());
+        self.journal.begin_expedited(uids.len());
         let removed = pods::remove(self, uids);
-        expedite::end(&mut self.journal);
+        self.journal.end_expedited();
         removed
     }
 

@@ -12,14 +12,14 @@ use std::time::{Duration, Instant};
 
 use super::attach::{self, Hook};
 use super::layout::{self, POD_ENROLLING, POD_OLDER};
-use super::links::Links;
 use super::maps::{FlowKey, OlderFlows, Pods};
-use super::{Ebpf, cut_off, filters, inventory, not_installed, older};
+use super::{Ebpf, cut_off, existing_connections, inventory, not_installed};
 use crate::error::Result;
-use crate::expedite;
-use crate::netns::Netns;
 use crate::settings::Pod;
 use crate::status::Failure;
+use crate::system::links::Links;
+use crate::system::netns::Netns;
+use crate::system::tc;
 
 /// A pod that is being added.
 struct Addition<'a> {
@@ -77,9 +77,9 @@ pub(crate) fn add(redirection: &mut Ebpf, node: &Netns, pods: &[Pod]) -> Result<
     if additions.is_empty() {
         return Ok(failures.0);
     }
-    expedite::begin(&mut redirection.journal, additions.len());
+    redirection.journal.begin_expedited(additions.len());
     let captured = capture(redirection, node, &additions, &mut failures);
-    expedite::end(&mut redirection.journal);
+    redirection.journal.end_expedited();
     let open = match captured {
         Ok(open) => open,
         Err(error) => {
@@ -204,7 +204,7 @@ fn note<'a>(
     let pins = redirection.settings.bpffs.clone();
     let by_filter = redirection.journal.detail() == Some(attach::CLSACT);
     let clsact = if by_filter {
-        filters::clsact_interfaces()?
+        tc::clsact_interfaces()?
     } else {
         HashSet::new()
     };
@@ -308,22 +308,22 @@ impl<'a> Capture<'a> {
     /// not fit, or cannot be told from ztunnel's, is captured like all else: ztunnel has no such
     /// connection and resets it.
     fn list_older(&mut self, pod: &Pod, older: &mut Older, look_again: bool) {
-        let all = match older::connections(&pod.netns) {
+        let all = match existing_connections::connections(&pod.netns) {
             Ok(all) => all,
             Err(error) => {
                 tracing::warn!(%error, uid = pod.uid, "open connections cannot be seen and break");
                 return;
             }
         };
-        let mut keys = older::keys(&all, pod);
+        let mut keys = existing_connections::keys(&all, pod);
         keys.retain(|key| !older.kept.contains(key) && !older.broken.contains(key));
         if keys.is_empty() {
             return;
         }
         let ztunnels = match self.ztunnels.take().filter(|_| !look_again) {
             Some(known) => known,
-            None => match older::connections(self.ztunnel) {
-                Ok(all) => older::mirrored(all),
+            None => match existing_connections::connections(self.ztunnel) {
+                Ok(all) => existing_connections::mirrored(all),
                 Err(error) => {
                     older.why = Some(error);
                     older.broken.extend(keys);
@@ -331,7 +331,7 @@ impl<'a> Capture<'a> {
                 }
             },
         };
-        let of_ztunnel = older::keys(&ztunnels, pod);
+        let of_ztunnel = existing_connections::keys(&ztunnels, pod);
         self.ztunnels = Some(ztunnels);
         for key in keys.difference(&of_ztunnel) {
             let has_room = older.why.is_none() && older.kept.len() < layout::OLDER_FLOWS_PER_POD;
@@ -445,7 +445,7 @@ pub(super) fn forget(pins: &Path, pods: &[Pod], uids: &[&str]) -> Result<()> {
     }
     let mut older = OlderFlows::open(pins)?;
     for key in older.all()? {
-        if addresses.contains(&older::pod_address(&key)) {
+        if addresses.contains(&existing_connections::pod_address(&key)) {
             older.remove(&key)?;
         }
     }
@@ -464,11 +464,12 @@ pub(crate) fn forget_ended(pins: &Path, pods: &[Pod]) -> Result<()> {
             continue;
         };
         // A pod whose network namespace is gone has none.
-        let open = older::connections(&pod.netns).unwrap_or_default();
-        let open = older::keys(&open, pod);
-        let own = all
-            .iter()
-            .filter(|key| pod.addresses.contains(&older::pod_address(key)));
+        let open = existing_connections::connections(&pod.netns).unwrap_or_default();
+        let open = existing_connections::keys(&open, pod);
+        let own = all.iter().filter(|key| {
+            pod.addresses
+                .contains(&existing_connections::pod_address(key))
+        });
         let (alive, ended): (Vec<_>, Vec<_>) = own.partition(|key| open.contains(*key));
         for key in ended {
             older.remove(key)?;

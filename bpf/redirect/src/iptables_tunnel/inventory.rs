@@ -1,10 +1,9 @@
 //! What of ours is there, for people and for comparing.
 
 use super::rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
-use super::tables::{self, Family};
-use crate::command;
 use crate::error::Result;
-use crate::settings::Iptables;
+use crate::system::command;
+use crate::system::iptables::{self, Family, Iptables};
 
 /// Our rules, routes, set entries and links in one namespace.
 pub(super) fn of(place: &str, iptables: Iptables) -> Result<Vec<String>> {
@@ -44,10 +43,10 @@ pub(super) fn of(place: &str, iptables: Iptables) -> Result<Vec<String>> {
         let shown = command::ip(&format!("-br link show dev {name}"));
         all.extend(shown.is_ok().then(|| format!("link {name}")));
     }
-    let chains = tables::lines(Family::V4, iptables)?;
+    let chains = iptables::lines(Family::V4, iptables)?;
     all.extend(chains.into_iter().map(|line| format!("iptables {line}")));
     // A machine without IPv6 may lack the tool, too.
-    let chains = tables::lines(Family::V6, iptables).unwrap_or_default();
+    let chains = iptables::lines(Family::V6, iptables).unwrap_or_default();
     all.extend(chains.into_iter().map(|line| format!("ip6tables {line}")));
     let one_blank = |line: String| line.split_whitespace().collect::<Vec<_>>().join(" ");
     Ok(all

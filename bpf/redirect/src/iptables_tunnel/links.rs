@@ -8,11 +8,11 @@ use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 use super::rules::{IN, OUT, PEER_IN, PEER_OUT};
-use crate::command::{self, ip};
 use crate::error::{Error, Result};
 use crate::journal::Journal;
-use crate::netns::Netns;
-use crate::undo::Undo;
+use crate::journal::undo::Undo;
+use crate::system::command::{self, ip};
+use crate::system::netns::Netns;
 
 const PORT_FIRST: u16 = 6081;
 const PORT_LAST: u16 = 6096;

@@ -24,25 +24,24 @@
 //! inbound tunnel's address, 192.168.126.1.
 
 mod inventory;
-pub(crate) mod links;
-pub(crate) mod rules;
-pub(crate) mod tables;
+mod links;
+mod rules;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
-use crate::ebpf::links::Links;
 use crate::error::{Error, Result};
+use crate::journal::undo::Undo;
 use crate::journal::{Journal, Owners};
-use crate::netns::{self, Netns};
 use crate::settings::{Pod, Settings, Variant};
 use crate::status::{Counters, Failure, PodStatus, Status, Uncaptured};
-use crate::undo::Undo;
-use crate::{Redirection, command, cut_off, sysctl};
+use crate::system::iptables::{self, Family, Table};
+use crate::system::links::Links;
+use crate::system::netns::{self, Netns};
+use crate::system::{command, sysctl};
+use crate::{Redirection, cut_off};
 use links::Transport;
-use rules::Table;
 use rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
-use tables::Family;
 
 const NAME: &str = "tunnel";
 
@@ -109,7 +108,7 @@ impl IptablesTunnel {
             family,
         };
         self.journal.record(None, undo)?;
-        netns.run(|| tables::apply(family, iptables, rules))
+        netns.run(|| iptables::apply(family, iptables, rules))
     }
 
     /// Drops IPv6 of the pods that the journal has, and no other's.
@@ -529,13 +528,13 @@ impl Redirection for IptablesTunnel {
         let mut counters = Counters::new();
         if self.is_installed() {
             let iptables = self.settings.iptables;
-            counters.insert("node".to_owned(), tables::counters(Family::V4, iptables)?);
+            counters.insert("node".to_owned(), iptables::counters(Family::V4, iptables)?);
             if self.drops_ipv6() {
-                let dropped = tables::counters(Family::V6, iptables)?;
+                let dropped = iptables::counters(Family::V6, iptables)?;
                 counters.insert("node_ipv6".to_owned(), dropped);
             }
             if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
-                let of_ztunnel = ztunnel.run(|| tables::counters(Family::V4, iptables))?;
+                let of_ztunnel = ztunnel.run(|| iptables::counters(Family::V4, iptables))?;
                 counters.insert("ztunnel".to_owned(), of_ztunnel);
             }
         }
@@ -554,7 +553,7 @@ impl Redirection for IptablesTunnel {
         if let Ok(ztunnel) = Netns::at(&self.settings.ztunnel.netns) {
             all.extend(ztunnel.run(|| inventory::of("ztunnel", iptables))?);
         }
-        all.extend(sysctl::describe(&self.journal));
+        all.extend(self.journal.describe_sysctls());
         all.extend(self.journal.describe_table());
         Ok(all)
     }

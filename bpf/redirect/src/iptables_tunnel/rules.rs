@@ -25,9 +25,8 @@
 use std::net::Ipv4Addr;
 
 use crate::settings::{Settings, Variant};
+use crate::system::iptables::Table;
 
-/// Prefix of our chains, and of nobody else's.
-pub(crate) const CHAIN_PREFIX: &str = "ztunnel-";
 /// Name of the set of captured pods' addresses, in both namespaces.
 pub(crate) const POD_SET: &str = "ztunnel-pods-ips";
 /// Tunnel interfaces on the node and in ztunnel's namespace.
@@ -35,13 +34,6 @@ pub(crate) const IN: &str = "istioin";
 pub(crate) const OUT: &str = "istioout";
 pub(crate) const PEER_IN: &str = "pistioin";
 pub(crate) const PEER_OUT: &str = "pistioout";
-
-/// One table's part of a restore file: our chains, the built-in chains they are called from, rules.
-pub(crate) struct Table {
-    pub(crate) name: &'static str,
-    pub(crate) hooks: Vec<&'static str>,
-    pub(crate) rules: Vec<String>,
-}
 
 /// Rules of the node's namespace. `port` is the tunnels' UDP port.
 pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use crate::pins::MapLayout;
+use crate::system::pins::MapLayout;
 
 /// The compiled `bpf/src/sockmap.bpf.c`.
 pub(crate) static OBJECT: &[u8] =

@@ -31,11 +31,11 @@ use aya::{Ebpf as Object, EbpfLoader};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::netns::Netns;
-use crate::pins::{
+use crate::settings::Pod;
+use crate::system::netns::Netns;
+use crate::system::pins::{
     check_layout, ignore_missing, load_over, open, program_of, replace_link, rescue, write_failed,
 };
-use crate::settings::Pod;
 pub use layout::COUNTER_NAMES;
 use layout::{CONFIG_BYTES, Config, END_BYTES, Key, POD_BYTES};
 use reaper::Reaper;

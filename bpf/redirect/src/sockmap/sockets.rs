@@ -127,7 +127,7 @@ impl Maps {
     fn mark(&mut self, socket: BorrowedFd<'_>) -> Result<()> {
         self.marks
             .insert(&socket.as_raw_fd(), [0; MARK_BYTES], 0)
-            .map_err(crate::pins::write_failed(layout::MARKS))
+            .map_err(crate::system::pins::write_failed(layout::MARKS))
     }
 
     /// What cannot be told is not.

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::io;
 
-use crate::command;
+use super::command;
+use super::netns::Netns;
 use crate::error::{Error, Result};
-use crate::netns::Netns;
 
 /// What matters of an interface's kind.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -11,8 +11,9 @@ use aya::maps::{Map, MapData, MapError, MapInfo};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::loaded_programs;
 
+use super::pin_kind::{self, Kind};
+use super::programs;
 use crate::error::{Error, Result};
-use crate::pinned::{self, Kind};
 
 /// A map, by its name in the object and as a pin: key size, value size, entries.
 pub(crate) struct MapLayout {
@@ -93,7 +94,7 @@ pub(crate) fn program_of(link: &Path) -> Option<u32> {
 
 /// Name of the map that is pinned there, as the kernel has it; None if it is no map.
 pub(crate) fn map_name(pin: &Path) -> Option<String> {
-    (pinned::kind(pin).ok()? == Kind::Map).then_some(())?;
+    (pin_kind::kind(pin).ok()? == Kind::Map).then_some(())?;
     let info = MapInfo::from_pin(pin).ok()?;
     info.name_as_str().map(str::to_owned)
 }
@@ -101,7 +102,7 @@ pub(crate) fn map_name(pin: &Path) -> Option<String> {
 /// Name of the program whose link is pinned there, as the kernel has it; None if it is no link, or
 /// one whose program is gone.
 pub(crate) fn program_name(pin: &Path) -> Option<String> {
-    (pinned::kind(pin).ok()? == Kind::Link).then_some(())?;
+    (pin_kind::kind(pin).ok()? == Kind::Link).then_some(())?;
     let wanted = program_of(pin)?;
     // Numbers are not given anew while the kernel has others, so that what was read stays true; and
     // there may be thousands of pins of a few programs.
@@ -116,13 +117,17 @@ pub(crate) fn program_name(pin: &Path) -> Option<String> {
     names.get(&wanted).cloned()
 }
 
-/// Whether the kernel, which cuts names, would call it so.
-pub(crate) fn is_called(shown: &str, full: &str) -> bool {
-    shown == &full[..full.len().min(NAME_BYTES_MAX)]
+/// Whether a pin that the journal knows as ours is another's by now: a map or a link of another
+/// name. What is neither, or dead, nobody else can have any use for.
+pub(crate) fn is_foreign(pin: &Path) -> bool {
+    let name = pin.file_name().and_then(|name| name.to_str());
+    let name = name.unwrap_or_default();
+    match (map_name(pin), program_name(pin)) {
+        (Some(shown), _) => !programs::is_called(&shown, name),
+        (_, Some(shown)) => programs::own(&shown).is_none(),
+        _ => false,
+    }
 }
-
-/// Names in the kernel are cut.
-const NAME_BYTES_MAX: usize = 15;
 
 /// How often loading is tried while somebody keeps removing pins.
 const LOADS_MAX: usize = 5;

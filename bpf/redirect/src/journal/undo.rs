@@ -6,15 +6,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::command;
-use crate::cut_off;
-use crate::ebpf::{attach, filters};
 use crate::error::{Error, Result};
-use crate::expedite;
-use crate::iptables_tunnel::tables::{self, Family};
-use crate::netns::Netns;
-use crate::settings::Iptables;
-use crate::sysctl;
+use crate::system::iptables::{self, Family, Iptables};
+use crate::system::netns::Netns;
+use crate::system::{command, pins, rcu_expedited, sysctl, tc};
 
 /// How one change is taken back. All are harmless when there is nothing to take back.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
@@ -110,8 +105,8 @@ impl Undo {
                 netns,
                 iptables,
                 family,
-            } => netns.run(|| tables::remove(*family, *iptables)),
-            Self::Pin { path } if attach::is_foreign(path) => {
+            } => netns.run(|| iptables::remove(*family, *iptables)),
+            Self::Pin { path } if pins::is_foreign(path) => {
                 tracing::warn!(pin = %path.display(), "is another's by now and stays");
                 Ok(())
             }
@@ -123,14 +118,14 @@ impl Undo {
                 netns,
                 interface,
                 egress,
-            } => netns.run(|| filters::remove(interface, *egress)),
+            } => netns.run(|| tc::remove(interface, *egress)),
             Self::DropFilter {
                 netns,
                 interface,
                 egress,
-            } => netns.run(|| ignore_missing(cut_off::remove_filter(interface, *egress))),
+            } => netns.run(|| ignore_missing(tc::remove_drop_filter(interface, *egress))),
             Self::Clsact { netns, interface } => {
-                netns.run(|| filters::remove_clsact(&[interface.as_str()]))
+                netns.run(|| tc::remove_clsact(&[interface.as_str()]))
             }
             Self::Directory { path } => {
                 let removed = fs::remove_dir(path);
@@ -142,7 +137,7 @@ impl Undo {
                 }
                 ignore_missing(removed.map_err(|e| Error::file("remove directory", path, e)))
             }
-            Self::Expedited { before } => expedite::write(before),
+            Self::Expedited { before } => rcu_expedited::write(before),
         }
     }
 }
@@ -165,12 +160,12 @@ pub(crate) struct Entry {
 }
 
 /// Fewer are taken back one by one.
-const TOGETHER_MIN: usize = 4;
+const BATCH_MIN: usize = 4;
 
 /// Runs newest first; returns those that failed, in their order, and the first error.
 pub(crate) fn undo_entries(entries: Vec<Entry>) -> (Vec<Entry>, Option<Error>) {
     let (mut kept, mut first_error) = (Vec::new(), None);
-    for entry in together(entries).into_iter().rev() {
+    for entry in batch_commands(entries).into_iter().rev() {
         if let Err(error) = entry.undo.run() {
             tracing::warn!(%error, "not removed");
             first_error.get_or_insert(error);
@@ -184,7 +179,7 @@ pub(crate) fn undo_entries(entries: Vec<Entry>) -> (Vec<Entry>, Option<Error>) {
 /// Takes back what was made for pods with one process for many of them. What one pod needs does not
 /// depend on another's, nor anything else on it. Returns what is left, which includes all of a kind
 /// if one of them failed: taken back one by one, what is gone already does no harm.
-fn together(entries: Vec<Entry>) -> Vec<Entry> {
+fn batch_commands(entries: Vec<Entry>) -> Vec<Entry> {
     let mut left = entries;
     for (program, args) in [
         ("ip", &["-batch", "-"][..]),
@@ -193,7 +188,7 @@ fn together(entries: Vec<Entry>) -> Vec<Entry> {
         for netns in namespaces(&left) {
             let words = |entry| words_for(program, &netns, entry);
             let lines: Vec<_> = left.iter().rev().filter_map(words).collect();
-            if lines.len() < TOGETHER_MIN {
+            if lines.len() < BATCH_MIN {
                 continue;
             }
             let script: String = lines
@@ -206,7 +201,7 @@ fn together(entries: Vec<Entry>) -> Vec<Entry> {
             }
         }
     }
-    without_clsact(left)
+    batch_filters(left)
 }
 
 /// What `program` is to do in the namespace to take back this change for a pod.
@@ -234,7 +229,7 @@ fn namespaces(entries: &[Entry]) -> Vec<Netns> {
 }
 
 /// Removes many pods' filters and then the qdiscs together.
-fn without_clsact(entries: Vec<Entry>) -> Vec<Entry> {
+fn batch_filters(entries: Vec<Entry>) -> Vec<Entry> {
     let is_qdisc = |entry: &Entry| {
         let is_one = matches!(
             entry.undo,
@@ -253,14 +248,14 @@ fn without_clsact(entries: Vec<Entry>) -> Vec<Entry> {
         let netns = entry.undo.netns();
         netns.is_some_and(Netns::is_alive) && netns == chosen[0].undo.netns()
     });
-    let removed = interfaces.len() >= TOGETHER_MIN && alike && {
+    let removed = interfaces.len() >= BATCH_MIN && alike && {
         let filters = chosen
             .iter()
             .filter(|e| !matches!(e.undo, Undo::Clsact { .. }));
         let gone: Vec<_> = filters.map(|entry| entry.undo.run()).collect();
         let netns = chosen[0].undo.netns();
         gone.iter().all(Result::is_ok)
-            && netns.is_some_and(|n| n.run(|| filters::remove_clsact(&interfaces)).is_ok())
+            && netns.is_some_and(|n| n.run(|| tc::remove_clsact(&interfaces)).is_ok())
     };
     if !removed {
         left.extend(chosen);

@@ -7,10 +7,31 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::rules::{CHAIN_PREFIX, Table};
-use crate::command;
+use super::command;
 use crate::error::Result;
-use crate::settings::Iptables;
+
+/// Prefix of our chains, and of nobody else's.
+pub(crate) const CHAIN_PREFIX: &str = "ztunnel-";
+
+/// Which of the two kinds of iptables is used. They do not see each other's rules.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Iptables {
+    /// What `iptables-restore` is on this system.
+    #[default]
+    Auto,
+    /// nftables in the kernel.
+    Nft,
+    /// The original one.
+    Legacy,
+}
+
+/// One table's part of a restore file: our chains, the built-in chains they are called from, rules.
+pub(crate) struct Table {
+    pub(crate) name: &'static str,
+    pub(crate) hooks: Vec<&'static str>,
+    pub(crate) rules: Vec<String>,
+}
 
 /// Which of the two IP versions' rules.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]

@@ -14,7 +14,7 @@ use nix::sys::socket::{
 };
 
 /// Local and remote end.
-pub(super) type Ends = (SocketAddr, SocketAddr);
+pub(crate) type Ends = (SocketAddr, SocketAddr);
 
 /// A socket in the kernel's tables.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +62,7 @@ const FAMILIES: [Family; 2] = [
 ];
 
 /// Open connections, without those that are being set up and those in TIME_WAIT.
-pub(super) fn connections() -> io::Result<Vec<Ends>> {
+pub(crate) fn connections() -> io::Result<Vec<Ends>> {
     let mut all = Vec::new();
     for family in FAMILIES {
         let sockets = count(family);

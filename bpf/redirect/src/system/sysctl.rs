@@ -4,7 +4,6 @@ use std::fs;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
-use crate::journal::Journal;
 
 fn path(name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/sys/{name}"))
@@ -20,16 +19,4 @@ pub(crate) fn read(name: &str) -> Result<String> {
 /// Writes `net/...`.
 pub(crate) fn write(name: &str, value: &str) -> Result<()> {
     fs::write(path(name), value).map_err(|source| Error::file("write", path(name), source))
-}
-
-/// The settings that were changed, as they are now, for people.
-pub(crate) fn describe(journal: &Journal) -> Vec<String> {
-    let describe = |(netns, name, before): (&crate::netns::Netns, &str, &str)| {
-        let now = netns.run(|| read(name)).ok()?;
-        Some(format!(
-            "sysctl {} {name} = {now} (was {before})",
-            netns.describe()
-        ))
-    };
-    journal.sysctls().filter_map(describe).collect()
 }

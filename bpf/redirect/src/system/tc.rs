@@ -3,23 +3,22 @@
 use std::collections::HashSet;
 use std::io;
 
-use aya::programs::tc::{SchedClassifierLink, TcHandle};
-use aya::programs::{Link as _, TcAttachType};
+use aya::programs::tc::{SchedClassifierLink, TcError, TcHandle};
+use aya::programs::{Link as _, ProgramError, TcAttachType};
 use serde::Deserialize;
 
-use super::attach;
-use crate::command;
+use super::command;
 use crate::error::{Error, Result};
 
 /// Before other filters, with a handle nobody picks by chance.
-pub(super) const PRIORITY: u16 = 1;
-pub(super) const HANDLE: TcHandle = TcHandle::new(0, OWN_HANDLE);
+pub(crate) const PRIORITY: u16 = 1;
+pub(crate) const HANDLE: TcHandle = TcHandle::new(0, OWN_HANDLE);
 const OWN_HANDLE: u16 = 0x5a54;
 
 const EINVAL: i32 = 22;
 
 /// Our filter, as if it were attached.
-pub(super) fn own(interface: &str, egress: bool) -> io::Result<SchedClassifierLink> {
+pub(crate) fn own(interface: &str, egress: bool) -> io::Result<SchedClassifierLink> {
     let direction = if egress {
         TcAttachType::Egress
     } else {
@@ -47,7 +46,7 @@ pub(crate) fn remove(interface: &str, egress: bool) -> Result<()> {
         return Ok(());
     };
     match link.detach() {
-        Err(error) if !attach::os_error(&error).is_some_and(|code| GONE.contains(&code)) => {
+        Err(error) if !os_error(&error).is_some_and(|code| GONE.contains(&code)) => {
             Err(Error::bpf("remove filter of", interface, &error))
         }
         _ => Ok(()),
@@ -82,18 +81,18 @@ pub(crate) fn remove_clsact(interfaces: &[&str]) -> Result<()> {
 
 /// A filter, or what stands for a group of them.
 #[derive(Debug)]
-pub(super) struct Shown<'a> {
-    pub(super) interface: &'a str,
-    pub(super) direction: &'static str,
+pub(crate) struct Shown<'a> {
+    pub(crate) interface: &'a str,
+    pub(crate) direction: &'static str,
     /// If it is one of ours.
-    pub(super) own: Option<Own>,
+    pub(crate) own: Option<Own>,
 }
 
 /// A filter of ours: its program's name and number.
 #[derive(Debug)]
-pub(super) struct Own {
-    pub(super) program: String,
-    pub(super) id: u32,
+pub(crate) struct Own {
+    pub(crate) program: String,
+    pub(crate) id: u32,
 }
 
 #[derive(Debug, Deserialize)]
@@ -120,8 +119,13 @@ struct Program {
 
 const DIRECTIONS: [&str; 2] = ["ingress", "egress"];
 
+/// As tc calls it.
+pub(crate) fn direction(egress: bool) -> &'static str {
+    DIRECTIONS[usize::from(egress)]
+}
+
 /// Filters of these interfaces, which have clsact qdiscs.
-pub(super) fn list<'a>(interfaces: &[&'a str]) -> Result<Vec<Shown<'a>>> {
+pub(crate) fn list<'a>(interfaces: &[&'a str]) -> Result<Vec<Shown<'a>>> {
     let mut wanted = Vec::new();
     for &interface in interfaces {
         wanted.extend(DIRECTIONS.map(|direction| (interface, direction)));
@@ -164,4 +168,62 @@ fn unclear(reason: &dyn std::fmt::Display) -> Error {
         command: "tc -json -batch -".to_owned(),
         outcome: format!("answered what is not understood: {reason}"),
     }
+}
+
+/// What the kernel answered.
+pub(crate) fn os_error(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
+        ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
+            error.raw_os_error()
+        }
+        ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
+        _ => None,
+    }
+}
+
+/// Handle of the filters that drop everything, beside that of the capturing ones.
+const DROP_HANDLE: &str = "0x5a56";
+/// A classic BPF program: return TC_ACT_SHOT (2).
+const DROP: &str = "1,6 0 0 2";
+
+/// Adds a clsact qdisc; that there is one is fine.
+pub(crate) fn add_clsact(interface: &str) -> Result<()> {
+    match command::run("tc", &["qdisc", "add", "dev", interface, "clsact"]) {
+        Err(error) if !command::is_present(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Adds the filter that drops everything, or makes it what it should be.
+pub(crate) fn add_drop_filter(interface: &str, egress: bool) -> Result<()> {
+    let mut words = drop_filter_words("replace", interface, egress);
+    words.extend(["da", "bytecode", DROP]);
+    command::run("tc", &words).map(drop)
+}
+
+/// Removes [`add_drop_filter`]'s.
+pub(crate) fn remove_drop_filter(interface: &str, egress: bool) -> Result<()> {
+    command::run("tc", &drop_filter_words("del", interface, egress)).map(drop)
+}
+
+/// Whether [`add_drop_filter`]'s is there.
+pub(crate) fn has_drop_filter(interface: &str, egress: bool) -> Result<bool> {
+    let words = ["filter", "show", "dev", interface, direction(egress)];
+    let shown = command::run("tc", &words)?;
+    Ok(shown.contains(&format!(" handle {DROP_HANDLE} ")))
+}
+
+fn drop_filter_words<'a>(verb: &'a str, interface: &'a str, egress: bool) -> Vec<&'a str> {
+    let direction = direction(egress);
+    let place = [
+        interface,
+        direction,
+        "prio",
+        "1",
+        "handle",
+        DROP_HANDLE,
+        "bpf",
+    ];
+    ["filter", verb, "dev"].into_iter().chain(place).collect()
 }

@@ -13,10 +13,10 @@ use std::path::Path;
 
 use super::layout::{self, FLOW_BYTES};
 use super::maps::FlowKey;
-use super::sock_diag::{self, Ends};
 use crate::error::Result;
-use crate::netns::Netns;
 use crate::settings::Pod;
+use crate::system::netns::Netns;
+use crate::system::sock_diag::{self, Ends};
 
 const FILES: [&str; 2] = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
 

@@ -4,26 +4,31 @@
 //! changes that were never made (taking those back finds nothing, which is fine) but no change
 //! without an entry. Entries are taken back newest first.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+mod owners;
+pub(crate) mod undo;
+
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
-use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::command;
 use crate::error::{Error, Result};
-use crate::netns::Netns;
 use crate::pod_table::Writer;
-use crate::settings::{Iptables, Pod};
+use crate::settings::Pod;
 use crate::status::Uncaptured;
-use crate::sysctl;
-use crate::trust::check_trusted;
-use crate::undo::{Entry, Undo, undo_entries};
+use crate::system::iptables::Iptables;
+use crate::system::netns::Netns;
+use crate::system::trust::check_trusted;
+use crate::system::{command, rcu_expedited, sysctl};
+pub(crate) use owners::Owners;
+use undo::{Entry, Undo, undo_entries};
 
 const FILE: &str = "redirection.json";
+/// Shortening the kernel's waits is not worth it for fewer pods.
+const EXPEDITED_PODS_MIN: usize = 8;
 
 /// The journal's file.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -150,7 +155,7 @@ impl Journal {
             netns.is_some_and(|netns| netns != node && netns != ztunnel)
         })?;
         // Left by a process that was killed while it added pods.
-        self.end_expedited()?;
+        self.undo_expedited()?;
         if self.content.is_none() {
             self.content = Some(Content {
                 redirect: self.redirect.to_owned(),
@@ -347,24 +352,47 @@ impl Journal {
         self.undo_where(|entry| entry.owner.as_ref().is_some_and(|own| owners.contains(own)))
     }
 
-    /// Notes that the kernel's waits are about to be expedited.
-    pub(crate) fn begin_expedited(&mut self, before: &str) -> Result<()> {
-        let before = before.to_owned();
-        self.record(None, Undo::Expedited { before }).map(drop)
+    /// Shortens the kernel's waits of what follows, which is about `pods` pods, if that is worth it
+    /// and possible: it is about time alone, so that no pod is kept waiting for it.
+    /// [`Journal::end_expedited`] ends it, also if this process is killed meanwhile.
+    pub(crate) fn begin_expedited(&mut self, pods: usize) {
+        let before = rcu_expedited::read();
+        // Somebody else's wish, or a kernel without: nothing to do.
+        if pods < EXPEDITED_PODS_MIN || before != "0" || self.content.is_none() {
+            return;
+        }
+        // Nothing is noted that could not be taken back.
+        let begun = rcu_expedited::check_writable()
+            .and_then(|()| self.record(None, Undo::Expedited { before }))
+            .and_then(|_| rcu_expedited::write("1"));
+        if let Err(error) = begun {
+            tracing::info!(%error, "adding or removing many pods takes longer");
+        }
     }
 
-    /// Takes [`Journal::begin_expedited`] back.
-    pub(crate) fn end_expedited(&mut self) -> Result<()> {
+    /// Ends [`Journal::begin_expedited`].
+    pub(crate) fn end_expedited(&mut self) {
+        if let Err(error) = self.undo_expedited() {
+            tracing::warn!(%error, "the kernel's waits stay short");
+        }
+    }
+
+    fn undo_expedited(&mut self) -> Result<()> {
         self.undo_where(|entry| matches!(entry.undo, Undo::Expedited { .. }))
     }
 
-    /// Settings under `/proc/sys` that were changed: where, name, and what they were.
-    pub(crate) fn sysctls(&self) -> impl Iterator<Item = (&Netns, &str, &str)> {
+    /// Settings under `/proc/sys` that were changed, as they are now, for people.
+    pub(crate) fn describe_sysctls(&self) -> Vec<String> {
         let entries = self.content.iter().flat_map(|content| &content.entries);
-        entries.filter_map(|entry| match &entry.undo {
-            Undo::Sysctl { netns, name, value } => Some((netns, name.as_str(), value.as_str())),
-            _ => None,
-        })
+        let describe = |entry: &Entry| {
+            let Undo::Sysctl { netns, name, value } = &entry.undo else {
+                return None;
+            };
+            let now = netns.run(|| sysctl::read(name)).ok()?;
+            let place = netns.describe();
+            Some(format!("sysctl {place} {name} = {now} (was {value})"))
+        };
+        entries.filter_map(describe).collect()
     }
 
     /// Number of entries; for [`Journal::rollback`].
@@ -488,33 +516,6 @@ impl Journal {
         written.map_err(|e| Error::file("write", &new, e))?;
         fs::rename(&new, &self.path).map_err(|e| Error::file("replace", &self.path, e))?;
         self.table.write(&content.pods)
-    }
-}
-
-/// Who has which address.
-#[derive(Debug, Default)]
-pub(crate) struct Owners(HashMap<IpAddr, String>);
-
-impl Owners {
-    /// Notes the pod's addresses.
-    pub(crate) fn add(&mut self, pod: &Pod) {
-        let addresses = pod.addresses.iter();
-        self.0
-            .extend(addresses.map(|address| (*address, pod.uid.clone())));
-    }
-
-    /// Refuses a pod that has an address of another one.
-    pub(crate) fn check_free(&self, pod: &Pod) -> Result<()> {
-        for address in &pod.addresses {
-            if let Some(other) = self.0.get(address).filter(|other| **other != pod.uid) {
-                return Err(Error::Setting {
-                    field: "pods.addresses",
-                    value: address.to_string(),
-                    reason: format!("belongs to pod {other}"),
-                });
-            }
-        }
-        Ok(())
     }
 }
 
