@@ -32,6 +32,7 @@ pub mod net;
 mod op;
 pub mod probe;
 pub mod sync;
+mod sys;
 pub mod time;
 
 pub use affinity::{available_cpus, pin_current_thread};

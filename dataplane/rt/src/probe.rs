@@ -6,7 +6,7 @@
 
 use std::{fmt, fs, io};
 
-use io_uring::{IoUring, Probe};
+use io_uring::{IoUring, Probe, opcode};
 
 /// Why io_uring cannot be used. `Display` is one line with the remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,6 +79,18 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
+/// Operations that the ring back end uses.
+const NEEDED: [(u8, &str); 8] = [
+    (opcode::Accept::CODE, "IORING_OP_ACCEPT"),
+    (opcode::Recv::CODE, "IORING_OP_RECV"),
+    (opcode::RecvMsg::CODE, "IORING_OP_RECVMSG"),
+    (opcode::Send::CODE, "IORING_OP_SEND"),
+    (opcode::SendMsg::CODE, "IORING_OP_SENDMSG"),
+    (opcode::Connect::CODE, "IORING_OP_CONNECT"),
+    (opcode::PollAdd::CODE, "IORING_OP_POLL_ADD"),
+    (opcode::AsyncCancel::CODE, "IORING_OP_ASYNC_CANCEL"),
+];
+
 /// Sets up and drops a small ring with the flags and operations the runtime needs.
 ///
 /// # Errors
@@ -95,7 +107,7 @@ pub fn check() -> Result<(), Refusal> {
         .map_err(|error| Refusal::Other {
             error: error.to_string(),
         })?;
-    for (code, missing) in crate::driver::NEEDED {
+    for (code, missing) in NEEDED {
         if !probe.is_supported(code) {
             return Err(Refusal::TooOld {
                 release: release(),

@@ -15,12 +15,9 @@ use std::time::{Duration, Instant};
 
 use crate::buf::Pool;
 use crate::counters::Counters;
-use crate::net::SendList;
-use crate::op::{Completion, Keep, OpId, OpTable};
+use crate::op::{Completion, Keep, OpId, OpTable, SendList};
 
 use poll::Epoll;
-pub(crate) use poll::Watch;
-pub(crate) use ring::NEEDED;
 use ring::Ring;
 use spin::Spin;
 
@@ -110,7 +107,7 @@ impl Driver {
         }
     }
 
-    /// Counts bytes that [`crate::net::Splice`] has moved.
+    /// Counts bytes that went through a pipe.
     pub(crate) fn spliced(&mut self, bytes: usize) {
         self.books.counters.spliced += bytes as u64;
     }

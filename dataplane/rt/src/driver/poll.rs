@@ -10,7 +10,6 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
@@ -18,8 +17,8 @@ use std::time::Duration;
 
 use super::{Books, close_fd, eventfd};
 use crate::buf::Pool;
-use crate::net::socket::{Socket, poll_now, set_nonblocking};
-use crate::op::{After, Keep, OpId, Readiness};
+use crate::op::{After, Keep, OpId, Readiness, Registration, Socket};
+use crate::sys::{poll_now, set_nonblocking};
 
 /// Results one multishot operation may yield before others have their turn.
 const RESULTS_PER_TRY: usize = 16;
@@ -32,24 +31,6 @@ const WRITE_EDGE: u32 = FAILURE_EDGE | libc::EPOLLOUT as u32;
 const FAILURE_EDGE: u32 = (libc::EPOLLHUP | libc::EPOLLERR) as u32;
 /// Of the sides of a socket, in their order.
 const EDGES: [u32; 3] = [READ_EDGE, WRITE_EDGE, FAILURE_EDGE];
-
-/// A socket's place in the table of registered sockets; frees it when dropped.
-pub(crate) struct Watch {
-    index: u32,
-    freed: Rc<RefCell<Vec<u32>>>,
-}
-
-impl fmt::Debug for Watch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch").field("index", &self.index).finish()
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.freed.borrow_mut().push(self.index);
-    }
-}
 
 /// Bits of an event that tell of an end.
 const END: u32 = (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) as u32;
@@ -271,8 +252,8 @@ impl Epoll {
             _ => 0,
         };
         let socket = Rc::clone(keep.socket());
-        let index = if let Some(watch) = socket.watch() {
-            watch.index as usize
+        let index = if let Some(registration) = socket.registration() {
+            registration.index() as usize
         } else {
             let index = self.vacant();
             let bits = READ_EDGE | WRITE_EDGE | libc::EPOLLET as u32;
@@ -282,7 +263,7 @@ impl Epoll {
             }
             let freed = Rc::clone(&self.freed);
             let index = index as u32;
-            socket.set_watch(Watch { index, freed });
+            socket.register(Registration::new(index, freed));
             index as usize
         };
         let watched = &mut self.watched[index];
@@ -296,8 +277,8 @@ impl Epoll {
     /// Whether more, or the end of the stream, may follow a short receive without another edge.
     fn stops_short(&self, id: OpId, books: &mut Books) -> bool {
         let keep = books.ops.keep_if_pending(id);
-        let watch = keep.and_then(|keep| Some(keep.socket().watch()?.index));
-        watch.is_none_or(|index| self.watched[index as usize].stops)
+        let index = keep.and_then(|keep| Some(keep.socket().registration()?.index()));
+        index.is_none_or(|index| self.watched[index as usize].stops)
     }
 
     fn vacant(&mut self) -> usize {

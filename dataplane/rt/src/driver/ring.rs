@@ -13,8 +13,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use super::{Books, close_fd, eventfd};
 use crate::buf::RING_GROUP;
-use crate::net::socket::Socket;
-use crate::op::{After, Keep, OpId, Readiness};
+use crate::op::{After, Keep, OpId, Readiness, Socket};
 
 const USER_DATA_IGNORE: u64 = u64::MAX;
 const USER_DATA_WAKE: u64 = u64::MAX - 1;
@@ -445,15 +444,3 @@ fn entry(keep: &mut Keep) -> squeue::Entry {
         }
     }
 }
-
-/// What the kernel must be able to do, for the probe.
-pub(crate) const NEEDED: [(u8, &str); 8] = [
-    (opcode::Accept::CODE, "IORING_OP_ACCEPT"),
-    (opcode::Recv::CODE, "IORING_OP_RECV"),
-    (opcode::RecvMsg::CODE, "IORING_OP_RECVMSG"),
-    (opcode::Send::CODE, "IORING_OP_SEND"),
-    (opcode::SendMsg::CODE, "IORING_OP_SENDMSG"),
-    (opcode::Connect::CODE, "IORING_OP_CONNECT"),
-    (opcode::PollAdd::CODE, "IORING_OP_POLL_ADD"),
-    (opcode::AsyncCancel::CODE, "IORING_OP_ASYNC_CANCEL"),
-];

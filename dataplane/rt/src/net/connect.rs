@@ -6,11 +6,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
-use super::error::{take_error, take_queued_errors};
-use super::sockaddr::{RawAddr, set_option};
-use super::socket::{Keepalive, Socket, TcpStream, keep_urgent_inline, peer_addr, poll_now};
+use super::stream::{Keepalive, TcpStream, keep_urgent_inline, peer_addr};
 use crate::exec::{Inner, current};
-use crate::op::{Keep, OpId, Readiness};
+use crate::op::{Keep, OpId, RawAddr, Readiness, Socket};
+use crate::sys::{poll_now, set_option, take_error, take_queued_errors};
 
 /// Options of an outgoing connection.
 #[derive(Debug, Clone, Copy, Default)]

@@ -6,10 +6,10 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Poll, ready};
 
-use super::sockaddr::set_option;
-use super::socket::{Keepalive, Socket, TcpStream, keep_urgent_inline, set_nonblocking};
+use super::stream::{Keepalive, TcpStream, keep_urgent_inline};
 use crate::exec::{Inner, current};
-use crate::op::{Keep, OpId};
+use crate::op::{Keep, OpId, Socket};
+use crate::sys::{set_nonblocking, set_option};
 
 /// A listening socket with one multishot accept under way.
 #[derive(Debug)]

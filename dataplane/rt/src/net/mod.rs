@@ -5,21 +5,17 @@
 //! half and the last operation are gone.
 
 mod connect;
-mod error;
 mod listener;
 mod observer;
 mod read;
-pub(crate) mod sockaddr;
-pub(crate) mod socket;
 mod splice;
+mod stream;
 mod write;
 
 pub use connect::{ConnectOptions, connect, connect_prepared};
 pub use listener::Listener;
 pub use observer::{Observer, Sent};
-pub(crate) use read::MessageHeader;
 pub use read::{Placement, ReadHalf};
-pub use socket::{Keepalive, TcpStream};
 pub use splice::{Splice, Spliced};
-pub(crate) use write::SendList;
+pub use stream::{Keepalive, TcpStream};
 pub use write::WriteHalf;

@@ -9,9 +9,9 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use super::socket::{Socket, TcpStream};
+use super::stream::TcpStream;
 use crate::exec::{Inner, current};
-use crate::op::{Keep, OpId, Readiness};
+use crate::op::{Keep, OpId, Readiness, Socket};
 use crate::time::{Sleep, sleep};
 
 /// Times in which nobody receives are short as a rule. The kernel is asked to tell of a failure

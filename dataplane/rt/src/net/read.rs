@@ -14,10 +14,10 @@ use std::io;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use super::socket::{Socket, reset_on_close};
 use crate::buf::Buf;
 use crate::exec::Inner;
-use crate::op::{Keep, OpId};
+use crate::op::{Keep, MessageHeader, OpId, Socket};
+use crate::sys::reset_on_close;
 
 /// How bulk data is laid out in a large block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +118,7 @@ impl ReadHalf {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn reset_on_close(&self) -> io::Result<()> {
-        reset_on_close(&self.socket)
+        reset_on_close(self.socket.raw())
     }
 
     /// Receives what is there into `out` and returns how many bytes; 0 is the end of the stream.
@@ -339,51 +339,6 @@ impl Drop for ReadHalf {
     fn drop(&mut self) {
         if let Mode::Multi { op, .. } | Mode::Single { op } = self.mode {
             self.inner.driver.borrow_mut().abandon(op);
-        }
-    }
-}
-
-/// Message header, vectors and segments of a scattered receive. Boxed: the kernel reads it.
-#[derive(Debug, Default)]
-pub(crate) struct MessageHeader {
-    message: Option<libc::msghdr>,
-    vectors: Vec<libc::iovec>,
-    segments: Vec<Buf>,
-}
-
-impl MessageHeader {
-    fn prepare(&mut self, block: Buf, payload: u32) {
-        self.segments.clear();
-        self.vectors.clear();
-        block.into_segments(|buf| self.segments.push(buf));
-        for buf in &mut self.segments {
-            let (ptr, _) = buf.tail_ptr();
-            self.vectors.push(libc::iovec {
-                iov_base: ptr.cast(),
-                iov_len: payload as usize,
-            });
-        }
-    }
-
-    pub(crate) fn message(&mut self) -> *mut libc::msghdr {
-        // SAFETY: msghdr is plain old data; all zeroes means no name, vectors and control data.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = self.vectors.as_mut_ptr();
-        message.msg_iovlen = self.vectors.len();
-        self.message.insert(message)
-    }
-
-    /// Hands out the segments that hold data, and drops the others.
-    fn take_segments(&mut self, mut received: usize, out: &mut VecDeque<Buf>) {
-        for (mut buf, vector) in self.segments.drain(..).zip(&self.vectors) {
-            let n = received.min(vector.iov_len);
-            if n == 0 {
-                break;
-            }
-            // SAFETY: the kernel filled the vectors in order, this one with `n` bytes.
-            unsafe { buf.assume_tail(n as u32) };
-            received -= n;
-            out.push_back(buf);
         }
     }
 }

@@ -15,11 +15,11 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use super::read::ReadHalf;
-use super::socket::{Socket, set_nonblocking};
 use super::write::WriteHalf;
 use crate::descriptors::Counted;
 use crate::exec::Inner;
-use crate::op::{Keep, OpId, Readiness};
+use crate::op::{Keep, OpId, Readiness, Socket};
+use crate::sys::{reset_on_close, set_nonblocking};
 
 /// Capacity asked for; the pipe keeps its own (64 KiB) where the user has too many pages in pipes.
 const PIPE_BYTES: i32 = 1 << 20;
@@ -217,7 +217,7 @@ impl Drop for Transfer<'_> {
             self.inner.driver.borrow_mut().abandon(op);
         }
         if self.pipe.inside > 0 {
-            let _ = super::socket::reset_on_close(&self.target); // it may be gone already
+            let _ = reset_on_close(self.target.raw()); // it may be gone already
         }
     }
 }

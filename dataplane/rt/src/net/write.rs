@@ -1,108 +1,18 @@
 //! Sending: buffers queue up and go out in one vectored send.
 
-use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::net::Shutdown;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use super::socket::{Socket, reset_on_close};
 use crate::buf::Buf;
 use crate::exec::Inner;
-use crate::op::{Keep, OpId};
-
-/// Vectors of one send; the kernel takes at most 1024 (`UIO_MAXIOV`).
-const VECTORS_MAX: usize = 512;
+use crate::op::{Keep, OpId, SendList, Socket};
+use crate::sys::reset_on_close;
 
 /// Most bytes that [`WriteHalf::hand_over`] does not wait for.
 const HAND_OVER_BYTES: usize = 16 * 1024;
-
-/// Buffers of one send with their vectors. Boxed: the kernel reads it while the send is under way.
-#[derive(Debug, Default)]
-pub(crate) struct SendList {
-    message: Option<libc::msghdr>,
-    vectors: Vec<libc::iovec>,
-    /// First vector that is not sent completely.
-    first: usize,
-    bufs: Vec<Buf>,
-    bytes: usize,
-    /// Behind the vectors when there are as many as one send takes; not part of this send.
-    overflow: VecDeque<Buf>,
-    overflow_bytes: usize,
-}
-
-impl SendList {
-    fn is_full(&self) -> bool {
-        self.vectors.len() >= VECTORS_MAX
-    }
-
-    /// Bytes left to send.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Address and length of what is left, if it is in one piece.
-    pub(crate) fn only_vector(&self) -> Option<(*const u8, u32)> {
-        let [vector] = &self.vectors[self.first..] else {
-            return None;
-        };
-        let base = vector.iov_base.cast::<u8>().cast_const();
-        Some((base, vector.iov_len as u32))
-    }
-
-    /// Appends a buffer; one that follows the last in memory extends its vector.
-    pub(crate) fn push(&mut self, buf: Buf) {
-        let base = buf.as_ptr().cast_mut();
-        self.bytes += buf.len();
-        match self.vectors.last_mut() {
-            Some(last) if last.iov_base.addr() + last.iov_len == base.addr() => {
-                last.iov_len += buf.len();
-            }
-            _ => self.vectors.push(libc::iovec {
-                iov_base: base.cast(),
-                iov_len: buf.len(),
-            }),
-        }
-        self.bufs.push(buf);
-    }
-
-    /// Marks `n` bytes as sent. Returns whether all are.
-    pub(crate) fn sent(&mut self, mut n: usize) -> bool {
-        self.bytes -= n;
-        while let Some(vector) = self.vectors.get_mut(self.first) {
-            if n < vector.iov_len {
-                // SAFETY: n is less than the vector's length, so the pointer stays inside it.
-                vector.iov_base = unsafe { vector.iov_base.cast::<u8>().add(n) }.cast();
-                vector.iov_len -= n;
-                return false;
-            }
-            n -= vector.iov_len;
-            self.first += 1;
-        }
-        self.clear();
-        true
-    }
-
-    pub(crate) fn clear(&mut self) {
-        self.vectors.clear();
-        self.bufs.clear();
-        self.first = 0;
-        self.bytes = 0;
-        self.overflow.clear();
-        self.overflow_bytes = 0;
-    }
-
-    /// The kernel's description of what is left.
-    pub(crate) fn message(&mut self) -> *const libc::msghdr {
-        // SAFETY: msghdr is plain old data; all zeroes means no name, vectors and control data.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        let left = &mut self.vectors[self.first..];
-        message.msg_iov = left.as_mut_ptr();
-        message.msg_iovlen = left.len();
-        self.message.insert(message)
-    }
-}
 
 /// The sending half of a connection. What is queued goes out in order by [`WriteHalf::flush`].
 #[derive(Debug)]
@@ -144,7 +54,7 @@ impl WriteHalf {
 
     fn queued_bytes(&self) -> usize {
         let queue = self.queue.as_ref();
-        queue.map_or(0, |list| list.bytes + list.overflow_bytes)
+        queue.map_or(0, |list| list.queued_bytes())
     }
 
     /// Queues a buffer; empty ones are dropped.
@@ -153,13 +63,7 @@ impl WriteHalf {
             return;
         }
         let list = || self.inner.driver.borrow_mut().list();
-        let queue = self.queue.get_or_insert_with(list);
-        if queue.is_full() || !queue.overflow.is_empty() {
-            queue.overflow_bytes += buf.len();
-            queue.overflow.push_back(buf);
-        } else {
-            queue.push(buf);
-        }
+        self.queue.get_or_insert_with(list).queue(buf);
     }
 
     /// Queues a copy of `bytes`, for small control data.
@@ -249,24 +153,16 @@ impl WriteHalf {
     /// What to send next, taken out of the queue.
     fn next_list(&mut self) -> Option<Box<SendList>> {
         let mut list = self.queue.take()?;
-        if !list.overflow.is_empty() {
+        if list.has_overflow() {
             let mut next = self.inner.driver.borrow_mut().list();
-            std::mem::swap(&mut next.overflow, &mut list.overflow);
-            while !next.is_full() {
-                let Some(buf) = next.overflow.pop_front() else {
-                    break;
-                };
-                list.overflow_bytes -= buf.len();
-                next.push(buf);
-            }
-            next.overflow_bytes = std::mem::take(&mut list.overflow_bytes);
+            list.move_overflow(&mut next);
             self.queue = Some(next);
         }
         Some(list)
     }
 
     fn submit(&mut self, list: Box<SendList>, relaxed: bool) {
-        let bytes = list.bytes as u32; // UIO_MAXIOV blocks at most
+        let bytes = list.bytes() as u32; // UIO_MAXIOV blocks at most
         let keep = Keep::Send(Rc::clone(&self.socket), list);
         let mut driver = self.inner.driver.borrow_mut();
         let op = if relaxed {
@@ -298,7 +194,7 @@ impl WriteHalf {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn reset_on_close(&self) -> io::Result<()> {
-        reset_on_close(&self.socket)
+        reset_on_close(self.socket.raw())
     }
 
     /// The worker's buffer memory.

@@ -102,8 +102,7 @@ mod tests {
 
     use super::*;
     use crate::buf::{Pool, PoolConfig};
-    use crate::net::SendList;
-    use crate::net::socket::Socket;
+    use crate::op::{SendList, Socket};
 
     const OUT: i32 = libc::POLLOUT as i32;
     const FIN: i32 = libc::POLLRDHUP as i32;

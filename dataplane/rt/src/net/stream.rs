@@ -1,115 +1,26 @@
-//! One connected TCP descriptor, its options and addresses.
+//! A connected TCP socket before it is split, its options and addresses.
 
-use std::cell::{Cell, OnceCell};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
-use std::task::Waker;
 use std::time::Duration;
 
-use super::error::take_error;
 use super::read::ReadHalf;
-use super::sockaddr::{RawAddr, set_option};
 use super::write::WriteHalf;
-use crate::descriptors::Counted;
-use crate::driver::Watch;
 use crate::exec::current;
-
-/// An owned descriptor; closed when the last half and the last operation let go of it.
-#[derive(Debug)]
-pub(crate) struct Socket {
-    fd: OwnedFd,
-    /// The first error that the kernel has told; 0: none. The kernel tells an error once, to
-    /// whatever asks first, and from then on it looks like an end.
-    failed: Cell<i32>,
-    /// Its registration with epoll, where that is the back end.
-    watch: OnceCell<Watch>,
-    /// Woken by the first error.
-    waiter: Waiter,
-    _counted: Counted,
-}
-
-/// At most one waker.
-#[derive(Default)]
-struct Waiter(Cell<Option<Waker>>);
-
-impl std::fmt::Debug for Waiter {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Waiter")
-    }
-}
-
-impl Socket {
-    pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self {
-            fd,
-            failed: Cell::new(0),
-            watch: OnceCell::new(),
-            waiter: Waiter::default(),
-            _counted: Counted::new(1),
-        }
-    }
-
-    /// The error that has ended this connection, if one has.
-    pub(crate) fn failure(&self) -> Option<i32> {
-        Some(self.failed.get()).filter(|code| *code != 0)
-    }
-
-    /// Notes an error that the kernel has told of this connection.
-    pub(crate) fn fail(&self, code: i32) {
-        if self.failed.get() == 0 {
-            self.failed.set(code);
-        }
-        if let Some(waker) = self.waiter.0.take() {
-            waker.wake();
-        }
-    }
-
-    /// Notes the error in an operation's result, if it is one of the connection.
-    pub(crate) fn note(&self, result: i32) {
-        match -result {
-            ..=0 | libc::ECANCELED | libc::EAGAIN | libc::EINTR | libc::ENOBUFS => {}
-            code => self.fail(code),
-        }
-    }
-
-    /// Asks the kernel for an error that nothing has been told yet.
-    pub(crate) fn look_for_failure(&self) {
-        if let Ok(code) = take_error(self.raw()) {
-            self.note(-code);
-        }
-    }
-
-    /// Wakes `waker` when the connection fails.
-    pub(crate) fn wake_on_failure(&self, waker: &Waker) {
-        self.waiter.0.set(Some(waker.clone()));
-    }
-
-    pub(crate) fn raw(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-
-    pub(crate) fn watch(&self) -> Option<&Watch> {
-        self.watch.get()
-    }
-
-    /// Remembers the registration; there is only one.
-    pub(crate) fn set_watch(&self, watch: Watch) {
-        let fresh = self.watch.set(watch).is_ok();
-        debug_assert!(fresh, "a socket is registered once");
-    }
-}
+use crate::op::{RawAddr, Socket};
+use crate::sys::{reset_on_close, set_option};
 
 impl AsFd for ReadHalf {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket().fd.as_fd()
+        self.socket().as_fd()
     }
 }
 
 impl AsFd for WriteHalf {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket().fd.as_fd()
+        self.socket().as_fd()
     }
 }
 
@@ -232,7 +143,7 @@ impl TcpStream {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn reset_on_close(&self) -> io::Result<()> {
-        reset_on_close(&self.0)
+        reset_on_close(self.0.raw())
     }
 }
 
@@ -248,49 +159,4 @@ pub(crate) fn keep_urgent_inline(fd: RawFd) {
 pub(crate) fn peer_addr(fd: RawFd) -> io::Result<SocketAddr> {
     // SAFETY: `fill` passes storage and length that are valid for writes.
     RawAddr::fill(|addr, len| unsafe { libc::getpeername(fd, addr, len) })
-}
-
-/// What a socket is ready for now, of `events` and of what `poll(2)` always tells (`POLLERR`,
-/// `POLLHUP`).
-pub(crate) fn poll_now(fd: RawFd, events: i16) -> io::Result<i16> {
-    let mut poll = libc::pollfd {
-        fd,
-        events,
-        revents: 0,
-    };
-    // SAFETY: one structure is passed, which lives across the call.
-    if unsafe { libc::poll(&raw mut poll, 1, 0) } < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(poll.revents)
-    }
-}
-
-/// Makes the close of `socket` send RST.
-pub(crate) fn reset_on_close(socket: &Socket) -> io::Result<()> {
-    let linger = libc::linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
-    let len = size_of::<libc::linger>() as libc::socklen_t;
-    let value = (&raw const linger).cast();
-    // SAFETY: `linger` lives across the call and its own size is passed.
-    let rc =
-        unsafe { libc::setsockopt(socket.raw(), libc::SOL_SOCKET, libc::SO_LINGER, value, len) };
-    if rc != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
-/// Makes calls that would block fail with `EAGAIN`.
-pub(crate) fn set_nonblocking(fd: RawFd) {
-    // SAFETY: F_GETFL and F_SETFL have no memory-safety preconditions.
-    unsafe {
-        let flags = libc::fcntl(fd, libc::F_GETFL);
-        if flags & libc::O_NONBLOCK == 0 {
-            libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK);
-        }
-    }
 }

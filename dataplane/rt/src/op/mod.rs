@@ -10,13 +10,16 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use crate::buf::{Buf, Pool};
-use crate::net::sockaddr::RawAddr;
-use crate::net::socket::Socket;
-use crate::net::{MessageHeader, SendList};
 
+mod message;
 mod phase;
+mod sockaddr;
+mod socket;
 
+pub(crate) use message::{MessageHeader, SendList};
 use phase::Phase;
+pub(crate) use sockaddr::RawAddr;
+pub(crate) use socket::{Registration, Socket};
 
 /// Name of an operation: slot and generation, which is never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Errors that a socket keeps until somebody asks.
+//! System calls on sockets that have no memory but their own arguments to answer for.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -63,4 +63,60 @@ fn take_queued_error(fd: RawFd) -> Option<Option<i32>> {
         }
     }
     Some(None)
+}
+
+/// Sets an integer socket option.
+pub(crate) fn set_option(fd: RawFd, level: i32, name: i32, value: i32) -> io::Result<()> {
+    let len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: `value` lives across the call and its own size is passed.
+    let rc = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), len) };
+    if rc != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// What a socket is ready for now, of `events` and of what `poll(2)` always tells (`POLLERR`,
+/// `POLLHUP`).
+pub(crate) fn poll_now(fd: RawFd, events: i16) -> io::Result<i16> {
+    let mut poll = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    // SAFETY: one structure is passed, which lives across the call.
+    if unsafe { libc::poll(&raw mut poll, 1, 0) } < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(poll.revents)
+    }
+}
+
+/// Makes the close of a socket send RST (`SO_LINGER` with zero time).
+pub(crate) fn reset_on_close(fd: RawFd) -> io::Result<()> {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    let len = size_of::<libc::linger>() as libc::socklen_t;
+    let value = (&raw const linger).cast();
+    // SAFETY: `linger` lives across the call and its own size is passed.
+    let rc = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, value, len) };
+    if rc != 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Makes calls that would block fail with `EAGAIN`.
+pub(crate) fn set_nonblocking(fd: RawFd) {
+    // SAFETY: F_GETFL and F_SETFL have no memory-safety preconditions.
+    unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        if flags & libc::O_NONBLOCK == 0 {
+            libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK);
+        }
+    }
 }

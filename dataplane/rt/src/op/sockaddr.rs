@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::RawFd;
 
 /// Storage for one address and its length.
 pub(crate) struct RawAddr {
@@ -119,18 +118,6 @@ impl RawAddr {
         }
         raw.get()
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EAFNOSUPPORT))
-    }
-}
-
-/// Sets an integer socket option.
-pub(crate) fn set_option(fd: RawFd, level: i32, name: i32, value: i32) -> io::Result<()> {
-    let len = size_of::<i32>() as libc::socklen_t;
-    // SAFETY: `value` lives across the call and its own size is passed.
-    let rc = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), len) };
-    if rc != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
     }
 }
 
