@@ -13,7 +13,7 @@ fi
 
 # Provenance is strict: blocks are handed to the kernel by address, and never got back from one.
 CARGO_TARGET_DIR=$target_dir/miri MIRIFLAGS="-Zmiri-strict-provenance -Zmiri-disable-isolation" \
-    cargo "+$toolchain" miri test -p rt --lib -- buf:: time:: mailbox:: op:: sync::
+    cargo "+$toolchain" miri test -p rt --lib -- buf:: timer:: mailbox:: op:: sync::
 
 # Sockets and rings are the real ones here, on both back ends. Tests that measure this process's
 # memory are left out: the sanitizer keeps what is freed.

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 use super::stream::{Keepalive, TcpStream, keep_urgent_inline, peer_addr};
-use crate::exec::{Inner, current};
+use crate::executor::{Inner, current};
 use crate::op::{Keep, OpId, RawAddr, Readiness, Socket};
 use crate::sys::{poll_now, set_option, take_error, take_queued_errors};
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::task::{Poll, ready};
 
 use super::stream::{Keepalive, TcpStream, keep_urgent_inline};
-use crate::exec::{Inner, current};
+use crate::executor::{Inner, current};
 use crate::op::{Keep, OpId, Socket};
 use crate::sys::{set_nonblocking, set_option};
 

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use super::stream::TcpStream;
-use crate::exec::{Inner, current};
+use crate::executor::{Inner, current};
 use crate::op::{Keep, OpId, Readiness, Socket};
 use crate::time::{Sleep, sleep};
 

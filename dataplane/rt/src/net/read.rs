@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use crate::buf::Buf;
-use crate::exec::Inner;
+use crate::executor::Inner;
 use crate::op::{Keep, MessageHeader, OpId, Socket};
 use crate::sys::reset_on_close;
 

@@ -17,7 +17,7 @@ use std::task::{Context, Poll, ready};
 use super::read::ReadHalf;
 use super::write::WriteHalf;
 use crate::descriptors::Counted;
-use crate::exec::Inner;
+use crate::executor::Inner;
 use crate::op::{Keep, OpId, Readiness, Socket};
 use crate::sys::{reset_on_close, set_nonblocking};
 

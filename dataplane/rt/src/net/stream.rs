@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::read::ReadHalf;
 use super::write::WriteHalf;
-use crate::exec::current;
+use crate::executor::current;
 use crate::op::{RawAddr, Socket};
 use crate::sys::{reset_on_close, set_option};
 

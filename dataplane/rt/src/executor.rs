@@ -23,7 +23,7 @@ use crate::counters::SharedCounters;
 use crate::driver::{Backend, Driver};
 use crate::memory::Collector;
 use crate::probe::{self, Refusal};
-use crate::time::{Key, Timers};
+use crate::timer::{Key, Timers};
 
 /// Sizes of one worker's runtime.
 #[derive(Debug, Clone, Copy)]
