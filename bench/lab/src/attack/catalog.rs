@@ -34,6 +34,8 @@ pub(super) type Finding = Result<String, Failure>;
 pub(super) enum Failure {
     /// It got what it must not get.
     Got(String),
+    /// It took longer than it may. A machine may be slow for a moment, so it is tried again.
+    Took(String),
     /// It cannot be tried here.
     Skipped(String),
     /// The driver could not do its part.
@@ -55,6 +57,11 @@ impl From<crate::error::Error> for Failure {
 /// The attacker got this.
 pub(super) fn got<T>(what: impl Into<String>) -> Result<T, Failure> {
     Err(Failure::Got(what.into()))
+}
+
+/// The attack had this of others' time.
+pub(super) fn took<T>(what: impl Into<String>) -> Result<T, Failure> {
+    Err(Failure::Took(what.into()))
 }
 
 /// What an attack may cost. Bytes and counts are absolute, times are compared with what else was

@@ -13,7 +13,7 @@ use super::{Application, Attack, Failure, INSIDER, got, small};
 use crate::attack::arena::{
     ATTACKER, Arena, HBONE, PATIENCE, VICTIM, accept_all, address, eventually, victim,
 };
-use crate::attack::catalog::{Bounds, Finding};
+use crate::attack::catalog::{Bounds, Finding, took};
 use crate::attack::frames::{connect, data, hello, settings};
 use crate::attack::session::{Heard, Session};
 
@@ -162,7 +162,7 @@ fn settings_of_256(arena: &Arena) -> Finding {
     let told = format!("{cost} ms of CPU, without a meaning {twin} ms");
     // A clock tick is 10 ms.
     if cost > (twin + 50) * 4 {
-        return got(format!("work: {told}"));
+        return took(format!("work: {told}"));
     }
     Ok(told)
 }
