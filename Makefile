@@ -31,7 +31,7 @@ aa: build ## measure a path against itself: how often a difference is seen where
 	    $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 readme: ## put the newest results into the README
-	cargo build --release -p lab
+	cargo build --release -p lab-cli
 	$(TARGET)/release/lab report --readme README.md
 
 test: ## run every test, network ones included
@@ -46,7 +46,7 @@ test-kernels: ## test redirection on Linux 6.1 under QEMU; KERNELS="5.10 6.1 6.1
 soak: ## what takes long: a million connections, all attacks, minutes of silence, an hour of fuzzing
 	RT_SOAK_CONNECTIONS=1000000 cargo test -p rt --release --test soak
 	cargo test -p redirect --release --test redirection -- a_thousand_pods --ignored --nocapture
-	cargo build --release -p ztunnel -p node-agent -p loadgen -p lab --bins
+	cargo build --release -p ztunnel -p node-agent -p loadgen -p lab-cli --bins
 	$(TARGET)/release/lab attack all
 	LAB_HANDOVERS=20 LAB_BIN_DIR=$(abspath $(TARGET))/release cargo test -p lab --release \
 	    --test handover -- --nocapture

@@ -30,7 +30,7 @@ program_limit_s=1800
 # What concerns the kernel: redirection, the runtime's back ends, and labs made of all parts.
 wanted=${KERNEL_TESTS:-'^(kernel|redirect|node-agent|rt)/ ^lab/(lifecycle|own_node|security|traffic)$'}
 # The crates these are of, and the programs that labs are made of.
-crates=(-p redirect -p node-agent -p rt -p lab -p loadgen -p ztunnel)
+crates=(-p redirect -p node-agent -p rt -p lab -p lab-cli -p loadgen -p ztunnel)
 
 # The accelerator and what goes with it. An emulated processor is 10 to 50 times slower, and more on a
 # busy machine, so that no time-out of any test would hold; there the guest's clock counts its own

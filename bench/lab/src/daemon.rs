@@ -144,7 +144,10 @@ pub(crate) fn last_words(log: &Path) -> String {
 
 /// Finds the workspace binary `name`: in `LAB_BIN_DIR` if that is set, else beside this
 /// executable (for a test, in the directory above it).
-pub(crate) fn workspace_binary(name: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// It is not there; the message says where it was looked for.
+pub fn workspace_binary(name: &str) -> Result<PathBuf> {
     let mut directories = Vec::new();
     if let Some(directory) = env::var_os("LAB_BIN_DIR") {
         directories.push(PathBuf::from(directory));

@@ -23,7 +23,6 @@
 mod agent;
 pub mod attack;
 mod ca;
-pub mod compare;
 mod daemon;
 mod error;
 mod http;
@@ -34,7 +33,6 @@ mod mesh_file;
 pub mod network;
 pub mod peers;
 mod process;
-pub mod report;
 pub mod services;
 mod state;
 mod status;
@@ -44,6 +42,7 @@ mod topology;
 mod ztunnel;
 
 pub use ca::CertificateAuthority;
+pub use daemon::workspace_binary;
 pub use error::{Error, Result};
 pub use http::http_get;
 pub use lab::{Lab, LabOptions};

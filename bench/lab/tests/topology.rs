@@ -16,7 +16,10 @@ use std::time::Duration;
 use lab::network::namespace;
 use lab::{Host, Lab, LabOptions, Redirect};
 use nix::sys::signal::{SigSet, Signal};
-use support::{Guarded, TestLab, Trace, accept, at, can_run, lab_program, one_line, turn, unique};
+use support::{
+    Guarded, TestLab, Trace, accept, at, can_run, lab_program, one_line, turn, unique,
+    workspace_binary,
+};
 
 fn up_none(name: &str) -> Output {
     lab_program()
@@ -443,7 +446,7 @@ fn without_root_or_iproute2_the_reason_is_given() {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let copy = directory.path().join("lab");
-    fs::copy(env!("CARGO_BIN_EXE_lab"), &copy).unwrap();
+    fs::copy(workspace_binary("lab"), &copy).unwrap();
     let output = Command::new("setpriv")
         .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
         .arg(&copy)

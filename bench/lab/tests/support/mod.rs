@@ -14,7 +14,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -525,25 +525,12 @@ impl Drop for Guarded {
 
 /// The `lab` program.
 pub(crate) fn lab_program() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_lab"))
+    Command::new(workspace_binary("lab"))
 }
 
 /// A built workspace binary, looked up as the lab does.
 pub(crate) fn workspace_binary(name: &str) -> PathBuf {
-    static DIRECTORIES: OnceLock<Vec<PathBuf>> = OnceLock::new();
-    let directories = DIRECTORIES.get_or_init(|| match std::env::var_os("LAB_BIN_DIR") {
-        Some(directory) => vec![directory.into()],
-        None => Path::new(env!("CARGO_BIN_EXE_lab"))
-            .parent()
-            .map(Path::to_owned)
-            .into_iter()
-            .collect(),
-    });
-    let found = directories
-        .iter()
-        .map(|directory| directory.join(name))
-        .find(|path| path.is_file());
-    found.unwrap_or_else(|| panic!("{name} is not built: build the workspace or set LAB_BIN_DIR"))
+    lab::workspace_binary(name).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The one line an error must be; fails the test if it is more or none.

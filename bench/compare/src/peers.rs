@@ -15,11 +15,11 @@ use anyhow::{Result, bail};
 
 use super::plan::{Cell, Path, Scope, check_peer_name};
 use super::trial::Setup;
-use crate::daemon::workspace_binary;
-use crate::lab::{Lab, LabOptions};
-use crate::peers::ProxyKind;
-use crate::report::schema::{Peer, SkippedPeer};
-use crate::state::Redirect;
+use lab::Redirect;
+use lab::peers::ProxyKind;
+use lab::workspace_binary;
+use lab::{Lab, LabOptions};
+use report::schema::{Peer, SkippedPeer};
 
 /// The peer that is built beside this program.
 const BUILT_IN: &str = "conventional";
@@ -321,8 +321,8 @@ mod tests {
             scratch: scratch.path(),
             duration: std::time::Duration::from_millis(300),
             warmup: std::time::Duration::from_millis(100),
-            pin: &super::super::placement::Pin::parse(None).unwrap(),
-            services: crate::services::Services::Iptables,
+            pin: &crate::placement::Pin::parse(None).unwrap(),
+            services: lab::Services::Iptables,
         };
         for wanted in parsed(&["all", &stranger, &own, "absent=/bin/false"]).unwrap() {
             if let Err(reason) = &wanted.binary {

@@ -10,6 +10,7 @@
 //!
 //! Labs and processes are gone when [`run`] returns, also after Ctrl-C, which ends the comparison
 //! after the trial under way; complete rounds are reported.
+#![forbid(unsafe_code)]
 
 mod interrupt;
 mod kernel;
@@ -34,16 +35,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use lab::{Redirect, Services, workspace_binary};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use report::schema::{Document, Peer, Settings, SkippedPeer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::daemon::workspace_binary;
-use crate::report;
-use crate::report::schema::{Document, Peer, Settings, SkippedPeer};
-use crate::services::Services;
-use crate::state::Redirect;
 use interrupt::Interrupt;
 use labs::Labs;
 use peers::Wanted;
@@ -238,7 +236,7 @@ fn measure(
         duration_s: setup.duration.as_secs_f64(),
         warmup_s: setup.warmup.as_secs_f64(),
         placement: setup.pin.text(),
-        services: setup.services,
+        services: setup.services.name().to_owned(),
         rounds_wanted,
         rounds,
         idle_busy_share,

@@ -6,11 +6,11 @@ use super::interrupt::Interrupt;
 use super::peers::{self, Wanted};
 use super::plan::{Cell, Path, Plan};
 use super::trial::Setup;
-use crate::lab::{Lab, LabOptions};
-use crate::peers::ProxyKind;
-use crate::report::schema::{Peer, SkippedPeer};
-use crate::services::Services;
-use crate::state::Redirect;
+use lab::Redirect;
+use lab::Services;
+use lab::peers::ProxyKind;
+use lab::{Lab, LabOptions};
+use report::schema::{Peer, SkippedPeer};
 
 /// Labs that are up, by the names of their paths; dropping takes them down.
 #[derive(Debug, Default)]

@@ -86,8 +86,8 @@ pub(super) fn ratio(
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{example, redirection_alone};
     use super::*;
+    use crate::tests::{example, redirection_alone};
 
     #[test]
     fn every_path_has_its_cost_and_its_ratios() {

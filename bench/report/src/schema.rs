@@ -6,8 +6,6 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::services::Services;
-
 /// Version of the layout written here.
 pub const SCHEMA: u32 = 1;
 
@@ -122,7 +120,7 @@ pub struct Machine {
 }
 
 /// How trials were run.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Settings {
     /// Measured seconds of every trial.
     pub duration_s: f64,
@@ -130,15 +128,34 @@ pub struct Settings {
     pub warmup_s: f64,
     /// CPUs of the load generator's client and server, in words.
     pub placement: String,
-    /// Whose rules for services the nodes had; reports from before there were any do not say.
-    #[serde(default)]
-    pub services: Services,
+    /// Whose rules for services the nodes had: `none`, `iptables` or `nftables`; reports from
+    /// before there were any do not say, and had none.
+    #[serde(default = "no_services")]
+    pub services: String,
     /// Rounds asked for.
     pub rounds_wanted: u32,
     /// Rounds done.
     pub rounds: u32,
     /// Share of the machine's CPU time that was busy with all labs up and nothing measured.
     pub idle_busy_share: f64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            duration_s: 0.0,
+            warmup_s: 0.0,
+            placement: String::new(),
+            services: no_services(),
+            rounds_wanted: 0,
+            rounds: 0,
+            idle_busy_share: 0.0,
+        }
+    }
+}
+
+fn no_services() -> String {
+    "none".to_owned()
 }
 
 /// Results of one path at one workload.

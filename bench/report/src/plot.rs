@@ -245,8 +245,8 @@ pub(super) fn svg(
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::example;
     use super::*;
+    use crate::tests::example;
 
     #[test]
     fn bars_have_a_dot_per_trial() {

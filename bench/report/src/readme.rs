@@ -221,9 +221,9 @@ fn short(
 mod tests {
     use std::process::Command;
 
-    use super::super::schema::Peer;
-    use super::super::tests::{example, redirection_alone};
     use super::*;
+    use crate::schema::Peer;
+    use crate::tests::{example, redirection_alone};
 
     fn stored(document: &Document, directory: &Path) {
         fs::create_dir_all(directory).unwrap();

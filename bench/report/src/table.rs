@@ -151,8 +151,8 @@ fn item(text: &mut String, note: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::example;
     use super::*;
+    use crate::tests::example;
 
     #[test]
     fn every_row_has_a_line_and_none_is_no_rival() {

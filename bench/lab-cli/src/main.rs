@@ -9,11 +9,11 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use compare::CompareOptions;
 use lab::attack::{self, AttackOptions, Verdict};
-use lab::compare::{self, CompareOptions};
 use lab::network::namespace;
 use lab::peers::ProxyKind;
-use lab::{Lab, LabOptions, Redirect, Services, Variant, listener, report};
+use lab::{Lab, LabOptions, Redirect, Services, Variant, listener};
 
 /// A two-node Istio ambient network on this machine, in network namespaces.
 ///

@@ -5,9 +5,9 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use crate::http::http_get;
-use crate::lab::Lab;
-use crate::state::Redirect;
+use lab::Lab;
+use lab::Redirect;
+use lab::http_get;
 
 const NODES: [&str; 2] = ["node-a", "node-b"];
 const ZTUNNELS: [&str; 2] = ["ztunnel-a", "ztunnel-b"];

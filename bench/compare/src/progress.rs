@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::plan::{Cell, Path};
 use super::trial::Trial;
-use crate::report::schema::throughput_metric;
-use crate::report::units;
+use report::schema::throughput_metric;
+use report::units;
 
 /// The progress line on stderr: rewritten in place on a terminal, else a line per trial.
 #[derive(Debug)]

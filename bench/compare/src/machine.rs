@@ -7,7 +7,7 @@ use std::thread;
 
 use nix::sys::utsname::uname;
 
-use crate::report::schema::{Git, Machine};
+use report::schema::{Git, Machine};
 
 /// Describes this machine.
 pub(super) fn machine() -> Machine {

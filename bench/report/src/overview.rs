@@ -103,8 +103,8 @@ fn style(size: i32, horizontal: HPos, vertical: VPos) -> TextStyle<'static> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::example;
     use super::*;
+    use crate::tests::example;
 
     #[test]
     fn every_path_has_its_name_and_its_figures() {

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use super::placement::Placement;
 pub(super) use super::workload::{Scope, Workload};
-use crate::state::Redirect;
+use lab::Redirect;
 
 /// Redirections of this project's own ztunnel, all measured unless others are asked for.
 const OWN: [Redirect; 3] = [Redirect::None, Redirect::Tunnel, Redirect::Ebpf];

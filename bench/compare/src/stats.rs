@@ -4,7 +4,7 @@
 //! compared round by round, which cancels what drifts slowly. All resampling is seeded: the same
 //! figures give the same report.
 
-use crate::report::schema::{Estimate, Verdict};
+use report::schema::{Estimate, Verdict};
 
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 4000;

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use super::sample::{Role, Watched};
 use super::*;
-use crate::report::schema::Verdict;
+use report::schema::Verdict;
 
 #[test]
 fn one_path_is_measured_against_itself_unless_that_is_off() {
@@ -68,7 +68,7 @@ fn a_comparison_reports_and_leaves_nothing() {
     );
     assert!(itself.ratios > 0);
     // What a cluster has, unless one asks for something else; and the report says so.
-    assert_eq!(document.settings.services, Services::Iptables);
+    assert_eq!(document.settings.services, "iptables");
     assert!(document.command.ends_with("--services iptables"));
     let said = |note: &String| note.starts_with("Services: iptables");
     assert!(document.notes.iter().any(said), "{:?}", document.notes);
@@ -89,7 +89,7 @@ fn a_comparison_reports_and_leaves_nothing() {
     let counted: usize = document.rows.iter().map(|row| row.trials).sum();
     assert_eq!(trials.lines().count(), counted);
     assert!(
-        !crate::Lab::names()
+        !lab::Lab::names()
             .iter()
             .any(|name| name.starts_with(&prefix))
     );

@@ -471,8 +471,8 @@ fn escape(text: &str) -> String {
 mod tests {
     use std::process::Command;
 
-    use super::super::tests::{example, redirection_alone};
     use super::*;
+    use crate::tests::{example, redirection_alone};
 
     #[test]
     fn the_page_needs_nothing_from_elsewhere_and_has_its_plots() {

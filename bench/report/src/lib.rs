@@ -1,4 +1,7 @@
-//! The report of a comparison: its file format, the page and the table made from it.
+//! The report of a comparison: its file format, the page and the tables made from it.
+//!
+//! All of it is made from `report.json` alone ([`schema`]): nothing here measures or knows the lab.
+#![forbid(unsafe_code)]
 
 mod alone;
 mod curve;
@@ -276,6 +279,56 @@ mod tests {
         assert_eq!(read.machine.memory_bytes, 1_234_567_890_123);
         assert_eq!(read.rows[0].metrics["errors"].median, 3.333_33e-10);
         assert_eq!(read.rows.len(), document.rows.len());
+    }
+
+    /// Whether all of `before` is in `after`, which may have fields besides.
+    fn holds(after: &Value, before: &Value) -> bool {
+        match (after, before) {
+            (Value::Object(after), Value::Object(before)) => before
+                .iter()
+                .all(|(name, value)| after.get(name).is_some_and(|after| holds(after, value))),
+            (Value::Array(after), Value::Array(before)) => {
+                let pairs = || after.iter().zip(before);
+                after.len() == before.len() && pairs().all(|(after, before)| holds(after, before))
+            }
+            _ => after == before,
+        }
+    }
+
+    /// The format is an interface, and so is every figure: what is read and stored again has all
+    /// that it had, and what was committed of its rendering is rendered again.
+    #[test]
+    fn committed_runs_are_stored_and_rendered_as_they_were() {
+        let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../results");
+        let mut seen = 0;
+        for committed in readme::directories(&results).unwrap() {
+            let Ok(json) = fs::read_to_string(committed.join("report.json")) else {
+                continue;
+            };
+            let out = tempfile::tempdir().unwrap();
+            store(&read(&committed).unwrap(), out.path()).unwrap();
+            let again = fs::read_to_string(out.path().join("report.json")).unwrap();
+            let value = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+            assert!(
+                holds(&value(&again), &value(&json)),
+                "{} is stored otherwise",
+                committed.display()
+            );
+            let benches = committed.join("bench.json");
+            if benches.exists() {
+                fs::copy(benches, out.path().join("bench.json")).unwrap();
+            }
+            render(out.path()).unwrap();
+            for name in ["report.md", OVERVIEW] {
+                let Ok(before) = fs::read_to_string(committed.join(name)) else {
+                    continue;
+                };
+                let after = fs::read_to_string(out.path().join(name)).unwrap();
+                assert!(after == before, "{}/{name} differs", committed.display());
+                seen += 1;
+            }
+        }
+        assert!(seen > 0, "no committed run under {}", results.display());
     }
 
     #[test]

@@ -86,8 +86,8 @@ fn points<'d>(document: &'d Document, path: &str, metric: &str) -> Vec<(f64, &'d
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::example;
     use super::*;
+    use crate::tests::example;
 
     #[test]
     fn there_is_a_dot_per_trial_and_no_plot_without_rates() {

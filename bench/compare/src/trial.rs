@@ -15,8 +15,8 @@ use super::kernel::Readings;
 use super::placement::{Bound, Cpus, Pin};
 use super::plan::{Cell, Scope, Workload};
 use super::sample::{Role, Sample, Spent, Watched, resident_bytes};
-use crate::lab::Lab;
-use crate::services::Services;
+use lab::Lab;
+use lab::Services;
 
 const CLIENT: &str = "client-a";
 /// Server ports in turn, so that a trial does not meet the last one's `TIME_WAIT`. Below the

@@ -7,11 +7,10 @@ use super::placement::Placement;
 use super::plan::{Cell, Plan};
 use super::stats;
 use super::trial::Trial;
-use crate::report::schema::{
+use report::schema::{
     self, AgainstItself, Document, Estimate, Git, Machine, Peer, Ratio, Row, SCHEMA, Settings,
     SkippedPeer, Verdict, noise_kind,
 };
-use crate::services::Services;
 
 /// More CPU busy than this with nothing measured is named in the notes.
 const QUIET: f64 = 0.05;
@@ -289,7 +288,7 @@ fn notes(document: &Document) -> Vec<String> {
     }
     let settings = &document.settings;
     notes.extend(about_peers(document));
-    notes.push(about_services(settings.services));
+    notes.push(about_services(&settings.services));
     notes.push(format!("CPU placement: {}. {PLACED}", settings.placement));
     notes.push(LOOPS.to_owned());
     if settings.idle_busy_share > QUIET {
@@ -319,9 +318,9 @@ const PLACED: &str = "Rows marked one-cpu have client, server and all ztunnel th
     CPU; cpu-per-node gives node A's client and ztunnel one and node B's server and ztunnel \
     another. Latency of a lone connection depends on it more than on anything else.";
 /// What the nodes' rules for services mean for the figures.
-fn about_services(services: Services) -> String {
+fn about_services(services: &str) -> String {
     match services {
-        Services::None => "Services: none. The nodes only forward: no rules of kube-proxy, and on \
+        "none" => "Services: none. The nodes only forward: no rules of kube-proxy, and on \
                            paths none and ebpf no conntrack."
             .to_owned(),
         kube_proxy => format!(
@@ -440,7 +439,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::report::schema::Verdict;
+    use report::schema::Verdict;
 
     fn trial(rate: f64, errors: f64) -> Trial {
         let metrics = [
@@ -471,7 +470,7 @@ mod tests {
                 sha: "0".to_owned(),
                 dirty: false,
             },
-            machine: super::super::machine::machine(),
+            machine: crate::machine::machine(),
             tunnel_driver: Some("vxlan".to_owned()),
             command: "lab compare".to_owned(),
             settings: Settings {
