@@ -22,6 +22,7 @@ use crate::journal::Journal;
 use crate::journal::undo::Undo;
 use crate::settings::Attach;
 use crate::system::netns::Netns;
+use crate::system::program_load::load_program;
 use crate::system::{pins, programs, tc};
 
 const EEXIST: i32 = 17;
@@ -82,12 +83,13 @@ impl Hook<'_> {
 /// Loads all programs into the kernel.
 pub(crate) fn load_programs(ebpf: &mut Ebpf) -> Result<()> {
     for name in layout::PROGRAMS {
-        let result = if name == layout::ZTUNNEL_INGRESS {
-            sk_lookup(ebpf)?.load()
+        if name == layout::ZTUNNEL_INGRESS {
+            let program = sk_lookup(ebpf)?;
+            load_program(name, || program.load())?;
         } else {
-            classifier(ebpf, name)?.load()
-        };
-        result.map_err(|e| Error::bpf("load program", name, &e))?;
+            let program = classifier(ebpf, name)?;
+            load_program(name, || program.load())?;
+        }
     }
     Ok(())
 }

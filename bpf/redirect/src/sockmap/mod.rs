@@ -36,6 +36,7 @@ use crate::system::netns::Netns;
 use crate::system::pins::{
     check_layout, ignore_missing, load_over, open, program_of, replace_link, rescue, write_failed,
 };
+use crate::system::program_load::load_program;
 pub use layout::COUNTER_NAMES;
 use layout::{CONFIG_BYTES, Config, END_BYTES, Key, POD_BYTES};
 use reaper::Reaper;
@@ -408,14 +409,10 @@ fn load(pins: &Path) -> Result<Object> {
     let mut object = loader
         .load(layout::OBJECT)
         .map_err(|e| Error::bpf("load object", "sockmap.bpf.o", &e))?;
-    let name = layout::SEND;
-    program::<SkMsg>(&mut object, name)?
-        .load()
-        .map_err(|e| Error::bpf("load program", name, &e))?;
-    let name = layout::SOCKETS;
-    program::<SockOps>(&mut object, name)?
-        .load()
-        .map_err(|e| Error::bpf("load program", name, &e))?;
+    let messages: &mut SkMsg = program(&mut object, layout::SEND)?;
+    load_program(layout::SEND, || messages.load())?;
+    let sockets: &mut SockOps = program(&mut object, layout::SOCKETS)?;
+    load_program(layout::SOCKETS, || sockets.load())?;
     Ok(object)
 }
 

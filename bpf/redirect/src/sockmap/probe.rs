@@ -11,6 +11,7 @@ use aya::{Ebpf as Object, EbpfLoader};
 
 use super::{layout, sys};
 use crate::error::{Error, Result};
+use crate::system::program_load::load_program;
 
 const MESSAGE: [u8; 1000] = [0x5a; 1000];
 
@@ -46,7 +47,7 @@ fn try_out(object: &mut Object) -> Result<Abilities> {
         .ok_or_else(|| super::absent(layout::PROBE_SEND))?
         .try_into()
         .map_err(|e| failed(&e))?;
-    program.load().map_err(|e| failed(&e))?;
+    load_program(layout::PROBE_SEND, || program.load())?;
     program.attach(senders.fd()).map_err(|e| failed(&e))?;
     senders
         .insert(0, sender.as_raw_fd(), 0)

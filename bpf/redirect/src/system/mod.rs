@@ -9,6 +9,7 @@ pub(crate) mod netns;
 mod pin_kind;
 pub(crate) mod pins;
 pub(crate) mod privileges;
+pub(crate) mod program_load;
 pub(crate) mod programs;
 pub(crate) mod rcu_expedited;
 pub(crate) mod sock_diag;
