@@ -359,10 +359,17 @@ impl Agent {
     fn apply_pods(&mut self, all: bool) -> Result<()> {
         self.observed = self.config.observe();
         let last = self.retry.take();
+        // What someone removes from pods that are not touched here is to be missed afterwards.
+        let mut missed = BTreeSet::new();
+        if !all {
+            let now = self.redirection.inventory()?;
+            missed = self.expected.difference(&now).cloned().collect();
+        }
         let result = pods::apply(self.redirection.as_mut(), &self.config, all);
         let failed = !matches!(result, Ok(false));
         self.retry = failed.then(|| Retry::after(last.as_ref(), result.is_err()));
         self.expected = self.redirection.inventory()?;
+        self.expected.extend(missed);
         result.map(drop)
     }
 }

@@ -467,8 +467,37 @@ impl Site {
 
     /// Runs a command in a namespace.
     fn damage(&self, host: &str, line: &str) {
-        inside(&self.topology.netns(host), || topology::run(line));
+        inside(&self.topology.netns(host), || {
+            if line.starts_with("find ") {
+                remove_beside_a_repair(line);
+            } else {
+                topology::run(line);
+            }
+        });
     }
+}
+
+/// Runs a `find ... -delete`. The agent repairs while it goes on: what find has seen may have
+/// another name by then, and a directory something in it again.
+#[track_caller]
+fn remove_beside_a_repair(line: &str) {
+    let words: Vec<_> = line.split(' ').collect();
+    let mut command = Command::new(words[0]);
+    let output = command
+        .args(&words[1..])
+        .env("LC_ALL", "C")
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let overtaken = |line: &str| {
+        line.ends_with("No such file or directory") || line.ends_with("Directory not empty")
+    };
+    assert!(error.lines().all(overtaken), "{line}: {error}");
+    assert!(
+        output.status.success() || !error.is_empty(),
+        "{line}: {}",
+        output.status
+    );
 }
 
 /// Others remove parts of it, one after the other; all come back and traffic is captured again.
@@ -611,6 +640,33 @@ fn removed_pins_are_noticed_at_once() {
             ("node", "find BPFFS -name app_outbound_* -delete"),
         ],
     );
+}
+
+/// The agent looks at its file first: what has been removed by then is put back all the same, of
+/// pods that the change of the file is not about.
+#[test]
+fn pins_removed_beside_a_change_of_the_configuration_come_back() {
+    if !can_run("pins_removed_beside_a_change_of_the_configuration_come_back") {
+        return;
+    }
+    let site = Site::new("ebpf");
+    let agent = site.run();
+    let _ztunnel = site.listener();
+    let _remote = Server::app(&site.topology.netns("remote"), 80);
+    site.wait_until_answered_by("captured");
+    let bpffs = site.topology.settings().bpffs.display().to_string();
+    // Both in one look at the node.
+    agent.signal(Signal::SIGSTOP);
+    site.damage(
+        "node",
+        &format!("find {bpffs} -name app_outbound_* -delete"),
+    );
+    site.configure(&["app1"]);
+    agent.signal(Signal::SIGCONT);
+    agent.wait_until_told("removed by someone else", 1);
+    site.wait_until_answered_by("captured");
+    agent.end(Signal::SIGTERM);
+    site.cleanup();
 }
 
 #[test]
