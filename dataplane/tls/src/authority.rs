@@ -133,7 +133,10 @@ impl Authority {
     }
 
     /// As [`Authority::issue`], at this time of day.
-    pub(crate) fn issue_at(
+    ///
+    /// # Errors
+    /// As of [`issue`](Self::issue).
+    pub fn issue_at(
         &self,
         identity: &Identity,
         now: SystemTime,

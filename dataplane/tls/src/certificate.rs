@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use mesh::Identity;
 use rustls::crypto::aws_lc_rs::sign::any_supported_type;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -13,6 +14,7 @@ use x509_parser::prelude::{ASN1Time, FromDer, X509Certificate};
 use zeroize::Zeroize;
 
 use crate::clock::Validity;
+use crate::peer::first_uri;
 
 pub(crate) use self::files::{certificates_from_file, certificates_from_pem};
 pub(crate) use self::files::{key_from_file, key_from_pem};
@@ -224,6 +226,11 @@ impl WorkloadCertificate {
     /// The roots peers are judged by.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
+    }
+
+    /// Whose it is: the first URI of the workload's own certificate, if that is an identity.
+    pub fn identity(&self) -> Option<Identity> {
+        first_uri(self.chain.first()?)?.parse().ok()
     }
 
     /// Serial number and validity of the workload's own certificate.

@@ -40,7 +40,7 @@ pub enum Validity {
 
 impl Validity {
     /// Of a span that includes its start and not its end.
-    pub(crate) fn at(now: SystemTime, (start, end): (SystemTime, SystemTime)) -> Self {
+    pub fn at(now: SystemTime, (start, end): (SystemTime, SystemTime)) -> Self {
         match start.duration_since(now) {
             Ok(left) if !left.is_zero() => Self::NotYet(left),
             _ if now < end => Self::Valid,
