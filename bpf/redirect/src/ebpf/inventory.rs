@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
 
@@ -154,4 +156,24 @@ pub(super) fn attached_programs(pins: &Path, interfaces: &[&str]) -> HashSet<u32
     let filters: Vec<tc::Own> = filters.unwrap_or_default();
     all.extend(filters.into_iter().map(|own| own.id));
     all
+}
+
+/// How long the kernel may take to detach programs whose links are gone.
+const DETACH_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The kernel detaches programs a little after their links are gone.
+pub(crate) fn wait_until_detached(interfaces: &[String]) {
+    let deadline = Instant::now() + DETACH_PATIENCE;
+    let mut left: Vec<&str> = interfaces.iter().map(String::as_str).collect();
+    loop {
+        left.retain(|interface| !links(&[interface]).is_empty());
+        if left.is_empty() {
+            return;
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!(interfaces = left.len(), "programs are still attached");
+            return;
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
 }

@@ -20,7 +20,9 @@
 //! do not apply to that; a pod's connections break when it is removed (they are ztunnel's).
 
 mod attach;
+mod capture;
 mod cut_off;
+mod entries;
 mod events;
 mod existing_connections;
 mod inventory;
@@ -100,7 +102,7 @@ impl Ebpf {
         maps::set_config(&s.bpffs, &config)?;
         maps::set_pod_cidrs(&s.bpffs, &s.node.pod_cidrs)?;
         maps::set_node_addresses(&s.bpffs, &node_addresses(s)?)?;
-        pods::restore(&s.bpffs, self.journal.pods(), &links)?;
+        entries::restore(&s.bpffs, self.journal.pods(), &links)?;
         self.attach_hooks(node, outside, &underlays)
     }
 
@@ -209,12 +211,12 @@ impl Redirection for Ebpf {
 
     fn try_pods(&mut self, pods: &[Pod]) -> Result<Vec<Failure>> {
         let node = self.node()?;
-        pods::add(self, &node, pods)
+        self.add(&node, pods)
     }
 
     fn cut_off(&mut self, interfaces: &[&str]) -> Result<Vec<(String, Error)>> {
         let node = self.node()?;
-        cut_off::all(self, &node, interfaces)
+        self.cut_off_all(&node, interfaces)
     }
 
     fn interfaces_cut_off(&self) -> Vec<String> {
@@ -222,7 +224,7 @@ impl Redirection for Ebpf {
     }
 
     fn let_go(&mut self, interfaces: &[&str]) -> Result<()> {
-        cut_off::end(self, interfaces)
+        self.end_cut_off(interfaces)
     }
 
     fn note_uncaptured(&mut self, pods: Vec<Uncaptured>) -> Result<()> {
@@ -238,10 +240,7 @@ impl Redirection for Ebpf {
     }
 
     fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
-        self.journal.begin_expedited(uids.len());
-        let removed = pods::remove(self, uids);
-        self.journal.end_expedited();
-        removed
+        self.remove(uids)
     }
 
     fn enrolled(&self) -> Vec<Pod> {
@@ -250,7 +249,7 @@ impl Redirection for Ebpf {
 
     fn status(&self) -> Result<Status> {
         let older = if self.is_installed() {
-            pods::older_count(&self.settings.bpffs)
+            entries::older_count(&self.settings.bpffs)
         } else {
             0
         };
@@ -285,7 +284,7 @@ impl Redirection for Ebpf {
     }
 
     fn tidy(&mut self) -> Result<()> {
-        pods::forget_ended(&self.settings.bpffs, self.journal.pods())
+        entries::forget_ended(&self.settings.bpffs, self.journal.pods())
     }
 
     fn follow_node(&mut self) -> Result<()> {
