@@ -28,7 +28,7 @@ fn filter_owner(interface: &str) -> String {
 }
 
 /// Index of an interface that may be cut off, because only its pod loses by it.
-pub(crate) fn check(settings: &Settings, links: &Links, interface: &str) -> Result<u32> {
+pub(crate) fn check<B>(settings: &Settings<B>, links: &Links, interface: &str) -> Result<u32> {
     let of_node = settings.node.interfaces.iter();
     let mut needed = of_node.chain([&settings.ztunnel.host_interface]);
     if needed.any(|name| name == interface) {

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::back_end::Redirect;
+
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -118,15 +120,15 @@ pub enum Error {
         reason: String,
     },
     /// Another back end's redirection is installed.
-    #[error("{} belongs to redirection {installed:?}: run node-agent cleanup before {wanted:?}",
+    #[error("{} belongs to redirection \"{installed}\": run node-agent cleanup before \"{wanted}\"",
             path.display())]
     OtherBackEnd {
         /// The journal's file.
         path: PathBuf,
         /// What is installed.
-        installed: String,
+        installed: Redirect,
         /// What was asked for.
-        wanted: String,
+        wanted: Redirect,
     },
     /// The process may not do what redirection needs.
     #[error("{missing} missing: run as root or with these capabilities")]

@@ -1,8 +1,8 @@
 //! Redirection of mesh pods' TCP through the node's ztunnel.
 //!
 //! One trait, [`Redirection`], and two complete back ends, so that they can be compared honestly:
-//! [`iptables_tunnel`], the node-level path of Istio 1.17-1.20, and [`ebpf`], six tc programs
-//! and one socket-lookup program.
+//! `iptables_tunnel`, the node-level path of Istio 1.17-1.20, and `ebpf`, six tc programs and one
+//! socket-lookup program.
 //!
 //! Invariants, for both:
 //! - Traffic that should be captured and cannot be delivered to ztunnel is refused or dropped,
@@ -21,10 +21,11 @@
 
 use std::collections::BTreeSet;
 
+mod back_end;
 mod cut_off;
-pub mod ebpf;
+mod ebpf;
 mod error;
-pub mod iptables_tunnel;
+mod iptables_tunnel;
 mod journal;
 mod listener_map;
 mod observation;
@@ -34,13 +35,14 @@ pub mod sockmap;
 mod status;
 mod system;
 
+pub use back_end::{AttachedBy, BackEnd, Driver, Redirect};
 pub use ebpf::{Dropped, MAX_CPUS, Outcome, Role};
 pub use error::{Error, Result};
 pub use listener_map::ListenerMap;
 pub use observation::Observation;
 pub use pod_table::{Lookup, PodIdentity, PodTable};
-pub use settings::{Attach, Node, Pod, Settings, Variant, Ztunnel};
-pub use status::{Counters, Failure, PodStatus, Status, Uncaptured, Why};
+pub use settings::{Attach, EbpfSettings, Node, Pod, Settings, TunnelSettings, Variant, Ztunnel};
+pub use status::{Counters, EbpfStatus, Failure, PodStatus, Status, TunnelStatus, Uncaptured, Why};
 pub use system::iptables::Iptables;
 pub use system::local_addresses::AddressWatch;
 pub use system::netns::{check_namespaces, interface_index};
@@ -48,9 +50,22 @@ pub use system::privileges::check as check_privileges;
 pub use system::sock_diag::listening;
 pub use system::trust::check_trusted;
 
+/// The back end that these settings are for; reads the journal, changes nothing.
+///
+/// # Errors
+/// If the journal cannot be read.
+pub fn redirection(settings: Settings) -> Result<Box<dyn Redirection>> {
+    Ok(match settings.back_end.clone() {
+        BackEnd::Ebpf(own) => Box::new(ebpf::Ebpf::new(settings.with(own))?),
+        BackEnd::IptablesTunnel(own) => {
+            Box::new(iptables_tunnel::IptablesTunnel::new(settings.with(own))?)
+        }
+    })
+}
+
 /// A way to bring mesh pods' TCP to ztunnel.
 ///
-/// An implementation is created from [`Settings`] and a set of pods is kept by the caller.
+/// [`redirection`] makes the one that [`Settings`] name; the set of pods is kept by the caller.
 pub trait Redirection: std::fmt::Debug {
     /// Installs everything that does not belong to a pod, or adopts what is there already.
     ///

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::back_end::BackEnd;
 use crate::error::{Error, Result};
 use crate::system::iptables::Iptables;
 
@@ -25,26 +26,38 @@ const NAMESPACE_CHARS_MAX: usize = 63;
 /// Longest name of a pod or service account (RFC 1123 subdomain).
 const NAME_CHARS_MAX: usize = 253;
 
-/// Everything but the pods.
+/// Everything but the pods. `B` is what belongs to one back end alone.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Settings {
+pub struct Settings<B = BackEnd<EbpfSettings, TunnelSettings>> {
     /// The node.
     pub node: Node,
     /// Its ztunnel.
     pub ztunnel: Ztunnel,
     /// Directory for the journal; made if missing. Must survive the agent, need not survive a boot.
     pub state_dir: PathBuf,
-    /// `ebpf` only: directory inside a mounted bpffs for pins; made if missing.
-    pub bpffs: PathBuf,
-    /// `tunnel` only: which rule set.
-    pub variant: Variant,
-    /// `tunnel` only: which iptables.
-    pub iptables: Iptables,
-    /// `ebpf` only: how programs are attached to interfaces.
-    pub attach: Attach,
     /// Whether DNS queries of pods (UDP and TCP, port 53) go to ztunnel's port 15053. Only for a
     /// ztunnel that answers there: without one, pods have no DNS.
     pub dns: bool,
+    /// Which back end, and what it alone needs to know.
+    pub back_end: B,
+}
+
+/// What `ebpf` alone needs to know.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct EbpfSettings {
+    /// Directory inside a mounted bpffs for pins; made if missing.
+    pub bpffs: PathBuf,
+    /// How programs are attached to interfaces.
+    pub attach: Attach,
+}
+
+/// What `tunnel` alone needs to know.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct TunnelSettings {
+    /// Which rule set.
+    pub variant: Variant,
+    /// Which iptables.
+    pub iptables: Iptables,
 }
 
 /// The node's side.
@@ -59,7 +72,7 @@ pub struct Node {
     pub interfaces: Vec<String>,
     /// The address pods see the node as.
     pub address: Ipv4Addr,
-    /// `ebpf` only: further addresses the node speaks to pods with, beside `address` and all that
+    /// Further addresses the node speaks to pods with, beside `address` and all that
     /// its interfaces have, which are found and followed. Hardly ever needed.
     #[serde(default)]
     pub other_addresses: Vec<IpAddr>,
@@ -79,7 +92,7 @@ pub struct Ztunnel {
     pub host_interface: String,
     /// Its address.
     pub address: Ipv4Addr,
-    /// `ebpf` only: its IPv6 address, if it has one.
+    /// Its IPv6 address, if it has one; `tunnel` does not use it.
     #[serde(default)]
     pub address_v6: Option<Ipv6Addr>,
 }
@@ -175,7 +188,25 @@ fn check_name(field: &'static str, name: &str, chars_max: usize, uid: &str) -> R
     setting(field, &name, &reason)
 }
 
-impl Settings {
+impl<B> Settings<B> {
+    /// The same for one back end.
+    pub(crate) fn with<C>(self, back_end: C) -> Settings<C> {
+        let Self {
+            node,
+            ztunnel,
+            state_dir,
+            dns,
+            back_end: _,
+        } = self;
+        Settings {
+            node,
+            ztunnel,
+            state_dir,
+            dns,
+            back_end,
+        }
+    }
+
     /// Checks ranges and contradictions; does not look at the system.
     ///
     /// # Errors
@@ -330,11 +361,11 @@ mod tests {
                 address_v6: Some("fd00::2".parse().unwrap()),
             },
             state_dir: "/tmp/x".into(),
-            bpffs: "/tmp/x".into(),
-            variant: Variant::default(),
-            iptables: Iptables::default(),
-            attach: Attach::default(),
             dns: false,
+            back_end: BackEnd::IptablesTunnel(TunnelSettings {
+                variant: Variant::default(),
+                iptables: Iptables::default(),
+            }),
         }
     }
 

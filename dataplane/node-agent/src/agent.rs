@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{SigSet, Signal};
-use redirect::{AddressWatch, Observation, Redirection};
+use redirect::{AddressWatch, Observation, Redirect, Redirection};
 
-use crate::config::{Config, Kind};
+use crate::config::Config;
 use crate::dropped::DroppedLog;
 use crate::error::{Error, Result};
 use crate::lock::{Lock, NetnsLock};
@@ -36,7 +36,7 @@ const CLEANUP_PATIENCE: Duration = Duration::from_secs(5);
 /// `run`: returns on SIGTERM or SIGINT, leaving redirection as it is.
 pub(crate) fn run(path: &Path) -> Result<()> {
     let config = Config::load(path)?;
-    redirect::check_privileges(config.redirect == Kind::Ebpf)?;
+    redirect::check_privileges(config.redirect == Redirect::Ebpf)?;
     // Before any thread is started: all of them inherit the mask.
     let (sender, events) = mpsc::sync_channel(EVENTS_MAX);
     watch_signals(sender.clone())?;
@@ -387,13 +387,13 @@ impl Retry {
 
 /// When a pin was last made or removed, by anyone: the kernel notes it for their directory.
 fn pins_changed(config: &Config) -> Option<SystemTime> {
-    let directory = std::fs::metadata(config.settings().bpffs).ok()?;
+    let directory = std::fs::metadata(config.pins()?).ok()?;
     directory.modified().ok()
 }
 
 /// `cleanup`.
 pub(crate) fn cleanup(config: &Config) -> Result<()> {
-    redirect::check_privileges(config.redirect == Kind::Ebpf)?;
+    redirect::check_privileges(config.redirect == Redirect::Ebpf)?;
     let lock = Lock::take(&config.state_dir, CLEANUP_PATIENCE)?;
     shortcut::remove(config)?;
     config.redirection()?.cleanup()?;

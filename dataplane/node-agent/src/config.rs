@@ -4,24 +4,14 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use redirect::ebpf::Ebpf;
-use redirect::iptables_tunnel::IptablesTunnel;
-use redirect::sockmap;
-use redirect::{Attach, Iptables, Node, Observation, Redirection, Settings, Variant, Ztunnel};
+use redirect::{
+    Attach, BackEnd, EbpfSettings, Iptables, Node, Observation, Redirect, Redirection, Settings,
+    TunnelSettings, Variant, Ztunnel, sockmap,
+};
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::listed::{self, Entry};
-
-/// Which back end.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Kind {
-    /// iptables, policy routes and tunnels.
-    Tunnel,
-    /// BPF programs.
-    Ebpf,
-}
 
 /// Whether something is used.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
@@ -39,7 +29,7 @@ enum Switch {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Config {
     /// Back end: `tunnel` or `ebpf`.
-    pub(crate) redirect: Kind,
+    pub(crate) redirect: Redirect,
     /// `tunnel`: `hardened` (default) or `faithful`.
     #[serde(default)]
     variant: Variant,
@@ -110,7 +100,7 @@ impl Config {
         };
         let config: Self = serde_saphyr::from_str(text)
             .map_err(|error| wrong(error.without_snippet().to_string()))?;
-        if config.redirect == Kind::Ebpf && !config.bpffs.is_absolute() {
+        if config.redirect == Redirect::Ebpf && !config.bpffs.is_absolute() {
             return Err(wrong(
                 "bpffs: an absolute path is needed with redirect: ebpf".to_owned(),
             ));
@@ -150,11 +140,17 @@ impl Config {
             node: self.node.clone(),
             ztunnel: self.ztunnel.clone(),
             state_dir: self.state_dir.clone(),
-            bpffs: self.bpffs.clone(),
-            variant: self.variant,
-            iptables: self.iptables,
-            attach: self.attach,
             dns: self.dns,
+            back_end: match self.redirect {
+                Redirect::Ebpf => BackEnd::Ebpf(EbpfSettings {
+                    bpffs: self.bpffs.clone(),
+                    attach: self.attach,
+                }),
+                Redirect::Tunnel => BackEnd::IptablesTunnel(TunnelSettings {
+                    variant: self.variant,
+                    iptables: self.iptables,
+                }),
+            },
         }
     }
 
@@ -171,7 +167,7 @@ impl Config {
     }
 
     fn check_shortcut(&self) -> Result<(), String> {
-        if self.redirect != Kind::Ebpf {
+        if self.redirect != Redirect::Ebpf {
             return Err("sockmap: on needs redirect: ebpf".to_owned());
         }
         if self.shortcut().is_none() {
@@ -195,15 +191,12 @@ impl Config {
 
     /// Where pins are, if the back end has any.
     pub(crate) fn pins(&self) -> Option<&Path> {
-        (self.redirect == Kind::Ebpf).then_some(&*self.bpffs)
+        (self.redirect == Redirect::Ebpf).then_some(&*self.bpffs)
     }
 
     /// The back end, nothing installed yet.
     pub(crate) fn redirection(&self) -> Result<Box<dyn Redirection>> {
-        Ok(match self.redirect {
-            Kind::Tunnel => Box::new(IptablesTunnel::new(self.settings())?),
-            Kind::Ebpf => Box::new(Ebpf::new(self.settings())?),
-        })
+        Ok(redirect::redirection(self.settings())?)
     }
 
     /// Whether a running agent can go from this to `next`.
@@ -239,7 +232,7 @@ pods:
     #[test]
     fn a_sound_file_is_read() {
         let config = Config::parse(Path::new("/c.yaml"), SOUND).unwrap();
-        assert_eq!(config.redirect, Kind::Ebpf);
+        assert_eq!(config.redirect, Redirect::Ebpf);
         assert_eq!(config.pods.len(), 1);
         assert_eq!(config.variant, Variant::Hardened);
         let end = SOUND.find("pods:").unwrap() + "pods:".len();

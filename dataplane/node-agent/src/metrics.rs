@@ -13,9 +13,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use redirect::{Counters, Outcome, Uncaptured, Why, sockmap};
+use redirect::{Counters, Outcome, Redirect, Uncaptured, Why, sockmap};
 
-use crate::config::{Config, Kind};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::shortcut;
 
@@ -173,8 +173,8 @@ fn render(config: &Config) -> Result<String> {
     text.sample("node_agent_older_connections_broken_total", &[], broken);
     let counters = redirection.counters()?;
     match config.redirect {
-        Kind::Ebpf => text.programs(&counters),
-        Kind::Tunnel => text.rules(&counters),
+        Redirect::Ebpf => text.programs(&counters),
+        Redirect::Tunnel => text.rules(&counters),
     }
     let status = shortcut::status(config)?;
     text.family(

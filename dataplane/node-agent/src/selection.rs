@@ -177,7 +177,7 @@ impl<'a> Taken<'a> {
 mod tests {
     use std::net::Ipv4Addr;
 
-    use redirect::{Attach, Iptables, Node, Variant, Ztunnel};
+    use redirect::{BackEnd, Iptables, Node, TunnelSettings, Variant, Ztunnel};
     use time::OffsetDateTime;
 
     use super::*;
@@ -200,11 +200,11 @@ mod tests {
                 address_v6: None,
             },
             state_dir: "/tmp/x".into(),
-            bpffs: "/tmp/x".into(),
-            variant: Variant::default(),
-            iptables: Iptables::default(),
-            attach: Attach::default(),
             dns: false,
+            back_end: BackEnd::IptablesTunnel(TunnelSettings {
+                variant: Variant::default(),
+                iptables: Iptables::default(),
+            }),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use redirect::{PodStatus, Status, Uncaptured};
+use redirect::{BackEnd, EbpfStatus, PodStatus, Status, Uncaptured};
 use serde::Serialize;
 
 use crate::config::Config;
@@ -40,28 +40,26 @@ fn describe(report: &Report) -> String {
     let yes = |is: bool| if is { "yes" } else { "no" };
     let agent = report.agent_pid.map(|pid| pid.to_string());
     let mut lines = vec![
-        format!("redirection: {}", status.redirect),
+        format!("redirection: {}", status.back_end.redirect()),
         format!("installed:   {}", yes(status.installed)),
         format!("agent:       {}", agent.as_deref().unwrap_or("not running")),
     ];
-    let variant = status.variant.iter();
-    lines.extend(variant.map(|variant| format!("variant:     {variant:?}")));
-    let driver = status.tunnel_driver.iter();
-    lines.extend(driver.map(|driver| format!("tunnels:     {driver}")));
-    let attach = status.attach.iter();
-    lines.extend(attach.map(|attach| format!("attached by: {attach}")));
+    match &status.back_end {
+        BackEnd::IptablesTunnel(own) => {
+            lines.push(format!("variant:     {:?}", own.variant));
+            let driver = own.driver.iter();
+            lines.extend(driver.map(|driver| format!("tunnels:     {driver}")));
+        }
+        BackEnd::Ebpf(own) => {
+            let by = own.attached_by.iter();
+            lines.extend(by.map(|by| format!("attached by: {}", by.name())));
+        }
+    }
     lines.extend(status.pods.iter().map(describe_pod));
     lines.extend(status.not_captured.iter().map(describe_uncaptured));
     lines.push(format!("dns capture: {}", yes(status.dns)));
-    if status.older_connections > 0 {
-        let count = status.older_connections;
-        lines.push(format!("older:       {count} connections left alone"));
-    }
-    if status.older_connections_broken > 0 {
-        let count = status.older_connections_broken;
-        lines.push(format!(
-            "older:       {count} connections found no place and broke"
-        ));
+    if let BackEnd::Ebpf(own) = &status.back_end {
+        describe_older(own, &mut lines);
     }
     for (program, reasons) in &status.counters {
         for (reason, count) in reasons {
@@ -74,6 +72,18 @@ fn describe(report: &Report) -> String {
         describe_sockmap(sockmap, &mut lines);
     }
     lines.join("\n")
+}
+
+fn describe_older(status: &EbpfStatus, lines: &mut Vec<String>) {
+    let (alone, broke) = (status.older_connections, status.older_connections_broken);
+    if alone > 0 {
+        lines.push(format!("older:       {alone} connections left alone"));
+    }
+    if broke > 0 {
+        lines.push(format!(
+            "older:       {broke} connections found no place and broke"
+        ));
+    }
 }
 
 fn describe_pod(pod: &PodStatus) -> String {

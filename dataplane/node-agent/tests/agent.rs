@@ -135,7 +135,7 @@ impl Site {
             self.topology.netns("node").display(),
             settings.ztunnel.netns.display(),
             settings.state_dir.display(),
-            settings.bpffs.display(),
+            self.topology.bpffs().display(),
         );
         for pod in self
             .topology
@@ -213,7 +213,7 @@ impl Site {
     }
 
     fn listener(&self) -> Server {
-        let map = self.topology.settings().bpffs.join("listeners");
+        let map = self.topology.bpffs().join("listeners");
         let map = (self.redirect != "tunnel").then_some((map.as_path(), 0));
         Server::ztunnel(
             &self.topology.netns("ztunnel"),
@@ -512,7 +512,7 @@ fn is_repaired(site: &Site, damages: &[(&str, &str)]) {
     let _remote = Server::app(&site.topology.netns("remote"), 80);
     site.wait_until_answered_by("captured");
     let whole = site.owned();
-    let bpffs = site.topology.settings().bpffs.display().to_string();
+    let bpffs = site.topology.bpffs().display().to_string();
     for (host, line) in damages {
         site.damage(host, &line.replace("BPFFS", &bpffs));
         let deadline = Instant::now() + PATIENCE;
@@ -654,7 +654,7 @@ fn pins_removed_beside_a_change_of_the_configuration_come_back() {
     let _ztunnel = site.listener();
     let _remote = Server::app(&site.topology.netns("remote"), 80);
     site.wait_until_answered_by("captured");
-    let bpffs = site.topology.settings().bpffs.display().to_string();
+    let bpffs = site.topology.bpffs().display().to_string();
     // Both in one look at the node.
     agent.signal(Signal::SIGSTOP);
     site.damage(

@@ -17,6 +17,7 @@ use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_a
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType};
 
 use super::layout;
+use crate::back_end::AttachedBy;
 use crate::error::{Error, Result};
 use crate::journal::Journal;
 use crate::journal::undo::Undo;
@@ -28,9 +29,6 @@ use crate::system::{pins, programs, tc};
 const EEXIST: i32 = 17;
 const EINVAL: i32 = 22;
 const ENOTSUP: i32 = 95;
-
-pub(crate) const TCX: &str = "tcx";
-pub(crate) const CLSACT: &str = "clsact";
 
 /// One program on one interface.
 #[derive(Clone, Copy, Debug)]
@@ -128,25 +126,23 @@ pub(crate) struct Attacher<'a> {
 impl Attacher<'_> {
     /// Attaches, or replaces the program of an earlier process.
     pub(crate) fn attach(&mut self, hook: Hook<'_>) -> Result<()> {
-        let use_tcx = match self.journal.detail() {
-            // What is installed in one way is not mixed with the other.
-            Some(CLSACT) => false,
-            Some(TCX) => true,
-            _ => self.wanted != Attach::Clsact,
+        let use_tcx = match self.journal.attached_by() {
+            Some(AttachedBy::Clsact) => false,
+            Some(AttachedBy::Tcx) => true,
+            None => self.wanted != Attach::Clsact,
         };
         if !use_tcx {
-            self.journal.set_detail(CLSACT)?;
+            self.journal.set_attached_by(AttachedBy::Clsact)?;
             return self.attach_filter(hook);
         }
         match self.attach_link(hook) {
-            Ok(()) if self.journal.detail() == Some(TCX) => Ok(()),
-            Ok(()) => self.journal.set_detail(TCX),
-            Err(error) if self.journal.detail().is_none() && self.wanted == Attach::Auto => {
+            Ok(()) => self.journal.set_attached_by(AttachedBy::Tcx),
+            Err(error) if self.journal.attached_by().is_none() && self.wanted == Attach::Auto => {
                 let AttachError::Unsupported(reason) = error else {
                     return Err(error.into());
                 };
                 tracing::info!(%reason, "kernel without tcx, using clsact");
-                self.journal.set_detail(CLSACT)?;
+                self.journal.set_attached_by(AttachedBy::Clsact)?;
                 self.attach_filter(hook)
             }
             Err(error) => Err(error.into()),

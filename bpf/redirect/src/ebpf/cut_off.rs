@@ -1,8 +1,9 @@
 //! Cutting pods off: the program that drops everything, in the links or filters of the capturing
 //! ones.
 
-use super::attach::{CLSACT, Hook};
+use super::attach::Hook;
 use super::{Ebpf, entries, inventory, layout};
+use crate::back_end::AttachedBy;
 use crate::cut_off::{self, owner};
 use crate::error::{Error, Result};
 use crate::system::links::Links;
@@ -47,7 +48,7 @@ impl Ebpf {
         let Some(uid) = uid else {
             return Ok(());
         };
-        let pins = &self.settings.bpffs;
+        let pins = &self.settings.back_end.bpffs;
         let forgotten = entries::forget(pins, self.journal.pods(), &[&uid]);
         self.journal.remove_pods(&[&uid]).and(forgotten)
     }
@@ -82,7 +83,7 @@ impl Ebpf {
             .collect();
         let names: Vec<&str> = known.iter().map(String::as_str).collect();
         let ended = cut_off::end(journal, &names);
-        if journal.detail() != Some(CLSACT) {
+        if journal.attached_by() != Some(AttachedBy::Clsact) {
             inventory::wait_until_detached(&known);
         }
         ended

@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 
 use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
 
-use super::attach::{self, CLSACT};
-use super::{RULE_PREF, TABLE, layout, maps};
+use super::{RULE_PREF, Settings, TABLE, attach, layout, maps};
+use crate::back_end::AttachedBy;
 use crate::error::Result;
 use crate::journal::Journal;
-use crate::settings::Settings;
 use crate::system::netns::Netns;
 use crate::system::pins::program_of;
 use crate::system::{command, programs, tc};
@@ -22,16 +21,16 @@ pub(crate) fn take(
     node: &Netns,
 ) -> Result<BTreeSet<String>> {
     let mut all = BTreeSet::new();
-    for pin in attach::own_pins(&settings.bpffs) {
+    for pin in attach::own_pins(&settings.back_end.bpffs) {
         all.insert(format!("pin {}", pin.display()));
     }
     let interfaces = interfaces(settings, journal);
-    if journal.detail() == Some(CLSACT) {
+    if journal.attached_by() == Some(AttachedBy::Clsact) {
         all.extend(node.run(|| filters(&interfaces))?);
     } else {
         all.extend(node.run(|| Ok(links(&interfaces)))?);
     }
-    map_entries(&settings.bpffs, &mut all);
+    map_entries(&settings.back_end.bpffs, &mut all);
     if let Ok(ztunnel) = Netns::at(&settings.ztunnel.netns) {
         all.extend(ztunnel.run(ztunnel_routing)?);
     }

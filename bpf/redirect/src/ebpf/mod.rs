@@ -38,11 +38,12 @@ use aya::{Ebpf as Object, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::Redirection;
+use crate::back_end::{BackEnd, Redirect};
 use crate::error::{Error, Result};
 use crate::journal::Journal;
 use crate::journal::undo::Undo;
-use crate::settings::{Pod, Settings};
-use crate::status::{Counters, Failure, PodStatus, Status, Uncaptured};
+use crate::settings::{EbpfSettings, Pod};
+use crate::status::{Counters, EbpfStatus, Failure, PodStatus, Status, Uncaptured};
 use crate::system::links::Links;
 use crate::system::netns::{self, Netns};
 use crate::system::{local_addresses, pins, sysctl};
@@ -51,7 +52,7 @@ pub use events::Dropped;
 use layout::Config;
 pub use layout::{MAX_CPUS, Outcome, Role};
 
-const NAME: &str = "ebpf";
+type Settings = crate::settings::Settings<EbpfSettings>;
 
 /// Adds and the matching removals in ztunnel's network namespace: TCP for anyone is local if it
 /// came in by ztunnel's interface.
@@ -60,7 +61,7 @@ const RULE_PREF: u32 = 20_000;
 
 /// The `ebpf` back end.
 #[derive(Debug)]
-pub struct Ebpf {
+pub(crate) struct Ebpf {
     settings: Settings,
     journal: Journal,
     object: Option<Object>,
@@ -71,8 +72,8 @@ impl Ebpf {
     ///
     /// # Errors
     /// If the journal cannot be read.
-    pub fn new(settings: Settings) -> Result<Self> {
-        let journal = Journal::open(&settings.state_dir, NAME)?;
+    pub(crate) fn new(settings: Settings) -> Result<Self> {
+        let journal = Journal::open(&settings.state_dir, Redirect::Ebpf)?;
         Ok(Self {
             settings,
             journal,
@@ -93,16 +94,16 @@ impl Ebpf {
         for name in &s.node.interfaces {
             underlays.push((name.clone(), links.with_ethernet("node.interfaces", name)?));
         }
-        make_dirs(&mut self.journal, &s.bpffs)?;
+        make_dirs(&mut self.journal, &s.back_end.bpffs)?;
         let config = self.config(ztunnel, outside, &underlays)?;
         self.object = Some(self.load()?);
         let s = &self.settings;
         prepare_ztunnel(&mut self.journal, ztunnel, &s.ztunnel)?;
         allow_foreign_sources(&mut self.journal, node, &s.ztunnel.host_interface)?;
-        maps::set_config(&s.bpffs, &config)?;
-        maps::set_pod_cidrs(&s.bpffs, &s.node.pod_cidrs)?;
-        maps::set_node_addresses(&s.bpffs, &node_addresses(s)?)?;
-        entries::restore(&s.bpffs, self.journal.pods(), &links)?;
+        maps::set_config(&s.back_end.bpffs, &config)?;
+        maps::set_pod_cidrs(&s.back_end.bpffs, &s.node.pod_cidrs)?;
+        maps::set_node_addresses(&s.back_end.bpffs, &node_addresses(s)?)?;
+        entries::restore(&s.back_end.bpffs, self.journal.pods(), &links)?;
         self.attach_hooks(node, outside, &underlays)
     }
 
@@ -113,7 +114,7 @@ impl Ebpf {
             journal,
             object,
         } = self;
-        let pins = &settings.bpffs;
+        let pins = &settings.back_end.bpffs;
         let interfaces: Vec<String> = inventory::interfaces(settings, journal)
             .into_iter()
             .map(str::to_owned)
@@ -171,7 +172,7 @@ impl Ebpf {
         }
         let interfaces: Vec<_> = hooks.iter().map(|hook| hook.interface).collect();
         self.journal.retain_filters(&interfaces)?;
-        remove_stale_hooks(&self.settings.bpffs, &hooks)
+        remove_stale_hooks(&self.settings.back_end.bpffs, &hooks)
     }
 
     fn attacher<'a>(&'a mut self, node: &'a Netns) -> Result<Attacher<'a>> {
@@ -180,21 +181,17 @@ impl Ebpf {
             ebpf,
             journal: &mut self.journal,
             node,
-            pins: &self.settings.bpffs,
-            wanted: self.settings.attach,
+            pins: &self.settings.back_end.bpffs,
+            wanted: self.settings.back_end.attach,
             clsact: None,
         })
-    }
-
-    fn is_installed(&self) -> bool {
-        self.journal.installed_redirect() == Some(NAME)
     }
 }
 
 impl Redirection for Ebpf {
     fn install(&mut self) -> Result<()> {
         self.settings.validate()?;
-        check_bpffs(&self.settings.bpffs)?;
+        check_bpffs(&self.settings.back_end.bpffs)?;
         let node = self.node()?;
         let ztunnel = Netns::at(&self.settings.ztunnel.netns)?;
         self.journal.begin(&node, &ztunnel)?;
@@ -248,47 +245,46 @@ impl Redirection for Ebpf {
     }
 
     fn status(&self) -> Result<Status> {
-        let older = if self.is_installed() {
-            entries::older_count(&self.settings.bpffs)
+        let older = if self.journal.is_installed() {
+            entries::older_count(&self.settings.back_end.bpffs)
         } else {
             0
         };
         Ok(Status {
-            redirect: NAME,
-            installed: self.is_installed(),
-            variant: None,
-            tunnel_driver: None,
-            attach: self.journal.detail().map(str::to_owned),
+            installed: self.journal.is_installed(),
             dns: self.settings.dns,
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
             not_captured: self.journal.uncaptured().to_vec(),
             owned: self.inventory()?,
-            older_connections: older,
-            older_connections_broken: self.journal.older_broken(),
             counters: self.counters().unwrap_or_default(),
+            back_end: BackEnd::Ebpf(EbpfStatus {
+                attached_by: self.journal.attached_by(),
+                older_connections: older,
+                older_connections_broken: self.journal.older_broken(),
+            }),
         })
     }
 
     fn counters(&self) -> Result<Counters> {
-        if !self.is_installed() {
+        if !self.journal.is_installed() {
             return Ok(Counters::new());
         }
-        maps::counters(&self.settings.bpffs)
+        maps::counters(&self.settings.back_end.bpffs)
     }
 
     fn inventory(&self) -> Result<BTreeSet<String>> {
-        if !self.is_installed() {
+        if !self.journal.is_installed() {
             return Ok(BTreeSet::new());
         }
         inventory::take(&self.settings, &self.journal, &self.node()?)
     }
 
     fn tidy(&mut self) -> Result<()> {
-        entries::forget_ended(&self.settings.bpffs, self.journal.pods())
+        entries::forget_ended(&self.settings.back_end.bpffs, self.journal.pods())
     }
 
     fn follow_node(&mut self) -> Result<()> {
-        let pins = &self.settings.bpffs;
+        let pins = &self.settings.back_end.bpffs;
         if !pins.join(layout::NODE_ADDRESSES).exists() {
             return Ok(()); // the next look at what is missing brings it back
         }
@@ -296,7 +292,7 @@ impl Redirection for Ebpf {
     }
 
     fn take_dropped(&mut self, most: usize) -> Result<Vec<Dropped>> {
-        events::take(&self.settings.bpffs, most)
+        events::take(&self.settings.back_end.bpffs, most)
     }
 
     fn cleanup(&mut self) -> Result<()> {
@@ -309,7 +305,7 @@ impl Redirection for Ebpf {
         let result = self.remove_pods(&uids).and(let_go);
         let result = self.journal.undo_all().and(result);
         // Pins survive a lost journal and are known by their names.
-        for pin in attach::own_pins(&self.settings.bpffs) {
+        for pin in attach::own_pins(&self.settings.back_end.bpffs) {
             std::fs::remove_file(&pin).map_err(|e| Error::file("remove pin", &pin, e))?;
         }
         result
@@ -324,7 +320,7 @@ pub(crate) fn ztunnel_address(pins: &Path) -> Result<Ipv4Addr> {
 fn not_installed() -> Error {
     Error::Setting {
         field: "redirection",
-        value: NAME.to_owned(),
+        value: Redirect::Ebpf.name().to_owned(),
         reason: "must be installed before pods are added".to_owned(),
     }
 }

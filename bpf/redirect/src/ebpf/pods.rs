@@ -10,6 +10,7 @@ use super::attach;
 use super::capture::{Addition, Capture};
 use super::maps::Pods;
 use super::{Ebpf, entries, inventory};
+use crate::back_end::AttachedBy;
 use crate::error::Result;
 use crate::settings::Pod;
 use crate::status::Failure;
@@ -112,7 +113,7 @@ impl Ebpf {
         additions: &[Addition<'a>],
         failures: &mut Failures,
     ) -> Result<Vec<&'a str>> {
-        let by_filter = self.journal.detail() == Some(attach::CLSACT);
+        let by_filter = self.journal.attached_by() == Some(AttachedBy::Clsact);
         let ztunnel = self.settings.ztunnel.netns.clone();
         let mut capture = Capture::begin(self.attacher(node)?, &ztunnel)?;
         let mut open = Vec::new();
@@ -160,7 +161,7 @@ impl Ebpf {
 
     /// UIDs of those of which anything differs from what is known.
     fn outdated<'a>(&self, pods: &[(&'a Pod, u32)]) -> Result<Vec<&'a str>> {
-        let map = Pods::open(&self.settings.bpffs)?;
+        let map = Pods::open(&self.settings.back_end.bpffs)?;
         let known = self.journal.pods().iter();
         let known: HashMap<_, _> = known.map(|pod| (&pod.uid, pod)).collect();
         let differs = |pod: &Pod, index: u32| {
@@ -180,8 +181,8 @@ impl Ebpf {
         pods: &[(&'a Pod, u32)],
         failures: &mut Failures,
     ) -> Result<Vec<Addition<'a>>> {
-        let pins = self.settings.bpffs.clone();
-        let by_filter = self.journal.detail() == Some(attach::CLSACT);
+        let pins = self.settings.back_end.bpffs.clone();
+        let by_filter = self.journal.attached_by() == Some(AttachedBy::Clsact);
         let clsact = if by_filter {
             tc::clsact_interfaces()?
         } else {
@@ -235,14 +236,14 @@ impl Ebpf {
     /// than let past ztunnel half-way.
     fn remove_at_once(&mut self, uids: &[&str]) -> Result<()> {
         let journal = &self.journal;
-        let mapped = entries::forget(&self.settings.bpffs, journal.pods(), uids);
+        let mapped = entries::forget(&self.settings.back_end.bpffs, journal.pods(), uids);
         let wanted: HashSet<_> = uids.iter().copied().collect();
         let gone = journal
             .pods()
             .iter()
             .filter(|pod| wanted.contains(pod.uid.as_str()));
         let interfaces: Vec<_> = gone.map(|pod| pod.host_interface.clone()).collect();
-        let by_link = journal.detail() != Some(attach::CLSACT);
+        let by_link = journal.attached_by() != Some(AttachedBy::Clsact);
         let removed = self.journal.remove_pods(uids);
         if by_link {
             inventory::wait_until_detached(&interfaces);

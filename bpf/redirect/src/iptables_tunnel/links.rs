@@ -3,11 +3,10 @@
 //! They carry the first packet of each connection. GENEVE where the kernel has it, else VXLAN with
 //! the same identifiers, port and routes.
 
-use std::fmt;
 use std::net::Ipv4Addr;
-use std::str::FromStr;
 
 use super::rules::{IN, OUT, PEER_IN, PEER_OUT};
+use crate::back_end::{Driver, Tunnels};
 use crate::error::{Error, Result};
 use crate::journal::Journal;
 use crate::journal::undo::Undo;
@@ -16,37 +15,6 @@ use crate::system::netns::Netns;
 
 const PORT_FIRST: u16 = 6081;
 const PORT_LAST: u16 = 6096;
-
-const DRIVERS: [&str; 2] = ["geneve", "vxlan"];
-
-/// Driver and UDP port, the journal's detail.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Transport {
-    pub(crate) driver: &'static str,
-    pub(crate) port: u16,
-}
-
-impl fmt::Display for Transport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.driver, self.port)
-    }
-}
-
-impl FromStr for Transport {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let (driver, port) = text.split_once(':').ok_or(())?;
-        let driver = DRIVERS
-            .into_iter()
-            .find(|known| *known == driver)
-            .ok_or(())?;
-        Ok(Self {
-            driver,
-            port: port.parse().map_err(drop)?,
-        })
-    }
-}
 
 /// One end of a tunnel.
 struct End {
@@ -86,23 +54,23 @@ pub(crate) fn ensure(
     node: &Netns,
     ztunnel: &Netns,
     addresses: (Ipv4Addr, Ipv4Addr),
-) -> Result<Transport> {
+) -> Result<Tunnels> {
     let (node_address, ztunnel_address) = addresses;
-    let transport = match journal.detail().and_then(|detail| detail.parse().ok()) {
+    let tunnels = match journal.tunnels() {
         Some(known) => known,
         None => choose(journal, node, ztunnel_address)?,
     };
     for end in &NODE_ENDS {
-        ensure_end(journal, node, end, transport, ztunnel_address)?;
+        ensure_end(journal, node, end, tunnels, ztunnel_address)?;
     }
     for end in &ZTUNNEL_ENDS {
-        ensure_end(journal, ztunnel, end, transport, node_address)?;
+        ensure_end(journal, ztunnel, end, tunnels, node_address)?;
     }
-    Ok(transport)
+    Ok(tunnels)
 }
 
 /// Finds a driver the kernel has and a port no other tunnel uses, by making the node's first end.
-fn choose(journal: &mut Journal, node: &Netns, remote: Ipv4Addr) -> Result<Transport> {
+fn choose(journal: &mut Journal, node: &Netns, remote: Ipv4Addr) -> Result<Tunnels> {
     let end = &NODE_ENDS[0];
     if exists(node, end.name) {
         return Err(taken(node, end.name));
@@ -114,13 +82,13 @@ fn choose(journal: &mut Journal, node: &Netns, remote: Ipv4Addr) -> Result<Trans
     let mut failure = None;
     // A port of our own: what comes to it and is not ztunnel's is dropped.
     let taken = tunnel_ports(node)?;
-    for driver in DRIVERS {
+    for driver in Driver::ALL {
         for port in (PORT_FIRST..=PORT_LAST).filter(|port| !taken.contains(port)) {
-            let transport = Transport { driver, port };
-            match node.run(|| ip(&add_line(end, transport, remote))) {
+            let tunnels = Tunnels { driver, port };
+            match node.run(|| ip(&add_line(end, tunnels, remote))) {
                 Ok(_) => {
-                    journal.set_detail(&transport.to_string())?;
-                    return Ok(transport);
+                    journal.set_tunnels(tunnels)?;
+                    return Ok(tunnels);
                 }
                 // The identifier is taken on this port, or the name is.
                 Err(error) if command::is_present(&error) && !exists(node, end.name) => {
@@ -152,8 +120,8 @@ fn tunnel_ports(node: &Netns) -> Result<Vec<u16>> {
     Ok(shown.lines().filter_map(port).collect())
 }
 
-fn add_line(end: &End, transport: Transport, remote: Ipv4Addr) -> String {
-    let Transport { driver, port } = transport;
+fn add_line(end: &End, tunnels: Tunnels, remote: Ipv4Addr) -> String {
+    let Tunnels { driver, port } = tunnels;
     format!(
         "link add {} type {driver} id {} remote {remote} dstport {port}",
         end.name, end.id
@@ -180,7 +148,7 @@ fn ensure_end(
     journal: &mut Journal,
     netns: &Netns,
     end: &End,
-    transport: Transport,
+    tunnels: Tunnels,
     remote: Ipv4Addr,
 ) -> Result<()> {
     let name = end.name;
@@ -191,34 +159,18 @@ fn ensure_end(
     journal.record(None, undo)?;
     netns.run(|| {
         if let Ok(shown) = ip(&format!("-d link show dev {name}")) {
-            let wanted = format!("{} id {} remote {remote} ", transport.driver, end.id);
-            let port = format!("dstport {} ", transport.port);
+            let wanted = format!("{} id {} remote {remote} ", tunnels.driver, end.id);
+            let port = format!("dstport {} ", tunnels.port);
             if !shown.contains(&wanted) || !shown.contains(&port) {
                 ip(&format!("link del {name}"))?;
-                ip(&add_line(end, transport, remote))?;
+                ip(&add_line(end, tunnels, remote))?;
             }
         } else {
-            ip(&add_line(end, transport, remote))?;
+            ip(&add_line(end, tunnels, remote))?;
         }
         ip(&format!("addr replace {} dev {name}", end.address))?;
         ip(&format!("link set {name} up"))?;
         // The other end may be a new one with another MAC address.
         ip(&format!("neigh flush dev {name}")).map(drop)
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_journal_keeps_the_transport() {
-        let transport = Transport {
-            driver: "vxlan",
-            port: 6082,
-        };
-        assert_eq!(transport.to_string().parse(), Ok(transport));
-        assert_eq!("gre:1".parse::<Transport>(), Err(()));
-        assert_eq!("vxlan:x".parse::<Transport>(), Err(()));
-    }
 }

@@ -30,20 +30,20 @@ mod rules;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
+use crate::back_end::{BackEnd, Redirect};
 use crate::error::{Error, Result};
 use crate::journal::undo::Undo;
 use crate::journal::{Journal, Owners};
-use crate::settings::{Pod, Settings, Variant};
-use crate::status::{Counters, Failure, PodStatus, Status, Uncaptured};
+use crate::settings::{Pod, TunnelSettings, Variant};
+use crate::status::{Counters, Failure, PodStatus, Status, TunnelStatus, Uncaptured};
 use crate::system::iptables::{self, Family, Table};
 use crate::system::links::Links;
 use crate::system::netns::{self, Netns};
 use crate::system::{command, sysctl};
 use crate::{Redirection, cut_off};
-use links::Transport;
 use rules::{IN, OUT, PEER_IN, PEER_OUT, POD_SET};
 
-const NAME: &str = "tunnel";
+type Settings = crate::settings::Settings<TunnelSettings>;
 
 /// Source ports of ztunnel's connections, below the 32,768 where Linux' default for pods begins.
 /// They leave with the client's address: on a port that the client has used towards the same
@@ -56,7 +56,7 @@ const LAST_METRIC: u32 = 4_278_198_272;
 
 /// The `tunnel` back end.
 #[derive(Debug)]
-pub struct IptablesTunnel {
+pub(crate) struct IptablesTunnel {
     settings: Settings,
     journal: Journal,
 }
@@ -66,8 +66,8 @@ impl IptablesTunnel {
     ///
     /// # Errors
     /// If the journal cannot be read.
-    pub fn new(settings: Settings) -> Result<Self> {
-        let journal = Journal::open(&settings.state_dir, NAME)?;
+    pub(crate) fn new(settings: Settings) -> Result<Self> {
+        let journal = Journal::open(&settings.state_dir, Redirect::Tunnel)?;
         Ok(Self { settings, journal })
     }
 
@@ -85,14 +85,14 @@ impl IptablesTunnel {
             )?;
         }
         let addresses = (s.node.address, s.ztunnel.address);
-        let transport = links::ensure(&mut self.journal, node, ztunnel, addresses)?;
+        let tunnels = links::ensure(&mut self.journal, node, ztunnel, addresses)?;
         self.node_sysctls(node)?;
         self.ztunnel_sysctls(ztunnel)?;
         self.ztunnel_routes(ztunnel)?;
         self.node_routes(node)?;
         let of_ztunnel = rules::ztunnel(&self.settings);
-        let of_node = rules::node(&self.settings, transport.port);
-        let iptables = self.settings.iptables;
+        let of_node = rules::node(&self.settings, tunnels.port);
+        let iptables = self.settings.back_end.iptables;
         for (netns, rules) in [(ztunnel, of_ztunnel), (node, of_node)] {
             self.apply(netns, Family::V4, &rules)?;
         }
@@ -101,7 +101,7 @@ impl IptablesTunnel {
     }
 
     fn apply(&mut self, netns: &Netns, family: Family, rules: &[Table]) -> Result<()> {
-        let iptables = self.settings.iptables;
+        let iptables = self.settings.back_end.iptables;
         let undo = Undo::Chains {
             netns: netns.clone(),
             iptables,
@@ -123,12 +123,13 @@ impl IptablesTunnel {
 
     /// Whether IPv6 of captured pods is dropped.
     fn drops_ipv6(&self) -> bool {
-        self.settings.variant == Variant::Hardened && Path::new("/proc/sys/net/ipv6").exists()
+        self.settings.back_end.variant == Variant::Hardened
+            && Path::new("/proc/sys/net/ipv6").exists()
     }
 
     /// Namespaces that need the set of pods.
     fn sets<'a>(&self, node: &'a Netns, ztunnel: &'a Netns) -> Vec<&'a Netns> {
-        match self.settings.variant {
+        match self.settings.back_end.variant {
             Variant::Faithful => vec![node],
             Variant::Hardened => vec![node, ztunnel],
         }
@@ -154,7 +155,7 @@ impl IptablesTunnel {
             let name = format!("net/ipv4/conf/{scope}/rp_filter");
             self.journal.set_sysctl(None, ztunnel, &name, "0")?;
         }
-        if self.settings.variant == Variant::Hardened {
+        if self.settings.back_end.variant == Variant::Hardened {
             let name = "net/ipv4/ip_local_port_range";
             self.journal.set_sysctl(None, ztunnel, name, SOURCE_PORTS)?;
         }
@@ -186,7 +187,7 @@ impl IptablesTunnel {
         self.route(node, 101, &out, "default")?;
         let back = format!("default via {zip} dev {zv} onlink");
         self.route(node, 102, &back, "default")?;
-        if self.settings.variant == Variant::Hardened {
+        if self.settings.back_end.variant == Variant::Hardened {
             // The routes above go with ztunnel's interface. Without these, what is marked for
             // ztunnel would then take the main table, around the mesh.
             let zip = zip.to_string();
@@ -195,13 +196,13 @@ impl IptablesTunnel {
                 self.route(node, table, &dead, &dead)?;
             }
         }
-        if self.settings.variant == Variant::Hardened {
+        if self.settings.back_end.variant == Variant::Hardened {
             self.local_after_ztunnel(node)?;
         }
         self.rule(node, "pref 100 fwmark 0x200/0x200 goto 32766")?;
         self.rule(node, "pref 101 fwmark 0x100/0x100 lookup 101")?;
         self.rule(node, "pref 102 fwmark 0x040/0x040 lookup 102")?;
-        match self.settings.variant {
+        match self.settings.back_end.variant {
             Variant::Faithful => self.rule(node, "pref 103 lookup 100"),
             // What the node itself sends to pods is not the mesh's (probes).
             Variant::Hardened => {
@@ -233,7 +234,7 @@ impl IptablesTunnel {
     fn ztunnel_routes(&mut self, ztunnel: &Netns) -> Result<()> {
         let local = "local 0.0.0.0/0 dev lo";
         self.route(ztunnel, 100, local, local)?;
-        if self.settings.variant == Variant::Faithful {
+        if self.settings.back_end.variant == Variant::Faithful {
             // No rule selects these; Istio installed them all the same.
             let hip = self.settings.node.address;
             let interface = self.settings.ztunnel.interface.clone();
@@ -378,10 +379,6 @@ impl IptablesTunnel {
         Netns::node_at(self.settings.node.netns.as_deref())
     }
 
-    fn is_installed(&self) -> bool {
-        self.journal.installed_redirect() == Some(NAME)
-    }
-
     /// A pod that cannot be captured, or one of several that can.
     fn check_pod(&self, owners: &Owners, pod: &Pod) -> Result<()> {
         self.settings.validate_pod(pod)?;
@@ -492,7 +489,7 @@ impl Redirection for IptablesTunnel {
 
     fn remove_pods(&mut self, uids: &[&str]) -> Result<()> {
         let removed = self.journal.remove_pods(uids);
-        if self.is_installed() && !uids.is_empty() {
+        if self.journal.is_installed() && !uids.is_empty() {
             let node = self.node()?;
             self.apply_ipv6(&node)?;
         }
@@ -504,30 +501,24 @@ impl Redirection for IptablesTunnel {
     }
 
     fn status(&self) -> Result<Status> {
-        let transport = self
-            .journal
-            .detail()
-            .and_then(|detail| detail.parse::<Transport>().ok());
         Ok(Status {
-            redirect: NAME,
-            installed: self.is_installed(),
-            variant: Some(self.settings.variant),
-            tunnel_driver: transport.map(|transport| transport.driver.to_owned()),
-            attach: None,
+            installed: self.journal.is_installed(),
             dns: self.settings.dns,
             pods: self.journal.pods().iter().map(PodStatus::of).collect(),
             not_captured: self.journal.uncaptured().to_vec(),
             owned: self.inventory()?,
-            older_connections: 0,
-            older_connections_broken: 0,
             counters: self.counters()?,
+            back_end: BackEnd::IptablesTunnel(TunnelStatus {
+                variant: self.settings.back_end.variant,
+                driver: self.journal.tunnels().map(|tunnels| tunnels.driver),
+            }),
         })
     }
 
     fn counters(&self) -> Result<Counters> {
         let mut counters = Counters::new();
-        if self.is_installed() {
-            let iptables = self.settings.iptables;
+        if self.journal.is_installed() {
+            let iptables = self.settings.back_end.iptables;
             counters.insert("node".to_owned(), iptables::counters(Family::V4, iptables)?);
             if self.drops_ipv6() {
                 let dropped = iptables::counters(Family::V6, iptables)?;
@@ -543,10 +534,10 @@ impl Redirection for IptablesTunnel {
 
     fn inventory(&self) -> Result<BTreeSet<String>> {
         let mut all = BTreeSet::new();
-        if !self.is_installed() {
+        if !self.journal.is_installed() {
             return Ok(all);
         }
-        let iptables = self.settings.iptables;
+        let iptables = self.settings.back_end.iptables;
         let node = self.node()?;
         all.extend(node.run(|| inventory::of("node", iptables))?);
         all.extend(cut_off::inventory(&self.journal, &node));

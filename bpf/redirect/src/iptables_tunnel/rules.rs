@@ -24,7 +24,8 @@
 
 use std::net::Ipv4Addr;
 
-use crate::settings::{Settings, Variant};
+use super::Settings;
+use crate::settings::Variant;
 use crate::system::iptables::Table;
 
 /// Name of the set of captured pods' addresses, in both namespaces.
@@ -40,20 +41,20 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
     let mut mangle = Vec::new();
     mangle.extend(prerouting(settings, port));
     for chain in ["FORWARD", "INPUT"] {
-        let remembered = remembered(settings.variant);
+        let remembered = remembered(settings.back_end.variant);
         mangle.extend(remembered.map(|rule| format!("-A ztunnel-{chain} {rule}")));
     }
     mangle.extend(output(settings));
     mangle.extend(own_tunnels(settings, port));
     let accept = |chain| format!("-A ztunnel-{chain} -m mark --mark 0x100/0x100 -j ACCEPT");
-    let keep = |chain| match settings.variant {
+    let keep = |chain| match settings.back_end.variant {
         Variant::Faithful => accept(chain),
         Variant::Hardened => {
             format!("-A ztunnel-{chain} -m mark --mark 0x100/0x100 -j NETMAP --to 0.0.0.0/0")
         }
     };
     // Nor is a later packet to ztunnel others' to refuse: their rules are about the server.
-    let to_ztunnel = (settings.variant == Variant::Hardened)
+    let to_ztunnel = (settings.back_end.variant == Variant::Hardened)
         .then(|| "-A ztunnel-FORWARD -m mark --mark 0x040/0x040 -j ACCEPT".to_owned());
     vec![
         Table {
@@ -112,7 +113,7 @@ const DNS_PORT: u16 = 15053;
 
 /// Protocols over which DNS is captured: Istio had UDP only.
 fn dns_protocols(settings: &Settings) -> &'static [&'static str] {
-    match (settings.dns, settings.variant) {
+    match (settings.dns, settings.back_end.variant) {
         (false, _) => &[],
         (true, Variant::Faithful) => &["udp"],
         (true, Variant::Hardened) => &["udp", "tcp"],
@@ -126,7 +127,7 @@ fn prerouting(settings: &Settings, port: u16) -> Vec<String> {
         "-p tcp -m set --match-set {POD_SET} src -m tcp --dport 53 -j MARK --set-mark 0x220/0x220"
     );
     let dns = dns_protocols(settings).contains(&"tcp").then_some(dns);
-    let hardened = settings.variant == Variant::Hardened;
+    let hardened = settings.back_end.variant == Variant::Hardened;
     // In the hardened variant only.
     let only = |rule: &str| hardened.then(|| rule.to_owned());
     let before_dns = [
@@ -201,7 +202,7 @@ const CARRIER_PORTS: [u16; 5] = [4789, 4790, 6081, 6635, 8472];
 /// tunnel's (`links.rs`), so that nothing else is meant. Nor do pods get packets opened by other
 /// tunnels that end here.
 fn own_tunnels(settings: &Settings, port: u16) -> Vec<String> {
-    if settings.variant == Variant::Faithful {
+    if settings.back_end.variant == Variant::Faithful {
         return Vec::new();
     }
     let (zv, zip) = (&settings.ztunnel.host_interface, settings.ztunnel.address);
@@ -252,7 +253,7 @@ fn output(settings: &Settings) -> Vec<String> {
         settings.node.address
     );
     let mut rules = Vec::new();
-    let hardened = settings.variant == Variant::Hardened;
+    let hardened = settings.back_end.variant == Variant::Hardened;
     if hardened {
         // Errors and resets with which the node answers what ztunnel sent with another's address,
         // and what its own processes answer that.
@@ -299,7 +300,7 @@ pub(crate) fn ztunnel(settings: &Settings) -> Vec<Table> {
     let eth0 = &settings.ztunnel.interface;
     let foreign: (&str, Ipv4Addr) = (eth0, settings.ztunnel.address);
     let foreign = format!("-i {} -p tcp ! -d {}", foreign.0, foreign.1);
-    if settings.variant == Variant::Hardened {
+    if settings.back_end.variant == Variant::Hardened {
         // Connections ztunnel has; else by direction, so that the ACK that answers a SYN cookie
         // finds the listener its SYN went to. Without --nowildcard the match leaves out sockets
         // bound to all addresses: our own listeners, which whoever dials 15008 would hit.

@@ -4,6 +4,7 @@
 //! changes that were never made (taking those back finds nothing, which is fine) but no change
 //! without an entry. Entries are taken back newest first.
 
+mod back_end;
 mod owners;
 pub(crate) mod undo;
 
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::back_end::{AttachedBy, BackEnd, Redirect, Tunnels};
 use crate::error::{Error, Result};
 use crate::pod_table::Writer;
 use crate::settings::Pod;
@@ -23,6 +25,7 @@ use crate::system::iptables::Iptables;
 use crate::system::netns::Netns;
 use crate::system::trust::check_trusted;
 use crate::system::{command, rcu_expedited, sysctl};
+use back_end::Installed;
 pub(crate) use owners::Owners;
 use undo::{Entry, Undo, undo_entries};
 
@@ -33,10 +36,9 @@ const EXPEDITED_PODS_MIN: usize = 8;
 /// The journal's file.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 struct Content {
-    redirect: String,
+    #[serde(flatten, with = "back_end")]
+    back_end: Installed,
     node: Netns,
-    /// `tunnel`: its driver and UDP port. `ebpf`: how programs are attached.
-    detail: Option<String>,
     pods: Vec<Pod>,
     /// Interfaces that drop everything, because their pods cannot be captured.
     #[serde(default)]
@@ -54,7 +56,7 @@ struct Content {
 #[derive(Debug)]
 pub(crate) struct Journal {
     path: PathBuf,
-    redirect: &'static str,
+    redirect: Redirect,
     content: Option<Content>,
     /// Inside [`Journal::batch`]: the file is written at its end.
     held: bool,
@@ -66,7 +68,7 @@ pub(crate) struct Journal {
 
 impl Journal {
     /// Reads the journal in `state_dir`, which need not exist.
-    pub(crate) fn open(state_dir: &Path, redirect: &'static str) -> Result<Self> {
+    pub(crate) fn open(state_dir: &Path, redirect: Redirect) -> Result<Self> {
         let path = state_dir.join(FILE);
         check_trusted(&path)?;
         let content =
@@ -90,15 +92,26 @@ impl Journal {
         })
     }
 
-    /// Name of the back end the journal in `state_dir` is of, if there is one.
-    pub(crate) fn installed_redirect(&self) -> Option<&str> {
-        self.content
-            .as_ref()
-            .map(|content| content.redirect.as_str())
+    /// Whether there is one, of this back end.
+    pub(crate) fn is_installed(&self) -> bool {
+        let content = self.content.as_ref();
+        content.is_some_and(|content| content.back_end.redirect() == self.redirect)
     }
 
-    pub(crate) fn detail(&self) -> Option<&str> {
-        self.content.as_ref()?.detail.as_deref()
+    /// How programs are attached, once one is.
+    pub(crate) fn attached_by(&self) -> Option<AttachedBy> {
+        match self.content.as_ref()?.back_end {
+            BackEnd::Ebpf(attached_by) => attached_by,
+            BackEnd::IptablesTunnel(_) => None,
+        }
+    }
+
+    /// The tunnels, once they are made.
+    pub(crate) fn tunnels(&self) -> Option<Tunnels> {
+        match self.content.as_ref()?.back_end {
+            BackEnd::IptablesTunnel(tunnels) => tunnels,
+            BackEnd::Ebpf(_) => None,
+        }
     }
 
     pub(crate) fn pods(&self) -> &[Pod] {
@@ -139,11 +152,12 @@ impl Journal {
     /// namespace that is gone, or is no longer ztunnel's, is dealt with.
     pub(crate) fn begin(&mut self, node: &Netns, ztunnel: &Netns) -> Result<()> {
         if let Some(content) = &self.content {
-            if content.redirect != self.redirect {
+            let installed = content.back_end.redirect();
+            if installed != self.redirect {
                 return Err(Error::OtherBackEnd {
                     path: self.path.clone(),
-                    installed: content.redirect.clone(),
-                    wanted: self.redirect.to_owned(),
+                    installed,
+                    wanted: self.redirect,
                 });
             }
             if content.node != *node {
@@ -158,9 +172,8 @@ impl Journal {
         self.undo_expedited()?;
         if self.content.is_none() {
             self.content = Some(Content {
-                redirect: self.redirect.to_owned(),
+                back_end: back_end::new(self.redirect),
                 node: node.clone(),
-                detail: None,
                 pods: Vec::new(),
                 cut_off: BTreeSet::new(),
                 uncaptured: Vec::new(),
@@ -281,11 +294,22 @@ impl Journal {
         owners
     }
 
-    pub(crate) fn set_detail(&mut self, detail: &str) -> Result<()> {
-        if self.detail() == Some(detail) {
+    /// Notes how programs are attached.
+    pub(crate) fn set_attached_by(&mut self, by: AttachedBy) -> Result<()> {
+        self.set_back_end(BackEnd::Ebpf(Some(by)))
+    }
+
+    /// Notes how the tunnels are made.
+    pub(crate) fn set_tunnels(&mut self, tunnels: Tunnels) -> Result<()> {
+        self.set_back_end(BackEnd::IptablesTunnel(Some(tunnels)))
+    }
+
+    fn set_back_end(&mut self, back_end: Installed) -> Result<()> {
+        let known = &mut self.content_mut()?.back_end;
+        if *known == back_end {
             return Ok(());
         }
-        self.content_mut()?.detail = Some(detail.to_owned());
+        *known = back_end;
         self.save()
     }
 
@@ -525,7 +549,7 @@ mod tests {
 
     fn journal(dir: &Path) -> Journal {
         let node = Netns::node().unwrap();
-        let mut journal = Journal::open(dir, "ebpf").unwrap();
+        let mut journal = Journal::open(dir, Redirect::Ebpf).unwrap();
         journal.begin(&node, &node).unwrap();
         journal
     }
@@ -551,7 +575,7 @@ mod tests {
         assert!(a.exists() && !b.exists());
         drop(j);
         // Another process finds the rest.
-        let mut j = Journal::open(dir.path(), "ebpf").unwrap();
+        let mut j = Journal::open(dir.path(), Redirect::Ebpf).unwrap();
         j.undo_all().unwrap();
         assert!(!a.exists() && !dir.path().join(FILE).exists());
     }
@@ -566,7 +590,7 @@ mod tests {
         assert!(j.undo_all().is_err());
         fs::remove_dir(&full).unwrap();
         fs::write(&full, "").unwrap();
-        Journal::open(dir.path(), "ebpf")
+        Journal::open(dir.path(), Redirect::Ebpf)
             .unwrap()
             .undo_all()
             .unwrap();
@@ -591,11 +615,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         journal(dir.path());
         let node = Netns::node().unwrap();
-        let mut other = Journal::open(dir.path(), "tunnel").unwrap();
+        let mut other = Journal::open(dir.path(), Redirect::Tunnel).unwrap();
         let error = other.begin(&node, &node).unwrap_err();
         assert!(matches!(error, Error::OtherBackEnd { .. }), "{error}");
         fs::write(dir.path().join(FILE), "{").unwrap();
-        let error = Journal::open(dir.path(), "ebpf").unwrap_err().to_string();
+        let error = Journal::open(dir.path(), Redirect::Ebpf)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("damaged") && !error.contains('\n'),
             "{error}"
@@ -617,5 +643,58 @@ mod tests {
         j.record(None, undo("0")).unwrap();
         assert_eq!(j.mark(), 1);
         assert_eq!(j.content.as_ref().unwrap().entries[0].undo, undo("1"));
+    }
+
+    /// As the release before the enum of back ends wrote it, and one before that, which knew of
+    /// fewer fields.
+    fn earlier(redirect: &str, detail: &str) -> String {
+        let inode = Netns::node().unwrap().inode();
+        format!(
+            r#"{{
+  "redirect": "{redirect}",
+  "node": {{ "path": null, "inode": {inode} }},
+  "detail": {detail},
+  "pods": [],
+  "entries": [{{ "owner": null, "undo": "pin", "path": "/no/such" }}]
+}}"#
+        )
+    }
+
+    #[test]
+    fn journals_of_earlier_releases_are_read_and_written_alike() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(FILE);
+        let node = Netns::node().unwrap();
+        let vxlan = Tunnels {
+            driver: crate::back_end::Driver::Vxlan,
+            port: 6082,
+        };
+        let cases = [
+            (Redirect::Ebpf, "\"tcx\"", Some(AttachedBy::Tcx), None),
+            (Redirect::Ebpf, "\"clsact\"", Some(AttachedBy::Clsact), None),
+            (Redirect::Ebpf, "null", None, None),
+            (Redirect::Tunnel, "\"vxlan:6082\"", None, Some(vxlan)),
+            (Redirect::Tunnel, "null", None, None),
+        ];
+        for (redirect, detail, attached_by, tunnels) in cases {
+            fs::write(&file, earlier(redirect.name(), detail)).unwrap();
+            let mut j = Journal::open(dir.path(), redirect).unwrap();
+            assert!(j.is_installed());
+            assert_eq!((j.attached_by(), j.tunnels()), (attached_by, tunnels));
+            j.begin(&node, &node).unwrap();
+            let written: serde_json::Value =
+                serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+            let detail: serde_json::Value = serde_json::from_str(detail).unwrap();
+            assert_eq!(written["redirect"], redirect.name());
+            assert_eq!(written["detail"], detail);
+            assert_eq!(written["entries"][0]["undo"], "pin");
+            assert_eq!(j.mark(), 1);
+        }
+        // What a later release may have found out does not keep this one from cleaning up.
+        fs::write(&file, earlier("ebpf", "\"netkit\"")).unwrap();
+        let mut j = Journal::open(dir.path(), Redirect::Ebpf).unwrap();
+        assert_eq!(j.attached_by(), None);
+        j.undo_all().unwrap();
+        assert!(!file.exists());
     }
 }

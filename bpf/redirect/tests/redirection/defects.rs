@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use redirect::{Iptables, Redirection};
+use redirect::{BackEnd, Iptables, Redirection, TunnelSettings, Variant};
 
 use crate::shared::{FAITHFUL, HARDENED, Kind, check_all_directions};
 use crate::topology::{APP1, NODE, Topology, can_run, inside};
@@ -118,7 +118,10 @@ fn both_kinds_of_iptables_work() {
     };
     let install = |iptables| {
         let mut settings = HARDENED.settings(&topology);
-        settings.iptables = iptables;
+        settings.back_end = BackEnd::IptablesTunnel(TunnelSettings {
+            variant: Variant::Hardened,
+            iptables,
+        });
         inside(&topology.netns("node"), || {
             let mut redirection = HARDENED.create(settings);
             redirection.install().unwrap();

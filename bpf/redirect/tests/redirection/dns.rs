@@ -56,7 +56,7 @@ fn ebpf_brings_queries_to_ztunnel() {
     install(EBPF, &topology);
     let netns = topology.netns("ztunnel");
     let server = udp(&netns, (Ipv6Addr::UNSPECIFIED, 15053).into(), true);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     ListenerMap::open(&map)
         .unwrap()
         .set(Role::DnsUdp, 0, server.as_fd())
@@ -96,7 +96,7 @@ fn ebpf_brings_queries_to_ztunnel() {
             APP1
         );
     }
-    let plain = topology.settings().bpffs.join("listeners");
+    let plain = topology.bpffs().join("listeners");
     let plain = Some((plain.as_path(), 0));
     map.push(Server::ztunnel(&netns, Role::InboundPlain, "plain", plain));
     check(&topology, "plain", (APP1, 53), "plain");

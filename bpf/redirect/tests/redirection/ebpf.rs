@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
-use redirect::{ListenerMap, Redirection, Role};
+use redirect::{Attach, BackEnd, EbpfSettings, ListenerMap, Redirection, Role};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::shared::{EBPF, Kind, check};
@@ -104,7 +104,7 @@ fn each_cpu_gets_its_listener() {
     }
     let topology = Topology::new();
     EBPF.install(&topology);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let cpus: Vec<usize> = (0..CpuSet::count())
         .filter(|&cpu| std::path::Path::new(&format!("/sys/devices/system/cpu/cpu{cpu}")).exists())
         .collect();
@@ -137,7 +137,7 @@ fn a_successor_takes_over_without_a_gap() {
     }
     let topology = Topology::new();
     EBPF.install(&topology);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let netns = topology.netns("ztunnel");
     let mut old = Server::ztunnel(&netns, Role::Outbound, "g0", Some((&map, 0)));
     for generation in 1..6 {
@@ -397,7 +397,7 @@ fn a_pod_with_a_new_interface_is_captured_again() {
         return;
     }
     let topology = Topology::new();
-    for kind in [EBPF, Kind::Ebpf(redirect::Attach::Clsact)] {
+    for kind in [EBPF, Kind::Ebpf(Attach::Clsact)] {
         kind.install(&topology);
         let _ztunnel = kind.listeners(&topology);
         topology.ip("node", "link del va1");
@@ -415,7 +415,7 @@ fn an_underlay_that_is_no_longer_one_is_left_alone() {
         return;
     }
     let topology = Topology::new();
-    for attach in [redirect::Attach::Auto, redirect::Attach::Clsact] {
+    for attach in [Attach::Auto, Attach::Clsact] {
         let kind = Kind::Ebpf(attach);
         let mut settings = kind.settings(&topology);
         settings.node.interfaces.push("vp".into());
@@ -427,7 +427,7 @@ fn an_underlay_that_is_no_longer_one_is_left_alone() {
                 crate::topology::run("bpftool net show")
             });
             // bpftool of old does not show tcx; its pins do.
-            let pins = std::fs::read_dir(topology.settings().bpffs).unwrap();
+            let pins = std::fs::read_dir(topology.bpffs()).unwrap();
             let name = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
             let pinned = pins
                 .flatten()
@@ -448,12 +448,12 @@ fn wrong_listeners_and_maps_are_refused() {
         return;
     }
     let topology = Topology::new();
-    let error = ListenerMap::open(&topology.settings().bpffs.join("listeners")).unwrap_err();
+    let error = ListenerMap::open(&topology.bpffs().join("listeners")).unwrap_err();
     assert!(error.to_string().contains("No such file"), "{error}");
     EBPF.install(&topology);
-    let error = ListenerMap::open(&topology.settings().bpffs.join("pods")).unwrap_err();
+    let error = ListenerMap::open(&topology.bpffs().join("pods")).unwrap_err();
     assert!(!error.to_string().contains('\n'), "{error}");
-    let mut map = ListenerMap::open(&topology.settings().bpffs.join("listeners")).unwrap();
+    let mut map = ListenerMap::open(&topology.bpffs().join("listeners")).unwrap();
     let file = File::open("/dev/null").unwrap();
     let error = map
         .set(Role::Outbound, 0, std::os::fd::AsFd::as_fd(&file))
@@ -472,7 +472,10 @@ fn pins_must_be_on_a_bpffs() {
     }
     let topology = Topology::new();
     let mut settings = topology.settings();
-    settings.bpffs = topology.dir().join("plain");
+    settings.back_end = BackEnd::Ebpf(EbpfSettings {
+        bpffs: topology.dir().join("plain"),
+        attach: Attach::Auto,
+    });
     let error = inside(&topology.netns("node"), || {
         EBPF.create(settings).install().unwrap_err().to_string()
     });

@@ -132,7 +132,7 @@ fn cost(topology: &Topology, pin: &Path) -> u32 {
 
 /// Pins the program of a pinned link, for [`cost`].
 fn pin_program(topology: &Topology) -> std::path::PathBuf {
-    let bpffs = topology.settings().bpffs;
+    let bpffs = topology.bpffs();
     let index = topology.ip("node", "-o link show dev va1");
     let index = index.split(':').next().unwrap();
     let link = bpffs.join(format!("app_outbound_{index}"));

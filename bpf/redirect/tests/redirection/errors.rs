@@ -128,7 +128,7 @@ fn the_paths_mtu_is_found_on_every_way() {
     narrow_link(&topology);
     unlimited_icmp(&topology);
     install(&topology);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let ztunnel = topology.netns("ztunnel");
     let _ztunnel =
         [Role::InboundPlain, Role::InboundHbone].map(|role| Echo::role(&ztunnel, role, &map));

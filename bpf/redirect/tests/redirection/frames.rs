@@ -4,7 +4,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
-use redirect::Redirection;
+use redirect::{Driver, Redirection};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::ebpf::counter;
@@ -401,7 +401,7 @@ fn nobody_else_speaks_in_the_tunnels() {
     HARDENED.install(&topology);
     let _ztunnel = HARDENED.listeners(&topology);
     let status = HARDENED.on_node(&topology, |redirection| redirection.status().unwrap());
-    if status.tunnel_driver.as_deref() != Some("vxlan") {
+    if status.back_end.iptables_tunnel().unwrap().driver != Some(Driver::Vxlan) {
         // The frames below are VXLAN's.
         return;
     }

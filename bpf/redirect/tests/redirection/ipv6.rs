@@ -265,7 +265,7 @@ fn older_ipv6_connections_survive() {
     for _ in 0..3 {
         talk.ping().unwrap();
     }
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let map: Option<(&Path, u32)> = Some((&map, 0));
     let _ztunnel = Server::ztunnel(&topology.netns("ztunnel"), Role::Outbound, "outbound", map);
     check(&topology, "app1", (REMOTE_V6, 80), "outbound");

@@ -12,10 +12,15 @@ use crate::topology::{
     APP1, APP2, Echo, NODE, PLAIN, REMOTE, Server, Talk, Topology, can_run, inside, run,
 };
 
+fn older_connections(redirection: &dyn Redirection) -> usize {
+    let status = redirection.status().unwrap();
+    status.back_end.ebpf().unwrap().older_connections
+}
+
 fn older(topology: &Topology) -> usize {
     EBPF.on_node(topology, |redirection| {
         redirection.tidy().unwrap();
-        redirection.status().unwrap().older_connections
+        older_connections(redirection)
     })
 }
 
@@ -76,7 +81,7 @@ fn connections_of_ztunnel_stay_ztunnels() {
     EBPF.on_node(&topology, |redirection| {
         redirection.install().unwrap();
         redirection.add_pods(&pods[1..]).unwrap();
-        assert_eq!(redirection.status().unwrap().older_connections, 0);
+        assert_eq!(older_connections(redirection), 0);
     });
     for _ in 0..3 {
         talk.ping().unwrap();
@@ -101,7 +106,7 @@ fn lost_segments(topology: &Topology, host: &str) -> u64 {
 fn traffic_goes_on(kind: Kind, change: impl Fn(&Topology, usize)) {
     let topology = Topology::new();
     kind.install(&topology);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let map = matches!(kind, Kind::Ebpf(_)).then_some(map.as_path());
     let _ztunnel = Echo::ztunnel(&topology.netns("ztunnel"), map);
     let lost = || {
@@ -183,7 +188,7 @@ fn maps_of_another_version_are_replaced() {
     EBPF.install(&topology);
     let _ztunnel = EBPF.listeners(&topology);
     check(&topology, "app1", (REMOTE, 80), "outbound");
-    let pin = topology.settings().bpffs.join("pods");
+    let pin = topology.bpffs().join("pods");
     std::fs::remove_file(&pin).unwrap();
     let make = format!(
         "bpftool map create {} type hash key 4 value 4 entries 4096 name pods",
@@ -207,7 +212,7 @@ fn pins_of_maps_that_are_gone_come_back() {
     for kind in [EBPF, CLSACT] {
         let topology = Topology::new();
         kind.install(&topology);
-        let bpffs = topology.settings().bpffs;
+        let bpffs = topology.bpffs();
         let _ztunnel = Echo::ztunnel(&topology.netns("ztunnel"), Some(&bpffs.join("listeners")));
         let to = SocketAddr::from((REMOTE, 80));
         let mut talk = topology.talk("app1", to);
@@ -239,7 +244,7 @@ fn a_hand_over_drops_no_syn() {
     }
     let topology = Topology::new();
     EBPF.install(&topology);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let netns = topology.netns("ztunnel");
     let start = || Server::ztunnel(&netns, Role::Outbound, "outbound", Some((&map, 0)));
     let mut current = start();
@@ -277,12 +282,12 @@ fn a_ztunnel_in_another_namespace_takes_over() {
     let topology = Topology::new();
     let before = topology.traces();
     EBPF.install(&topology);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let map = Some((map.as_path(), 0));
     let _app = Server::app(&topology.netns("remote"), 80);
     let elder = Server::ztunnel(&topology.netns("ztunnel"), Role::Outbound, "elder", map);
     check(&topology, "app1", (REMOTE, 80), "elder");
-    let pin = topology.settings().bpffs.join("listeners");
+    let pin = topology.bpffs().join("listeners");
     let is_for = |host: &str| {
         inside(&topology.netns(host), || {
             ListenerMap::is_for_this_namespace(&pin).unwrap()

@@ -46,7 +46,7 @@ fn a_full_map_costs_older_connections_alone(kind: Kind) {
         redirection.add_pod(&pods[1]).unwrap();
     });
     kept.ping().unwrap();
-    fill(&topology.settings().bpffs);
+    fill(&topology.bpffs());
     let mut out = topology.talk("app1", SocketAddr::from((REMOTE, 80)));
     let mut into = topology.talk("plain", SocketAddr::from((APP1, 80)));
     out.ping().unwrap();
@@ -111,6 +111,7 @@ fn a_pod_has_a_share_of_the_older_connections() {
     let status = EBPF.on_node(&topology, |redirection: &mut dyn Redirection| {
         redirection.status().unwrap()
     });
+    let status = status.back_end.ebpf().unwrap();
     assert_eq!(status.older_connections, SHARE);
     assert_eq!(status.older_connections_broken, OVER as u64);
 }

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
+use std::path::Path;
 
-use redirect::ebpf::Ebpf;
-use redirect::iptables_tunnel::IptablesTunnel;
-use redirect::{Attach, Lookup, Pod, PodTable, Redirection, Role, Settings, Variant};
+use redirect::{
+    Attach, BackEnd, EbpfSettings, Iptables, Lookup, Pod, PodTable, Redirection, Role, Settings,
+    TunnelSettings, Variant,
+};
 
 use crate::topology::{
     APP1, APP2, Answer, NODE, REMOTE, Server, Topology, UNDERLAY, ZTUNNEL, can_run, inside,
@@ -23,21 +25,34 @@ pub(crate) const CLSACT: Kind = Kind::Ebpf(Attach::Clsact);
 pub(crate) const FAITHFUL: Kind = Kind::Tunnel(Variant::Faithful);
 pub(crate) const HARDENED: Kind = Kind::Tunnel(Variant::Hardened);
 
+fn tunnel(variant: Variant) -> BackEnd<EbpfSettings, TunnelSettings> {
+    BackEnd::IptablesTunnel(TunnelSettings {
+        variant,
+        iptables: Iptables::Auto,
+    })
+}
+
 impl Kind {
     pub(crate) fn settings(self, topology: &Topology) -> Settings {
         let mut settings = topology.settings();
-        match self {
-            Self::Ebpf(attach) => settings.attach = attach,
-            Self::Tunnel(variant) => settings.variant = variant,
-        }
+        settings.back_end = match self {
+            Self::Ebpf(attach) => BackEnd::Ebpf(EbpfSettings {
+                bpffs: topology.bpffs(),
+                attach,
+            }),
+            Self::Tunnel(variant) => tunnel(variant),
+        };
         settings
     }
 
-    pub(crate) fn create(self, settings: Settings) -> Box<dyn Redirection> {
-        match self {
-            Self::Ebpf(_) => Box::new(Ebpf::new(settings).unwrap()),
-            Self::Tunnel(_) => Box::new(IptablesTunnel::new(settings).unwrap()),
+    /// `settings` may be [`Topology::settings`], which are `ebpf`'s.
+    pub(crate) fn create(self, mut settings: Settings) -> Box<dyn Redirection> {
+        match (self, &settings.back_end) {
+            (Self::Tunnel(_), BackEnd::Ebpf(_)) => settings.back_end = tunnel(Variant::Hardened),
+            (Self::Ebpf(_), BackEnd::IptablesTunnel(_)) => panic!("{settings:?} is no {self:?}"),
+            _ => {}
         }
+        redirect::redirection(settings).unwrap()
     }
 
     /// Works with a new instance, as another process would, in the node's namespace.
@@ -64,11 +79,11 @@ impl Kind {
 
     /// ztunnel's three listeners. For eBPF they stand in for CPU 0: other CPUs fall back to it.
     pub(crate) fn listeners(self, topology: &Topology) -> Vec<Server> {
-        self.listeners_in(topology, &topology.settings())
+        self.listeners_in(topology, &topology.bpffs())
     }
 
-    fn listeners_in(self, topology: &Topology, settings: &Settings) -> Vec<Server> {
-        let map = settings.bpffs.join("listeners");
+    fn listeners_in(self, topology: &Topology, bpffs: &Path) -> Vec<Server> {
+        let map = bpffs.join("listeners");
         let map = (self != FAITHFUL && self != HARDENED).then_some((map.as_path(), 0));
         [
             (Role::Outbound, "outbound"),
@@ -339,7 +354,9 @@ fn another_nodes_leftovers_do_not_matter(kind: Kind) {
     let before = topology.traces();
     let mut settings = kind.settings(&topology);
     settings.state_dir = gone.settings().state_dir;
-    settings.bpffs = gone.settings().bpffs;
+    if let BackEnd::Ebpf(own) = &mut settings.back_end {
+        own.bpffs = gone.bpffs();
+    }
     let _ztunnel = inside(&topology.netns("node"), || {
         let mut redirection = kind.create(settings.clone());
         redirection.install().unwrap();
@@ -347,7 +364,7 @@ fn another_nodes_leftovers_do_not_matter(kind: Kind) {
         for pod in topology.pods() {
             redirection.add_pod(&pod).unwrap();
         }
-        kind.listeners_in(&topology, &settings)
+        kind.listeners_in(&topology, &gone.bpffs())
     });
     check_all_directions(&topology);
     inside(&topology.netns("node"), || {
@@ -380,10 +397,9 @@ fn a_failure_leaves_nothing(kind: Kind) {
     match kind {
         Kind::Ebpf(_) => {
             // After the programs are loaded: a directory where the socket lookup is pinned.
-            let mut settings = kind.settings(&topology);
+            let settings = kind.settings(&topology);
             std::fs::create_dir(topology.bpffs_root().join("node")).unwrap();
             std::fs::create_dir(topology.bpffs_root().join("node/ztunnel_ingress")).unwrap();
-            settings.bpffs = topology.bpffs_root().join("node");
             let before = topology.traces();
             let error = inside(&topology.netns("node"), || {
                 kind.create(settings).install().unwrap_err().to_string()

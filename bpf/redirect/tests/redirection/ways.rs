@@ -474,7 +474,7 @@ fn long_conversations_keep_their_way() {
     for net in NETS {
         judge(&topology, net);
     }
-    let bpffs = topology.settings().bpffs;
+    let bpffs = topology.bpffs();
     let map = bpffs.join("listeners");
     let _plain = Echo::role(&topology.netns("ztunnel"), Role::InboundPlain, &map);
     let _echoes = ["remote", "plain"].map(|host| Echo::app(&topology.netns(host), 8080));
@@ -507,7 +507,7 @@ fn long_conversations_keep_their_way() {
 
 /// Forgets what was noted of connections, as when others have pushed it out.
 fn forget_stack_flows(topology: &Topology) -> usize {
-    let pin = topology.settings().bpffs.join("stack_flows");
+    let pin = topology.bpffs().join("stack_flows");
     let pin = pin.display();
     let shown = run(&format!("bpftool -j map dump pinned {pin}"));
     let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
@@ -530,7 +530,7 @@ fn a_connection_whose_note_was_pushed_out_goes_on() {
     }
     let topology = cluster();
     install(&topology);
-    let map = topology.settings().bpffs.join("listeners");
+    let map = topology.bpffs().join("listeners");
     let _plain = Echo::role(&topology.netns("ztunnel"), Role::InboundPlain, &map);
     let _remote = Echo::app(&topology.netns("remote"), 8080);
     let mut talks = Vec::new();

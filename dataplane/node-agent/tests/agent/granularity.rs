@@ -366,7 +366,7 @@ fn removed_pins_of_a_cut_off_pod_come_back() {
     site.wait_until_not_captured(&[("going", "absent", true)]);
     site.assert_cut_off("plain", PLAIN);
     let whole = site.owned();
-    let bpffs = site.topology.settings().bpffs.display().to_string();
+    let bpffs = site.topology.bpffs().display().to_string();
     site.damage("node", &format!("find {bpffs} -name app_*bound_* -delete"));
     agent.wait_until_told("removed by someone else", 1);
     let deadline = Instant::now() + PATIENCE;

@@ -142,7 +142,7 @@ fn pins_of_others_stay() {
         return;
     }
     let site = Site::new("ebpf");
-    let bpffs = site.topology.settings().bpffs;
+    let bpffs = site.topology.bpffs();
     fs::create_dir(&bpffs).unwrap();
     let create = |pin: &str, name: &str| {
         let pin = bpffs.join(pin);

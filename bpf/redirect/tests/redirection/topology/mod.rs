@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
-use redirect::{Attach, Iptables, Node, Pod, Settings, Variant, Ztunnel};
+use redirect::{Attach, BackEnd, EbpfSettings, Node, Pod, Settings, Ztunnel};
 
 pub(crate) use many::ManyPods;
 pub(crate) use servers::{Answer, Echo, Server, Talk};
@@ -219,6 +219,11 @@ impl Topology {
         self.dir.path()
     }
 
+    /// Where the redirection pins.
+    pub(crate) fn bpffs(&self) -> PathBuf {
+        self.bpffs_root().join("node")
+    }
+
     pub(crate) fn bpffs_root(&self) -> PathBuf {
         self.dir.path().join("bpffs")
     }
@@ -240,6 +245,7 @@ impl Topology {
         })
     }
 
+    /// For `ebpf`; [`crate::shared::Kind::settings`] has those of others.
     pub(crate) fn settings(&self) -> Settings {
         Settings {
             node: Node {
@@ -257,11 +263,11 @@ impl Topology {
                 address_v6: None,
             },
             state_dir: self.dir.path().join("state"),
-            bpffs: self.bpffs_root().join("node"),
-            variant: Variant::Hardened,
-            iptables: Iptables::Auto,
-            attach: Attach::Auto,
             dns: false,
+            back_end: BackEnd::Ebpf(EbpfSettings {
+                bpffs: self.bpffs(),
+                attach: Attach::Auto,
+            }),
         }
     }
 
