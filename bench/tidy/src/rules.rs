@@ -77,7 +77,7 @@ pub fn check(sources: &[Source], mut ratchet: Ratchet) -> Vec<Finding> {
 }
 
 /// The line on which a file's tests begin, from 0; that after the last if there are none.
-fn first_test_line(source: &Source, code: &str) -> usize {
+pub(crate) fn first_test_line(source: &Source, code: &str) -> usize {
     if is_test_file(&source.path) {
         return 0;
     }
@@ -94,7 +94,7 @@ fn first_test_line(source: &Source, code: &str) -> usize {
 }
 
 /// Whether a whole file is tests or benchmarks, by its place or name.
-fn is_test_file(path: &str) -> bool {
+pub(crate) fn is_test_file(path: &str) -> bool {
     let (directories, name) = path.rsplit_once('/').unwrap_or(("", path));
     let stem = name.split('.').next().unwrap_or_default();
     directories

@@ -1,10 +1,11 @@
 //! Finding the sources.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::path::Path;
 
+use crate::map::needs;
 use crate::rules::Source;
 
 /// Directories of the workspace that hold sources.
@@ -46,6 +47,26 @@ pub fn crates(root: &Path) -> io::Result<HashMap<String, String>> {
             Ok((name.unwrap_or(member).to_owned(), format!("{member}/")))
         })
         .collect()
+}
+
+/// Which others of `crates`, as [`crates`] tells them, each is built from; those that need none are
+/// left out.
+///
+/// # Errors
+/// A manifest cannot be read.
+pub fn dependencies(
+    root: &Path,
+    crates: &HashMap<String, String>,
+) -> io::Result<BTreeMap<String, BTreeSet<String>>> {
+    let mut all = BTreeMap::new();
+    for (name, directory) in crates {
+        let manifest = fs::read_to_string(root.join(directory).join("Cargo.toml"))?;
+        let needed = needs(&manifest, crates);
+        if !needed.is_empty() {
+            all.insert(name.clone(), needed);
+        }
+    }
+    Ok(all)
 }
 
 fn walk(root: &Path, directory: &Path, found: &mut Vec<Source>) -> io::Result<()> {

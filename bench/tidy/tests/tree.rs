@@ -3,7 +3,10 @@
 
 use std::path::Path;
 
-use tidy::{Ratchet, SECURITY, check, check_security, crates, sources};
+use tidy::{
+    MAP, Ratchet, SECURITY, check, check_circles, check_map, check_security, crates, dependencies,
+    sources,
+};
 
 #[test]
 fn the_tree_is_tidy() {
@@ -24,6 +27,13 @@ fn the_tree_is_tidy() {
     let crates = crates(&root).unwrap();
     assert!(crates.len() > 10, "{crates:?}");
     findings.extend(check_security(&document, &sources, &crates));
+    let circles = include_str!("../import-circles.txt");
+    findings.extend(check_circles(circles, &sources, &crates));
+    let map = std::fs::read_to_string(root.join(MAP)).unwrap();
+    let dependencies = dependencies(&root, &crates).unwrap();
+    assert!(dependencies.contains_key("ztunnel"), "{dependencies:?}");
+    let exists = |folder: &str| root.join(folder).is_dir();
+    findings.extend(check_map(&map, &crates, &dependencies, exists));
     let list: Vec<_> = findings.iter().map(ToString::to_string).collect();
     assert!(
         findings.is_empty(),
