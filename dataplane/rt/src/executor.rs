@@ -38,7 +38,7 @@ pub struct RuntimeConfig {
     pub polls_per_turn: usize,
     /// Completions taken per turn.
     pub completions_per_turn: usize,
-    /// How long a worker that has nothing to do looks for news before it sleeps, as long as that
+    /// How long a worker that has nothing to do polls for work before it sleeps, as long as that
     /// finds some. Lone messages are answered sooner, at the price of the CPU; zero: never.
     pub busy_poll: Duration,
 }
@@ -170,7 +170,7 @@ impl Runtime {
             return Err(RuntimeError::Misuse("this thread already has one"));
         }
         let pool = Pool::new(config.pool);
-        let (mut driver, refusal) = drivers_choice(&config, &pool)?;
+        let (mut driver, refusal) = choose_driver(&config, &pool)?;
         driver.set_busy_poll(config.busy_poll);
         let remote = Arc::new(Remote {
             inbox: Mutex::default(),
@@ -440,7 +440,7 @@ impl Inner {
 }
 
 /// The back end that is asked for; [`Backend::Auto`] falls back to epoll where io_uring is refused.
-fn drivers_choice(
+fn choose_driver(
     config: &RuntimeConfig,
     pool: &Pool,
 ) -> Result<(Driver, Option<Refusal>), RuntimeError> {

@@ -1,4 +1,4 @@
-//! Looking for news before sleeping: messages, timers and other threads' wake-ups arrive as ever,
+//! Busy polling before sleeping: messages, timers and other threads' wake-ups arrive as ever,
 //! and an idle worker does not burn its CPU.
 
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
@@ -60,7 +60,7 @@ fn an_idle_worker_sleeps(backend: Backend) {
     let counters = runtime.counters();
     runtime
         .run(async {
-            // A wake-up each millisecond that no look finds.
+            // A wake-up each millisecond that no poll finds.
             for _ in 0..400 {
                 rt::time::sleep(Duration::from_micros(1_500)).await;
             }

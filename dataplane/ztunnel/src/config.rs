@@ -67,7 +67,7 @@ pub(crate) struct Settings {
     pub(crate) tls_records: RecordPath,
     pub(crate) workers: usize,
     pub(crate) backend: Backend,
-    /// How long a worker looks for news before it sleeps; zero: not at all.
+    /// How long a worker polls for work before it sleeps; zero: not at all.
     pub(crate) busy_poll: Duration,
     /// What asks for the node agent's sockmap short-cut, if it is to be used.
     pub(crate) short_cut: Option<Arc<ShortCut>>,

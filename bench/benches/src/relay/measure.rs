@@ -123,7 +123,7 @@ impl Trials {
                 flavour => format!("; tokio {flavour}"),
             };
             let looking = match workload.kind {
-                Kind::RrBusyPoll => "; rt looks for news for up to 200 us",
+                Kind::RrBusyPoll => "; rt polls for up to 200 us before it sleeps",
                 _ => "",
             };
             let note = format!("{}{flavour}{looking}", workload.placement.note());

@@ -9,7 +9,7 @@ use anyhow::Result;
 use rt::net::{ConnectOptions, Listener, ReadHalf, Splice, Spliced, TcpStream, WriteHalf, connect};
 use rt::{Backend, Runtime, RuntimeConfig};
 
-/// How long the relay of [`run_with_busy_poll`] looks for news.
+/// How long the relay of [`run_with_busy_poll`] polls before it sleeps.
 const BUSY_POLL: Duration = Duration::from_micros(200);
 
 pub(super) fn run(listener: TcpListener, target: SocketAddr) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The driver: starts operations, waits, and enters what completes into the operation table.
 //!
-//! Two back ends do the same operations ([`Keep`]): [`ring`] hands them to io_uring, [`poll`] does
-//! them itself with nonblocking calls when epoll says that a socket is ready. Everything above
+//! Two back ends do the same operations ([`Operation`]): [`ring`] hands them to io_uring, [`poll`]
+//! does them itself with nonblocking calls when epoll says that a socket is ready. Everything above
 //! (sockets, tasks, timers) sees operations that complete later, and no difference.
 
 mod poll;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::buf::Pool;
 use crate::counters::Counters;
-use crate::op::{Completion, Keep, OpId, OpTable, SendList};
+use crate::op::{Completion, OpId, OpTable, Operation, SendList};
 
 use poll::Epoll;
 use ring::Ring;
@@ -33,8 +33,8 @@ pub enum Backend {
     Epoll,
 }
 
-/// What both back ends work on.
-pub(crate) struct Books {
+/// What both back ends work on: operations, buffers, counters.
+pub(crate) struct IoState {
     pub(crate) ops: OpTable,
     pub(crate) pool: Pool,
     pub(crate) counters: Counters,
@@ -58,19 +58,19 @@ enum Engine {
 /// One worker's operations. Field order: the ring closes before anything its operations own.
 pub(crate) struct Driver {
     engine: Engine,
-    books: Books,
+    state: IoState,
     spin: Spin,
 }
 
 impl Driver {
     /// Sets up a ring with provided buffers.
     pub(crate) fn with_ring(entries: u32, completions: u32, pool: &Pool) -> io::Result<Self> {
-        let mut books = Books::new(pool);
-        let engine = Engine::Ring(Ring::new(entries, completions, &mut books)?);
+        let mut state = IoState::new(pool);
+        let engine = Engine::Ring(Ring::new(entries, completions, &mut state)?);
         let spin = Spin::new(Duration::ZERO);
         Ok(Self {
             engine,
-            books,
+            state,
             spin,
         })
     }
@@ -78,18 +78,18 @@ impl Driver {
     /// Sets up an epoll instance.
     pub(crate) fn with_epoll(pool: &Pool) -> io::Result<Self> {
         let engine = Engine::Epoll(Epoll::new()?);
-        let books = Books::new(pool);
+        let state = IoState::new(pool);
         let spin = Spin::new(Duration::ZERO);
         Ok(Self {
             engine,
-            books,
+            state,
             spin,
         })
     }
 
-    /// Before it sleeps the worker looks for news for at most `patience`, while that finds some.
-    pub(crate) fn set_busy_poll(&mut self, patience: Duration) {
-        self.spin = Spin::new(patience);
+    /// Before it sleeps the worker polls for work for at most `budget`, while that finds some.
+    pub(crate) fn set_busy_poll(&mut self, budget: Duration) {
+        self.spin = Spin::new(budget);
     }
 
     /// Descriptor other threads write to wake this worker.
@@ -109,21 +109,21 @@ impl Driver {
 
     /// Counts bytes that went through a pipe.
     pub(crate) fn spliced(&mut self, bytes: usize) {
-        self.books.counters.spliced += bytes as u64;
+        self.state.counters.spliced += bytes as u64;
     }
 
     pub(crate) fn counters(&self) -> &Counters {
-        &self.books.counters
+        &self.state.counters
     }
 
     /// Operations the kernel has not finished.
     pub(crate) fn in_flight(&self) -> usize {
-        self.books.ops.in_flight()
+        self.state.ops.in_flight()
     }
 
     /// Starts an operation.
-    pub(crate) fn start(&mut self, keep: Keep) -> OpId {
-        let id = self.books.ops.insert(keep, false);
+    pub(crate) fn start(&mut self, operation: Operation) -> OpId {
+        let id = self.state.ops.insert(operation, false);
         self.submit(id);
         id
     }
@@ -131,36 +131,40 @@ impl Driver {
     /// Starts a send that is to complete at once or fail, and says nothing when it succeeds: it
     /// costs no completion and no wake-up. What the socket does not take at once is sent as an
     /// ordinary operation under the same name.
-    pub(crate) fn start_relaxed(&mut self, keep: Keep) -> OpId {
-        let id = self.books.ops.insert(keep, true);
+    pub(crate) fn start_silent(&mut self, operation: Operation) -> OpId {
+        let id = self.state.ops.insert(operation, true);
         self.submit(id);
         id
     }
 
     fn submit(&mut self, id: OpId) {
-        self.books.counters.submissions += 1;
+        self.state.counters.submissions += 1;
         match &mut self.engine {
-            Engine::Ring(ring) => ring.submit(id, &mut self.books),
-            Engine::Epoll(epoll) => epoll.submit(id, &mut self.books),
+            Engine::Ring(ring) => ring.submit(id, &mut self.state),
+            Engine::Epoll(epoll) => epoll.submit(id, &mut self.state),
         }
     }
 
     /// The result of an operation with one completion, with what it owned.
-    pub(crate) fn poll_once(&mut self, id: OpId, cx: &Context<'_>) -> Poll<(i32, Keep)> {
-        let polled = self.books.ops.poll_once(id, cx);
+    pub(crate) fn poll_once(&mut self, id: OpId, cx: &Context<'_>) -> Poll<(i32, Operation)> {
+        let polled = self.state.ops.poll_once(id, cx);
         if polled.is_pending()
             && let Engine::Ring(ring) = &mut self.engine
-            && self.books.ops.is_relaxed(id)
+            && self.state.ops.is_silent(id)
         {
             // Its end is known after the next submission, which must not wait for anything else.
-            ring.hurry();
+            ring.no_wait();
         }
         polled
     }
 
-    /// As [`Driver::poll_once`] for a relaxed send; none: it has succeeded.
-    pub(crate) fn poll_relaxed(&mut self, id: OpId, cx: &Context<'_>) -> Poll<Option<(i32, Keep)>> {
-        if self.books.ops.exists(id) {
+    /// As [`Driver::poll_once`] for a silent send; none: it has succeeded.
+    pub(crate) fn poll_silent(
+        &mut self,
+        id: OpId,
+        cx: &Context<'_>,
+    ) -> Poll<Option<(i32, Operation)>> {
+        if self.state.ops.exists(id) {
             self.poll_once(id, cx).map(Some)
         } else {
             Poll::Ready(None)
@@ -169,28 +173,28 @@ impl Driver {
 
     /// An empty list for a send.
     pub(crate) fn list(&mut self) -> Box<SendList> {
-        self.books.lists.pop().unwrap_or_default()
+        self.state.lists.pop().unwrap_or_default()
     }
 
     /// Takes back a list that has been sent.
-    pub(crate) fn keep_list(&mut self, list: Box<SendList>) {
-        self.books.keep_list(list);
+    pub(crate) fn recycle_list(&mut self, list: Box<SendList>) {
+        self.state.recycle_list(list);
     }
 
     /// Frees what is kept for reuse.
     pub(crate) fn trim(&mut self) {
-        self.books.lists = Vec::new();
+        self.state.lists = Vec::new();
     }
 
     /// Takes the next queued completion of a multishot operation. `Ready(None)`: it has ended and
     /// its slot is free again.
     pub(crate) fn poll_many(&mut self, id: OpId, cx: &Context<'_>) -> Poll<Option<Completion>> {
-        self.books.ops.poll_many(id, cx)
+        self.state.ops.poll_many(id, cx)
     }
 
     /// Asks for an operation to be cancelled; its completion still arrives.
     pub(crate) fn cancel(&mut self, id: OpId) {
-        self.books.counters.submissions += 1;
+        self.state.counters.submissions += 1;
         match &mut self.engine {
             Engine::Ring(ring) => ring.cancel(id),
             Engine::Epoll(epoll) => epoll.cancel(id),
@@ -199,14 +203,14 @@ impl Driver {
 
     /// The owner of an operation is dropped: keep its resources until the kernel is done.
     pub(crate) fn abandon(&mut self, id: OpId) {
-        let relaxed = self.books.ops.is_relaxed(id);
-        if !self.books.ops.abandon(id, &self.books.pool, close_fd) {
+        let silent = self.state.ops.is_silent(id);
+        if !self.state.ops.abandon(id, &self.state.pool, close_fd) {
             return;
         }
         match &mut self.engine {
             // It cannot linger in the kernel; but its socket must not stay open until something
             // else ends the next wait.
-            Engine::Ring(ring) if relaxed => ring.hurry(),
+            Engine::Ring(ring) if silent => ring.no_wait(),
             _ => self.cancel(id),
         }
     }
@@ -221,39 +225,39 @@ impl Driver {
     ) -> io::Result<()> {
         let wait = wait && !(self.spin.is_due() && self.busy_poll(timeout)?);
         match &mut self.engine {
-            Engine::Ring(ring) => ring.turn(&mut self.books, wait, timeout, limit),
-            Engine::Epoll(epoll) => epoll.turn(&mut self.books, wait, timeout, limit),
+            Engine::Ring(ring) => ring.turn(&mut self.state, wait, timeout, limit),
+            Engine::Epoll(epoll) => epoll.turn(&mut self.state, wait, timeout, limit),
         }
     }
 
-    /// Submits what is queued and looks for news without sleeping. Returns whether there is some.
+    /// Submits what is queued and polls for work without sleeping. Returns whether there is some.
     fn busy_poll(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
         let Self {
             engine,
-            books,
+            state,
             spin,
         } = self;
         match engine {
             Engine::Ring(ring) => {
-                ring.submit_queued(books)?;
-                Ok(spin.look(timeout, || ring.has_news()))
+                ring.submit_queued(state)?;
+                Ok(spin.poll(timeout, || ring.has_work()))
             }
             Engine::Epoll(epoll) => {
                 let mut result = Ok(());
-                let news = spin.look(timeout, || {
-                    result = epoll.poll_events(books);
-                    result.is_err() || epoll.has_news()
+                let work = spin.poll(timeout, || {
+                    result = epoll.poll_events(state);
+                    result.is_err() || epoll.has_work()
                 });
-                result.map(|()| news)
+                result.map(|()| work)
             }
         }
     }
 
-    /// Cancels everything and waits until the kernel is done with all memory, at most `patience`.
+    /// Cancels everything and waits until the kernel is done with all memory, at most `limit`.
     /// Returns whether it is.
-    pub(crate) fn quiesce(&mut self, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
-        for id in self.books.ops.pending() {
+    pub(crate) fn quiesce(&mut self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        for id in self.state.ops.pending() {
             self.cancel(id);
         }
         while self.in_flight() > 0 {
@@ -263,22 +267,22 @@ impl Driver {
             }
         }
         match &mut self.engine {
-            Engine::Ring(ring) => ring.stop_wake(&mut self.books, deadline),
+            Engine::Ring(ring) => ring.stop_wake(&mut self.state, deadline),
             Engine::Epoll(_) => true,
         }
     }
 
     /// The kernel would not finish: nothing it may still write to is ever freed.
     pub(crate) fn leak(&mut self) {
-        self.books.pool.leak();
-        std::mem::forget(std::mem::take(&mut self.books.ops));
+        self.state.pool.leak();
+        std::mem::forget(std::mem::take(&mut self.state.ops));
         if let Engine::Ring(ring) = &mut self.engine {
             ring.leak();
         }
     }
 }
 
-impl Books {
+impl IoState {
     fn new(pool: &Pool) -> Self {
         Self {
             ops: OpTable::default(),
@@ -288,14 +292,14 @@ impl Books {
         }
     }
 
-    /// A relaxed send has succeeded.
-    fn settle(&mut self, id: OpId) {
-        if let Some(list) = self.ops.settle(id) {
-            self.keep_list(list);
+    /// A silent send has succeeded.
+    fn retire(&mut self, id: OpId) {
+        if let Some(list) = self.ops.retire(id) {
+            self.recycle_list(list);
         }
     }
 
-    fn keep_list(&mut self, mut list: Box<SendList>) {
+    fn recycle_list(&mut self, mut list: Box<SendList>) {
         list.clear();
         if self.lists.len() < LISTS {
             self.lists.push(list);

@@ -15,9 +15,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::{Books, close_fd, eventfd};
+use super::{IoState, close_fd, eventfd};
 use crate::buf::Pool;
-use crate::op::{After, Keep, OpId, Readiness, Registration, Socket};
+use crate::op::{FollowUp, OpId, Operation, Readiness, Registration, Socket};
 use crate::sys::{poll_now, set_nonblocking};
 
 /// Results one multishot operation may yield before others have their turn.
@@ -88,12 +88,14 @@ impl Epoll {
     }
 
     /// Tries an operation at once; it waits for an edge if there is nothing to do yet.
-    pub(super) fn submit(&mut self, id: OpId, books: &mut Books) {
-        match books.ops.keep_mut(id) {
-            Keep::Accept(socket) | Keep::Connect(socket, _) => set_nonblocking(socket.raw()),
+    pub(super) fn submit(&mut self, id: OpId, state: &mut IoState) {
+        match state.ops.operation_mut(id) {
+            Operation::Accept(socket) | Operation::Connect(socket, _) => {
+                set_nonblocking(socket.raw());
+            }
             _ => {}
         }
-        self.attempt(id, books);
+        self.attempt(id, state);
     }
 
     pub(super) fn cancel(&mut self, id: OpId) {
@@ -102,40 +104,40 @@ impl Epoll {
 
     pub(super) fn turn(
         &mut self,
-        books: &mut Books,
+        state: &mut IoState,
         wait: bool,
         timeout: Option<Duration>,
         limit: usize,
     ) -> io::Result<()> {
-        let wait = wait && !self.has_news();
-        books.counters.enters += 1;
-        self.take_events(books, if wait { timeout } else { Some(Duration::ZERO) })?;
+        let wait = wait && !self.has_work();
+        state.counters.enters += 1;
+        self.take_events(state, if wait { timeout } else { Some(Duration::ZERO) })?;
         self.woken = false;
         while let Some(id) = self.cancelled.pop() {
-            if books.ops.keep_if_pending(id).is_some() {
-                finish(books, id, -libc::ECANCELED, None, false);
+            if state.ops.pending_mut(id).is_some() {
+                finish(state, id, -libc::ECANCELED, None, false);
             }
         }
         for _ in 0..self.tries.len().min(limit) {
             if let Some(id) = self.tries.pop_front() {
-                self.attempt(id, books);
+                self.attempt(id, state);
             }
         }
         Ok(())
     }
 
     /// Takes the events that are there.
-    pub(super) fn poll_events(&mut self, books: &mut Books) -> io::Result<()> {
-        books.counters.enters += 1;
-        self.take_events(books, Some(Duration::ZERO))
+    pub(super) fn poll_events(&mut self, state: &mut IoState) -> io::Result<()> {
+        state.counters.enters += 1;
+        self.take_events(state, Some(Duration::ZERO))
     }
 
     /// Whether a turn that does not wait has something to do.
-    pub(super) fn has_news(&self) -> bool {
+    pub(super) fn has_work(&self) -> bool {
         self.woken || !self.tries.is_empty() || !self.cancelled.is_empty()
     }
 
-    fn take_events(&mut self, books: &mut Books, timeout: Option<Duration>) -> io::Result<()> {
+    fn take_events(&mut self, state: &mut IoState, timeout: Option<Duration>) -> io::Result<()> {
         // Rounded up: a timer must be due when the wait for it is over.
         let milliseconds = timeout.map_or(-1, |timeout| {
             timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32
@@ -157,7 +159,7 @@ impl Epoll {
         for event in &self.events {
             let (bits, data) = (event.events, event.u64);
             if data == WAKE {
-                books.counters.wakes += 1;
+                state.counters.wakes += 1;
                 self.woken = true;
                 let mut value = 0_u64;
                 // SAFETY: reads eight bytes from the eventfd into a live local.
@@ -182,45 +184,45 @@ impl Epoll {
     }
 
     /// Does what can be done of an operation now.
-    fn attempt(&mut self, id: OpId, books: &mut Books) {
+    fn attempt(&mut self, id: OpId, state: &mut IoState) {
         for _ in 0..RESULTS_PER_TRY {
-            let Books { ops, pool, .. } = books;
-            let Some(keep) = ops.keep_if_pending(id) else {
+            let IoState { ops, pool, .. } = state;
+            let Some(operation) = ops.pending_mut(id) else {
                 return; // cancelled meanwhile
             };
-            let (result, buffer) = perform(keep, pool);
+            let (result, buffer) = perform(operation, pool);
             if result == -libc::EAGAIN {
-                match self.wait_for_edge(id, books) {
+                match self.wait_for_edge(id, state) {
                     Ok(true) => return,
                     Ok(false) => continue,
-                    Err(code) => return self.conclude(books, id, -code, None, false),
+                    Err(code) => return self.conclude(state, id, -code, None, false),
                 }
             }
-            let short = matches!(keep, Keep::Receive(_))
+            let short = matches!(operation, Operation::Receive(_))
                 && usize::try_from(result).is_ok_and(|n| n < pool.config().ring_payload() as usize);
-            let more = match keep {
-                Keep::Accept(_) => result >= 0,
-                Keep::Receive(_) => result > 0,
-                Keep::Send(_, list) if result >= 0 && (result as usize) < list.bytes() => {
+            let more = match operation {
+                Operation::Accept(_) => result >= 0,
+                Operation::Receive(_) => result > 0,
+                Operation::Send(_, list) if result >= 0 && (result as usize) < list.bytes() => {
                     list.sent(result as usize);
                     continue;
                 }
                 _ => false,
             };
             if result == -libc::ENOBUFS {
-                books.counters.starved += 1;
-                books.pool.grow();
+                state.counters.starved += 1;
+                state.pool.grow();
             }
-            if result >= 0 && books.ops.is_relaxed(id) {
-                books.counters.completions += 1;
-                return books.settle(id);
+            if result >= 0 && state.ops.is_silent(id) {
+                state.counters.completions += 1;
+                return state.retire(id);
             }
-            self.conclude(books, id, result, buffer, more);
+            self.conclude(state, id, result, buffer, more);
             if !more {
                 return;
             }
             // A receive that did not fill its block has emptied the socket: an edge comes next.
-            if short && !self.stops_short(id, books) && self.wait_for_edge(id, books) == Ok(true) {
+            if short && !self.stops_short(id, state) && self.wait_for_edge(id, state) == Ok(true) {
                 return;
             }
         }
@@ -229,29 +231,31 @@ impl Epoll {
 
     fn conclude(
         &mut self,
-        books: &mut Books,
+        state: &mut IoState,
         id: OpId,
         result: i32,
         buffer: Option<u16>,
         more: bool,
     ) {
-        match finish(books, id, result, buffer, more) {
-            After::Close(fd) => close_fd(fd),
-            After::Stop => self.cancel(id),
-            After::Wait | After::WaitForChange | After::Again => self.tries.push_back(id),
-            After::Nothing => {}
+        match finish(state, id, result, buffer, more) {
+            FollowUp::Close(fd) => close_fd(fd),
+            FollowUp::Stop => self.cancel(id),
+            FollowUp::Wait | FollowUp::WaitForChange | FollowUp::Again => self.tries.push_back(id),
+            FollowUp::Nothing => {}
         }
     }
 
     /// Registers the socket if need be. False: an edge came that nobody has answered, try again.
-    fn wait_for_edge(&mut self, id: OpId, books: &mut Books) -> Result<bool, i32> {
-        let keep = books.ops.keep_mut(id);
-        let side = match keep {
-            Keep::Send(..) | Keep::Connect(..) | Keep::Ready(_, Readiness::Write) => 1,
-            Keep::Ready(_, Readiness::Failure) => 2,
+    fn wait_for_edge(&mut self, id: OpId, state: &mut IoState) -> Result<bool, i32> {
+        let operation = state.ops.operation_mut(id);
+        let side = match operation {
+            Operation::Send(..)
+            | Operation::Connect(..)
+            | Operation::Ready(_, Readiness::Write) => 1,
+            Operation::Ready(_, Readiness::Failure) => 2,
             _ => 0,
         };
-        let socket = Rc::clone(keep.socket());
+        let socket = Rc::clone(operation.socket());
         let index = if let Some(registration) = socket.registration() {
             registration.index() as usize
         } else {
@@ -275,9 +279,10 @@ impl Epoll {
     }
 
     /// Whether more, or the end of the stream, may follow a short receive without another edge.
-    fn stops_short(&self, id: OpId, books: &mut Books) -> bool {
-        let keep = books.ops.keep_if_pending(id);
-        let index = keep.and_then(|keep| Some(keep.socket().registration()?.index()));
+    fn stops_short(&self, id: OpId, state: &mut IoState) -> bool {
+        let operation = state.ops.pending_mut(id);
+        let index =
+            operation.and_then(|operation| Some(operation.socket().registration()?.index()));
         index.is_none_or(|index| self.watched[index as usize].stops)
     }
 
@@ -302,17 +307,17 @@ fn add(epoll: &OwnedFd, fd: RawFd, events: u32, data: u64) -> io::Result<()> {
     }
 }
 
-fn finish(books: &mut Books, id: OpId, result: i32, buffer: Option<u16>, more: bool) -> After {
-    books.counters.completions += 1;
-    books.ops.complete(id, result, buffer, more, &books.pool)
+fn finish(state: &mut IoState, id: OpId, result: i32, buffer: Option<u16>, more: bool) -> FollowUp {
+    state.counters.completions += 1;
+    state.ops.complete(id, result, buffer, more, &state.pool)
 }
 
 /// One attempt. The result is that of the system call, or minus its error; with the ring block it
 /// filled, for a multishot receive.
-fn perform(keep: &mut Keep, pool: &Pool) -> (i32, Option<u16>) {
+fn perform(operation: &mut Operation, pool: &Pool) -> (i32, Option<u16>) {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    let result = match keep {
-        Keep::Accept(socket) => {
+    let result = match operation {
+        Operation::Accept(socket) => {
             // SAFETY: null is allowed for the address.
             let fd = unsafe {
                 let none = std::ptr::null_mut();
@@ -320,24 +325,26 @@ fn perform(keep: &mut Keep, pool: &Pool) -> (i32, Option<u16>) {
             };
             fd as isize
         }
-        Keep::Receive(socket) => return receive(socket.raw(), pool),
-        Keep::Recv(socket, buf) => {
+        Operation::Receive(socket) => return receive(socket.raw(), pool),
+        Operation::Recv(socket, buf) => {
             let (ptr, len) = buf.tail_ptr();
             // SAFETY: the buffer's tail room is valid for writes and exclusively owned.
             unsafe { libc::recv(socket.raw(), ptr.cast(), len as usize, flags) }
         }
         // SAFETY: the header's vectors point to tail room that it owns.
-        Keep::RecvMsg(socket, header) => unsafe {
+        Operation::RecvMsg(socket, header) => unsafe {
             libc::recvmsg(socket.raw(), header.message(), flags)
         },
         // SAFETY: the list's vectors point to bytes that it owns.
-        Keep::Send(socket, list) => unsafe { libc::sendmsg(socket.raw(), list.message(), flags) },
-        Keep::Connect(socket, addr) => {
+        Operation::Send(socket, list) => unsafe {
+            libc::sendmsg(socket.raw(), list.message(), flags)
+        },
+        Operation::Connect(socket, addr) => {
             // SAFETY: address and length describe live, initialised storage.
             let rc = unsafe { libc::connect(socket.raw(), addr.as_ptr(), addr.len()) };
             rc as isize
         }
-        Keep::Ready(socket, readiness) => return (is_ready(socket, *readiness), None),
+        Operation::Ready(socket, readiness) => return (is_ready(socket, *readiness), None),
     };
     if result >= 0 {
         return (result as i32, None);
@@ -346,7 +353,7 @@ fn perform(keep: &mut Keep, pool: &Pool) -> (i32, Option<u16>) {
     let code = match code.unwrap_or(libc::EIO) {
         // EALREADY: an edge that was not about the end of connecting.
         libc::EINPROGRESS | libc::EALREADY => libc::EAGAIN,
-        libc::EISCONN if matches!(keep, Keep::Connect(..)) => return (0, None),
+        libc::EISCONN if matches!(operation, Operation::Connect(..)) => return (0, None),
         code => code,
     };
     (-code, None)
@@ -374,7 +381,7 @@ fn is_ready(socket: &Socket, readiness: Readiness) -> i32 {
         Readiness::Read => libc::POLLIN | libc::POLLRDHUP,
         Readiness::Write => libc::POLLOUT,
         Readiness::Failure => {
-            socket.look_for_failure();
+            socket.fetch_error();
             let found = socket.failure().is_some();
             return if found {
                 libc::POLLERR.into()

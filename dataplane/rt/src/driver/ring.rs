@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use io_uring::types::Fd;
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
-use super::{Books, close_fd, eventfd};
+use super::{IoState, close_fd, eventfd};
 use crate::buf::RING_GROUP;
-use crate::op::{After, Keep, OpId, Readiness, Socket};
+use crate::op::{FollowUp, OpId, Operation, Readiness, Socket};
 
 const USER_DATA_IGNORE: u64 = u64::MAX;
 const USER_DATA_WAKE: u64 = u64::MAX - 1;
@@ -58,18 +58,19 @@ pub(super) struct Ring {
     /// Where the kernel puts the eventfd's counter; boxed so that its address is stable.
     wake_value: Box<u64>,
     /// What is to be done after the completions of a turn; kept to reuse its memory.
-    next: Vec<(OpId, After)>,
-    /// Relaxed sends that have gone out with no word of failure yet.
-    relaxed: Vec<OpId>,
-    /// Some of them are from an earlier turn.
-    unsettled: bool,
-    hurry: bool,
+    next: Vec<(OpId, FollowUp)>,
+    /// Silent sends that have been submitted and have not failed yet.
+    silent: Vec<OpId>,
+    /// The last turn could not retire them.
+    unretired: bool,
+    /// The next turn does not wait.
+    no_wait: bool,
 }
 
 impl Ring {
-    pub(super) fn new(entries: u32, completions: u32, books: &mut Books) -> io::Result<Self> {
+    pub(super) fn new(entries: u32, completions: u32, state: &mut IoState) -> io::Result<Self> {
         let ring = build(entries, completions)?;
-        let pool = &books.pool;
+        let pool = &state.pool;
         // SAFETY: the pool outlives the ring (field order of the driver) or is leaked, and its
         // entries array has `ring_entries` elements, page aligned.
         unsafe {
@@ -93,9 +94,9 @@ impl Ring {
             wake_fd: eventfd(0)?,
             wake_value: Box::new(0),
             next: Vec::new(),
-            relaxed: Vec::new(),
-            unsettled: false,
-            hurry: false,
+            silent: Vec::new(),
+            unretired: false,
+            no_wait: false,
         };
         this.arm_wake();
         Ok(this)
@@ -106,8 +107,8 @@ impl Ring {
     }
 
     /// The next turn does not wait.
-    pub(super) fn hurry(&mut self) {
-        self.hurry = true;
+    pub(super) fn no_wait(&mut self) {
+        self.no_wait = true;
     }
 
     fn arm_wake(&mut self) {
@@ -130,25 +131,25 @@ impl Ring {
         }
     }
 
-    pub(super) fn submit(&mut self, id: OpId, books: &mut Books) {
-        let relaxed = books.ops.is_relaxed(id);
-        let mut entry = entry(books.ops.keep_mut(id));
-        if relaxed {
+    pub(super) fn submit(&mut self, id: OpId, state: &mut IoState) {
+        let silent = state.ops.is_silent(id);
+        let mut entry = entry(state.ops.operation_mut(id));
+        if silent {
             entry = entry.flags(squeue::Flags::SKIP_SUCCESS);
-            self.relaxed.push(id);
+            self.silent.push(id);
         }
         self.push(entry.user_data(id.user_data()));
     }
 
     /// Waits until the socket of an operation takes more, or for what else it waits. With `change`,
     /// whatever ends a wait at once is told and the wait goes on.
-    fn wait_for_room(&mut self, id: OpId, change: bool, books: &mut Books) {
-        let keep = books.ops.keep_mut(id);
-        let readiness = match keep {
-            Keep::Ready(_, readiness) => *readiness,
+    fn wait_for_room(&mut self, id: OpId, change: bool, state: &mut IoState) {
+        let operation = state.ops.operation_mut(id);
+        let readiness = match operation {
+            Operation::Ready(_, readiness) => *readiness,
             _ => Readiness::Write,
         };
-        let entry = poll(keep.socket(), readiness).multi(change);
+        let entry = poll(operation.socket(), readiness).multi(change);
         self.push(entry.build().user_data(id.user_data()));
     }
 
@@ -160,43 +161,43 @@ impl Ring {
 
     pub(super) fn turn(
         &mut self,
-        books: &mut Books,
+        state: &mut IoState,
         wait: bool,
         timeout: Option<Duration>,
         limit: usize,
     ) -> io::Result<()> {
-        self.flush_backlog(books)?;
-        let hurry = std::mem::take(&mut self.hurry) || self.unsettled;
-        let wait = wait && !hurry && self.backlog.is_empty();
-        self.enter(books, wait, timeout)?;
-        self.reap(books, limit);
-        self.settle(books);
+        self.flush_backlog(state)?;
+        let no_wait = std::mem::take(&mut self.no_wait) || self.unretired;
+        let wait = wait && !no_wait && self.backlog.is_empty();
+        self.enter(state, wait, timeout)?;
+        self.reap(state, limit);
+        self.retire(state);
         Ok(())
     }
 
     /// Hands what is queued to the kernel, without waiting.
-    pub(super) fn submit_queued(&mut self, books: &mut Books) -> io::Result<()> {
-        self.flush_backlog(books)?;
-        self.enter(books, false, None)
+    pub(super) fn submit_queued(&mut self, state: &mut IoState) -> io::Result<()> {
+        self.flush_backlog(state)?;
+        self.enter(state, false, None)
     }
 
     /// Whether a turn that does not wait has something to do: completions, or deferred work of the
     /// kernel that makes some.
-    pub(super) fn has_news(&mut self) -> bool {
-        if self.hurry || self.unsettled || !self.backlog.is_empty() {
+    pub(super) fn has_work(&mut self) -> bool {
+        if self.no_wait || self.unretired || !self.backlog.is_empty() {
             return true;
         }
         self.ring.submission().taskrun() || !self.ring.completion().is_empty()
     }
 
-    fn flush_backlog(&mut self, books: &mut Books) -> io::Result<()> {
+    fn flush_backlog(&mut self, state: &mut IoState) -> io::Result<()> {
         while let Some(entry) = self.backlog.front() {
             // SAFETY: as in `push`.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 self.backlog.pop_front();
                 continue;
             }
-            self.enter(books, false, None)?;
+            self.enter(state, false, None)?;
             if self.ring.submission().is_full() {
                 return Ok(()); // the kernel took nothing: completions must be reaped first
             }
@@ -206,11 +207,11 @@ impl Ring {
 
     fn enter(
         &mut self,
-        books: &mut Books,
+        state: &mut IoState,
         wait: bool,
         timeout: Option<Duration>,
     ) -> io::Result<()> {
-        books.counters.enters += 1;
+        state.counters.enters += 1;
         let queued = self.ring.submission().len() as u32;
         // GETEVENTS also without waiting: only then does deferred completion work run.
         let mut flags = self.enter_flags | ENTER_GETEVENTS;
@@ -257,16 +258,16 @@ impl Ring {
         }
     }
 
-    fn reap(&mut self, books: &mut Books, limit: usize) {
+    fn reap(&mut self, state: &mut IoState, limit: usize) {
         let mut rearm_wake = false;
-        books.counters.overflows += u64::from(self.ring.submission().cq_overflow());
+        state.counters.overflows += u64::from(self.ring.submission().cq_overflow());
         let mut queue = self.ring.completion();
         for entry in (&mut queue).take(limit) {
-            books.counters.completions += 1;
+            state.counters.completions += 1;
             match entry.user_data() {
                 USER_DATA_IGNORE => continue,
                 USER_DATA_WAKE => {
-                    books.counters.wakes += 1;
+                    state.counters.wakes += 1;
                     rearm_wake = true;
                     continue;
                 }
@@ -275,26 +276,26 @@ impl Ring {
             let id = OpId::from_user_data(entry.user_data());
             let (result, flags) = (entry.result(), entry.flags());
             if result == -libc::ENOBUFS {
-                books.counters.starved += 1;
-                books.pool.grow();
+                state.counters.starved += 1;
+                state.pool.grow();
             }
             let buffer = cqueue::buffer_select(flags);
             let more = cqueue::more(flags);
-            let after = books.ops.complete(id, result, buffer, more, &books.pool);
-            if after != After::Nothing {
-                self.next.push((id, after));
+            let follow_up = state.ops.complete(id, result, buffer, more, &state.pool);
+            if follow_up != FollowUp::Nothing {
+                self.next.push((id, follow_up));
             }
         }
         drop(queue);
         let mut next = std::mem::take(&mut self.next);
-        for (id, after) in next.drain(..) {
-            match after {
-                After::Nothing => {}
-                After::Close(fd) => close_fd(fd),
-                After::Stop => self.cancel(id),
-                After::Wait => self.wait_for_room(id, false, books),
-                After::WaitForChange => self.wait_for_room(id, true, books),
-                After::Again => self.submit(id, books),
+        for (id, follow_up) in next.drain(..) {
+            match follow_up {
+                FollowUp::Nothing => {}
+                FollowUp::Close(fd) => close_fd(fd),
+                FollowUp::Stop => self.cancel(id),
+                FollowUp::Wait => self.wait_for_room(id, false, state),
+                FollowUp::WaitForChange => self.wait_for_room(id, true, state),
+                FollowUp::Again => self.submit(id, state),
             }
         }
         self.next = next;
@@ -303,10 +304,10 @@ impl Ring {
         }
     }
 
-    /// Relaxed sends that have been submitted and did not fail have succeeded: a send that must
+    /// Silent sends that have been submitted and did not fail have succeeded: a send that must
     /// not wait is over when `io_uring_enter` returns, and its failure is in the queue by then.
-    fn settle(&mut self, books: &mut Books) {
-        if self.relaxed.is_empty() {
+    fn retire(&mut self, state: &mut IoState) {
+        if self.silent.is_empty() {
             return;
         }
         let submission = self.ring.submission();
@@ -315,26 +316,26 @@ impl Ring {
         drop(submission);
         if overflow || !submitted || !self.backlog.is_empty() || !self.ring.completion().is_empty()
         {
-            self.unsettled = true;
+            self.unretired = true;
             return;
         }
-        self.unsettled = false;
-        for id in self.relaxed.drain(..) {
-            books.settle(id);
+        self.unretired = false;
+        for id in self.silent.drain(..) {
+            state.retire(id);
         }
     }
 
     /// Cancels the read of the eventfd, which writes to memory this ring owns. Returns whether it
     /// has ended.
-    pub(super) fn stop_wake(&mut self, books: &mut Books, deadline: Instant) -> bool {
+    pub(super) fn stop_wake(&mut self, state: &mut IoState, deadline: Instant) -> bool {
         let entry = opcode::AsyncCancel::new(USER_DATA_WAKE).build();
         self.push(entry.user_data(USER_DATA_IGNORE));
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.flush_backlog(books).is_err() {
+            if left.is_zero() || self.flush_backlog(state).is_err() {
                 return false;
             }
-            if self.enter(books, true, Some(left)).is_err() {
+            if self.enter(state, true, Some(left)).is_err() {
                 return false;
             }
             if self
@@ -408,32 +409,32 @@ fn poll(socket: &Socket, readiness: Readiness) -> opcode::PollAdd {
 }
 
 /// The submission queue entry of an operation.
-fn entry(keep: &mut Keep) -> squeue::Entry {
-    match keep {
-        Keep::Accept(socket) => opcode::AcceptMulti::new(Fd(socket.raw()))
+fn entry(operation: &mut Operation) -> squeue::Entry {
+    match operation {
+        Operation::Accept(socket) => opcode::AcceptMulti::new(Fd(socket.raw()))
             .flags(libc::SOCK_CLOEXEC)
             .build(),
-        Keep::Receive(socket) => opcode::RecvMulti::new(Fd(socket.raw()), RING_GROUP).build(),
-        Keep::Recv(socket, buf) => {
+        Operation::Receive(socket) => opcode::RecvMulti::new(Fd(socket.raw()), RING_GROUP).build(),
+        Operation::Recv(socket, buf) => {
             let (ptr, len) = buf.tail_ptr();
             opcode::Recv::new(Fd(socket.raw()), ptr, len).build()
         }
-        Keep::RecvMsg(socket, header) => {
+        Operation::RecvMsg(socket, header) => {
             opcode::RecvMsg::new(Fd(socket.raw()), header.message()).build()
         }
-        Keep::Connect(socket, addr) => {
+        Operation::Connect(socket, addr) => {
             opcode::Connect::new(Fd(socket.raw()), addr.as_ptr(), addr.len()).build()
         }
         // io_uring tells of the end of what the peer sends as well, and may do so at once: of the
         // wait for a failure only changes are of interest.
-        Keep::Ready(socket, readiness) => poll(socket, *readiness)
+        Operation::Ready(socket, readiness) => poll(socket, *readiness)
             .multi(*readiness == Readiness::Failure)
             .build(),
-        Keep::Send(socket, list) => {
+        Operation::Send(socket, list) => {
             let fd = Fd(socket.raw());
             // DONTWAIT: waiting for room is ours (`op::phase`). The kernel's own also goes on at
             // the wrong place of the vector where sockmap has a hand in a short send
-            // (`tcp_bpf_sendmsg`). WAITALL: a short send fails, so that a relaxed one tells.
+            // (`tcp_bpf_sendmsg`). WAITALL: a short send fails, so that a silent one tells.
             let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL | libc::MSG_DONTWAIT;
             if let Some((base, len)) = list.only_vector() {
                 return opcode::Send::new(fd, base, len).flags(flags).build();

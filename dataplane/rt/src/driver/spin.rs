@@ -1,21 +1,21 @@
-//! When to look for news instead of sleeping, and for how long.
+//! Busy polling: when to poll for work instead of sleeping, and for how long.
 //!
 //! A worker that sleeps is woken by an interrupt to its CPU and a switch of tasks, which for a lone
-//! message takes longer than its relaying. One that looks for news meanwhile answers at once, and
-//! pays with its CPU. So it looks for a bounded time, and only while that finds something: after a
-//! look in vain the next 1, 2, 4, up to 64 waits sleep at once.
+//! message takes longer than its relaying. One that polls meanwhile answers at once, and pays with
+//! its CPU. So it polls for a bounded time, and only while that finds something: after polling in
+//! vain the next 1, 2, 4, up to 64 waits sleep at once.
 
 use std::time::{Duration, Instant};
 
-/// Waits that sleep at once after many looks in vain.
+/// Waits that sleep at once after polling often in vain.
 const REST_MAX: u32 = 64;
-/// Looks between two readings of the clock.
-const LOOKS: u32 = 32;
+/// Polls between two readings of the clock.
+const POLLS_PER_CLOCK: u32 = 32;
 
 #[derive(Debug)]
 pub(super) struct Spin {
-    /// How long to look; zero: never.
-    patience: Duration,
+    /// How long to poll; zero: never.
+    budget: Duration,
     /// Waits that are still to sleep at once.
     rest: u32,
     /// The next rest.
@@ -23,17 +23,17 @@ pub(super) struct Spin {
 }
 
 impl Spin {
-    pub(super) fn new(patience: Duration) -> Self {
+    pub(super) fn new(budget: Duration) -> Self {
         Self {
-            patience,
+            budget,
             rest: 0,
             penalty: 1,
         }
     }
 
-    /// Whether the wait that is about to begin begins with a look.
+    /// Whether the wait that is about to begin begins with polling.
     pub(super) fn is_due(&mut self) -> bool {
-        if self.patience.is_zero() {
+        if self.budget.is_zero() {
             return false;
         }
         let due = self.rest == 0;
@@ -41,20 +41,24 @@ impl Spin {
         due
     }
 
-    /// Calls `look` until it says that there is news (true), or for long enough. `most` bounds it
-    /// where a timer is due earlier.
-    pub(super) fn look(&mut self, most: Option<Duration>, mut look: impl FnMut() -> bool) -> bool {
-        let patience = most.map_or(self.patience, |most| most.min(self.patience));
+    /// Calls `has_work` until it says so, or until the budget is used up. `most` bounds it where a
+    /// timer is due earlier. Returns whether there is work.
+    pub(super) fn poll(
+        &mut self,
+        most: Option<Duration>,
+        mut has_work: impl FnMut() -> bool,
+    ) -> bool {
+        let budget = most.map_or(self.budget, |most| most.min(self.budget));
         let started = Instant::now();
         loop {
-            for _ in 0..LOOKS {
-                if look() {
+            for _ in 0..POLLS_PER_CLOCK {
+                if has_work() {
                     self.penalty = 1;
                     return true;
                 }
                 std::hint::spin_loop();
             }
-            if started.elapsed() >= patience {
+            if started.elapsed() >= budget {
                 break;
             }
         }
@@ -69,25 +73,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn looks_in_vain_become_rare_and_a_find_makes_up_for_them() {
+    fn polling_in_vain_becomes_rare_and_a_find_makes_up_for_it() {
         assert!(!Spin::new(Duration::ZERO).is_due());
         let mut spin = Spin::new(Duration::from_micros(1));
-        let mut looked = 0;
+        let mut polled = 0;
         for _ in 0..1_000 {
             if spin.is_due() {
-                looked += 1;
-                assert!(!spin.look(None, || false));
+                polled += 1;
+                assert!(!spin.poll(None, || false));
             }
         }
-        assert!((15..30).contains(&looked), "{looked} of 1000 waits");
+        assert!((15..30).contains(&polled), "{polled} of 1000 waits");
         while !spin.is_due() {}
-        assert!(spin.look(None, || true));
+        assert!(spin.poll(None, || true));
         assert!(spin.is_due(), "it pays again");
-        let mut looks = 0;
-        assert!(!spin.look(Some(Duration::ZERO), || {
-            looks += 1;
+        let mut polls = 0;
+        assert!(!spin.poll(Some(Duration::ZERO), || {
+            polls += 1;
             false
         }));
-        assert_eq!(looks, LOOKS, "a timer that is due ends it");
+        assert_eq!(polls, POLLS_PER_CLOCK, "a timer that is due ends it");
     }
 }

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::stream::{Keepalive, TcpStream, keep_urgent_inline, peer_addr};
 use crate::executor::{Inner, current};
-use crate::op::{Keep, OpId, RawAddr, Readiness, Socket};
+use crate::op::{OpId, Operation, RawAddr, Readiness, Socket};
 use crate::sys::{poll_now, set_option, take_error, take_queued_errors};
 
 /// Options of an outgoing connection.
@@ -46,20 +46,20 @@ pub async fn connect_prepared(
     let socket = Rc::new(Socket::new(socket));
     let inner = current();
     let addr = Box::new(RawAddr::new(to));
-    perform(&inner, Keep::Connect(Rc::clone(&socket), addr)).await?;
+    perform(&inner, Operation::Connect(Rc::clone(&socket), addr)).await?;
     // io_uring says that it is done when an ICMP error has answered the SYN while connect(2) ran;
     // the kernel goes on sending SYNs, and the next answer decides.
     let mut told = None;
     while !is_connected(&socket, &mut told)? {
-        let wait = Keep::Ready(Rc::clone(&socket), Readiness::Write);
+        let wait = Operation::Ready(Rc::clone(&socket), Readiness::Write);
         perform(&inner, wait).await?;
     }
     Ok(TcpStream::from_socket(socket))
 }
 
 /// Does one operation. Cancelled when dropped.
-async fn perform(inner: &Rc<Inner>, keep: Keep) -> io::Result<()> {
-    let op = inner.driver.borrow_mut().start(keep);
+async fn perform(inner: &Rc<Inner>, operation: Operation) -> io::Result<()> {
+    let op = inner.driver.borrow_mut().start(operation);
     let mut guard = Guard {
         inner,
         op: Some(op),

@@ -8,7 +8,7 @@ use std::task::{Poll, ready};
 
 use super::stream::{Keepalive, TcpStream, keep_urgent_inline};
 use crate::executor::{Inner, current};
-use crate::op::{Keep, OpId, Socket};
+use crate::op::{OpId, Operation, Socket};
 use crate::sys::{set_nonblocking, set_option};
 
 /// A listening socket with one multishot accept under way.
@@ -64,8 +64,8 @@ impl Listener {
                 let op = if let Some(op) = self.op {
                     op
                 } else {
-                    let keep = Keep::Accept(Rc::clone(&self.socket));
-                    *self.op.insert(driver.start(keep))
+                    let operation = Operation::Accept(Rc::clone(&self.socket));
+                    *self.op.insert(driver.start(operation))
                 };
                 match ready!(driver.poll_many(op, cx)) {
                     None => self.op = None, // the kernel ended it: arm it again

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::stream::TcpStream;
 use crate::executor::{Inner, current};
-use crate::op::{Keep, OpId, Readiness, Socket};
+use crate::op::{OpId, Operation, Readiness, Socket};
 use crate::time::{Sleep, sleep};
 
 /// Times in which nobody receives are short as a rule. The kernel is asked to tell of a failure
@@ -96,8 +96,8 @@ impl Observer {
         if let Wait::Later(sleep) = &mut vigil.wait
             && Pin::new(sleep).poll(cx).is_ready()
         {
-            let keep = Keep::Ready(Rc::clone(&self.socket), Readiness::Failure);
-            let op = vigil.inner.driver.borrow_mut().start(keep);
+            let operation = Operation::Ready(Rc::clone(&self.socket), Readiness::Failure);
+            let op = vigil.inner.driver.borrow_mut().start(operation);
             vigil.wait = Wait::Armed(op);
         }
     }

@@ -16,7 +16,7 @@ use std::task::{Context, Poll, ready};
 
 use crate::buf::Buf;
 use crate::executor::Inner;
-use crate::op::{Keep, MessageHeader, OpId, Socket};
+use crate::op::{MessageHeader, OpId, Operation, Socket};
 use crate::sys::reset_on_close;
 
 /// How bulk data is laid out in a large block.
@@ -56,7 +56,7 @@ pub struct ReadHalf {
     placement: Placement,
     bulk: bool,
     /// The last bulk receive found as much as a large block holds.
-    gushing: bool,
+    saturating: bool,
     starved: bool,
     short: u8,
     eof: bool,
@@ -73,7 +73,7 @@ impl ReadHalf {
             mode: Mode::Idle,
             placement: Placement::Flat,
             bulk: false,
-            gushing: false,
+            saturating: false,
             starved: false,
             short: 0,
             eof: false,
@@ -100,7 +100,7 @@ impl ReadHalf {
     }
 
     /// The flow is small again.
-    pub(crate) fn calm_down(&mut self) {
+    pub(crate) fn leave_bulk(&mut self) {
         self.bulk = false;
         self.short = 0;
     }
@@ -163,9 +163,9 @@ impl ReadHalf {
                 }
                 Mode::Single { op } => {
                     let done = self.inner.driver.borrow_mut().poll_once(op, cx);
-                    let (result, keep) = ready!(done);
+                    let (result, operation) = ready!(done);
                     self.mode = Mode::Idle;
-                    let finished = self.finish_single(result, keep, out, carry);
+                    let finished = self.finish_single(result, operation, out, carry);
                     if !self.eof {
                         return Poll::Ready(finished);
                     }
@@ -186,8 +186,8 @@ impl ReadHalf {
             };
             return;
         }
-        let keep = Keep::Receive(Rc::clone(&self.socket));
-        let op = self.inner.driver.borrow_mut().start(keep);
+        let operation = Operation::Receive(Rc::clone(&self.socket));
+        let op = self.inner.driver.borrow_mut().start(operation);
         self.mode = Mode::Multi {
             op,
             stopping: false,
@@ -206,35 +206,36 @@ impl ReadHalf {
             other => {
                 *carry = other;
                 let pool = &self.inner.pool;
-                match (self.bulk, self.gushing && self.placement == Placement::Flat) {
+                let huge = self.saturating && self.placement == Placement::Flat;
+                match (self.bulk, huge) {
                     (true, true) => pool.huge().unwrap_or_else(|| pool.large()),
                     (true, false) => pool.large(),
                     (false, _) => pool.record(),
                 }
             }
         };
-        let keep = Keep::Recv(Rc::clone(&self.socket), buf);
-        self.inner.driver.borrow_mut().start(keep)
+        let operation = Operation::Recv(Rc::clone(&self.socket), buf);
+        self.inner.driver.borrow_mut().start(operation)
     }
 
     /// A receive scattered over the segments of a large block.
     fn scatter(&mut self) -> OpId {
         let mut header = self.header.take().unwrap_or_default();
         header.prepare(self.inner.pool.large(), self.inner.pool.config().payload);
-        let keep = Keep::RecvMsg(Rc::clone(&self.socket), header);
-        self.inner.driver.borrow_mut().start(keep)
+        let operation = Operation::RecvMsg(Rc::clone(&self.socket), header);
+        self.inner.driver.borrow_mut().start(operation)
     }
 
     fn finish_single(
         &mut self,
         result: i32,
-        keep: Keep,
+        operation: Operation,
         out: &mut VecDeque<Buf>,
         carry: &mut Option<Buf>,
     ) -> io::Result<usize> {
         self.starved = false;
         if result < 0 {
-            if let Keep::Recv(_, buf) = keep {
+            if let Operation::Recv(_, buf) = operation {
                 *carry = (!buf.is_empty()).then_some(buf);
             }
             self.error = Some(-result);
@@ -242,8 +243,8 @@ impl ReadHalf {
         }
         let received = result as usize;
         self.eof = received == 0;
-        match keep {
-            Keep::Recv(_, mut buf) => {
+        match operation {
+            Operation::Recv(_, mut buf) => {
                 // SAFETY: the kernel reports that it wrote `result` bytes at the tail.
                 unsafe { buf.assume_tail(result as u32) };
                 if received > 0 {
@@ -252,7 +253,7 @@ impl ReadHalf {
                     *carry = Some(buf);
                 }
             }
-            Keep::RecvMsg(_, mut header) => {
+            Operation::RecvMsg(_, mut header) => {
                 header.take_segments(received, out);
                 self.header = Some(header);
             }
@@ -263,7 +264,7 @@ impl ReadHalf {
     }
 
     fn note_bulk(&mut self, received: usize) {
-        self.gushing = received >= self.inner.pool.config().large_bytes();
+        self.saturating = received >= self.inner.pool.config().large_bytes();
         if received >= SHORT_BYTES {
             self.short = 0;
             return;
@@ -275,7 +276,7 @@ impl ReadHalf {
         }
     }
 
-    /// Drains queued completions. `None`: the multishot has ended without news, start again.
+    /// Drains queued completions. `None`: the multishot has ended and brought nothing, start again.
     fn poll_multi(
         &mut self,
         op: OpId,

@@ -18,7 +18,7 @@ use super::read::ReadHalf;
 use super::write::WriteHalf;
 use crate::descriptors::Counted;
 use crate::executor::Inner;
-use crate::op::{Keep, OpId, Readiness, Socket};
+use crate::op::{OpId, Operation, Readiness, Socket};
 use crate::sys::{reset_on_close, set_nonblocking};
 
 /// Capacity asked for; the pipe keeps its own (64 KiB) where the user has too many pages in pipes.
@@ -116,7 +116,7 @@ impl Splice {
         };
         let result = poll_fn(|cx| transfer.poll(cx, &mut moved)).await;
         if !matches!(result, Ok(Spliced::End)) {
-            from.calm_down();
+            from.leave_bulk();
         }
         result
     }
@@ -206,8 +206,8 @@ impl Transfer<'_> {
             Readiness::Read | Readiness::Failure => &self.source,
             Readiness::Write => &self.target,
         };
-        let keep = Keep::Ready(Rc::clone(socket), readiness);
-        self.waiting = Some(self.inner.driver.borrow_mut().start(keep));
+        let operation = Operation::Ready(Rc::clone(socket), readiness);
+        self.waiting = Some(self.inner.driver.borrow_mut().start(operation));
     }
 }
 

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use crate::buf::Buf;
 use crate::executor::Inner;
-use crate::op::{Keep, OpId, SendList, Socket};
+use crate::op::{OpId, Operation, SendList, Socket};
 use crate::sys::reset_on_close;
 
 /// Most bytes that [`WriteHalf::hand_over`] does not wait for.
@@ -29,7 +29,7 @@ pub struct WriteHalf {
 struct InFlight {
     op: OpId,
     bytes: u32,
-    relaxed: bool,
+    silent: bool,
 }
 
 impl WriteHalf {
@@ -124,20 +124,20 @@ impl WriteHalf {
 
     /// Waits for the send under way.
     fn poll_in_flight(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
-        let Some(InFlight { op, relaxed, .. }) = self.in_flight else {
+        let Some(InFlight { op, silent, .. }) = self.in_flight else {
             return Poll::Ready(Ok(()));
         };
         let mut driver = self.inner.driver.borrow_mut();
-        let ended = if relaxed {
-            ready!(driver.poll_relaxed(op, cx))
+        let ended = if silent {
+            ready!(driver.poll_silent(op, cx))
         } else {
             Some(ready!(driver.poll_once(op, cx)))
         };
         self.in_flight = None;
-        let Some((result, keep)) = ended else {
+        let Some((result, operation)) = ended else {
             return Poll::Ready(Ok(()));
         };
-        let Keep::Send(_, mut list) = keep else {
+        let Operation::Send(_, mut list) = operation else {
             unreachable!("a send keeps its list")
         };
         // The driver has sent on what fell short, except where the kernel took nothing at all.
@@ -146,7 +146,7 @@ impl WriteHalf {
             Ok(_) => Err(io::ErrorKind::WriteZero.into()),
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
         };
-        driver.keep_list(list);
+        driver.recycle_list(list);
         Poll::Ready(sent)
     }
 
@@ -161,16 +161,16 @@ impl WriteHalf {
         Some(list)
     }
 
-    fn submit(&mut self, list: Box<SendList>, relaxed: bool) {
+    fn submit(&mut self, list: Box<SendList>, silent: bool) {
         let bytes = list.bytes() as u32; // UIO_MAXIOV blocks at most
-        let keep = Keep::Send(Rc::clone(&self.socket), list);
+        let operation = Operation::Send(Rc::clone(&self.socket), list);
         let mut driver = self.inner.driver.borrow_mut();
-        let op = if relaxed {
-            driver.start_relaxed(keep)
+        let op = if silent {
+            driver.start_silent(operation)
         } else {
-            driver.start(keep)
+            driver.start(operation)
         };
-        self.in_flight = Some(InFlight { op, bytes, relaxed });
+        self.in_flight = Some(InFlight { op, bytes, silent });
     }
 
     /// Sends FIN. Call after a flush.
@@ -180,7 +180,7 @@ impl WriteHalf {
     pub fn shutdown(&self) -> io::Result<()> {
         shutdown(&self.socket, Shutdown::Write).inspect_err(|error| {
             // The reason, if nothing else was told.
-            self.socket.look_for_failure();
+            self.socket.fetch_error();
             self.socket.note(-error.raw_os_error().unwrap_or(0));
         })
     }

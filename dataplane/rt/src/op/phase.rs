@@ -7,13 +7,13 @@
 //! (Linux 6.18, `IO_POLL_UNMASK`); its multishot form tells of the FIN once and then of changes
 //! only.
 
-use super::{After, Keep, Readiness};
+use super::operation::{FollowUp, Operation, Readiness};
 
 /// What the kernel does for a single operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Sends, and says nothing when that succeeds.
-    Relaxed,
+    Silent,
     /// Does the operation itself.
     Doing,
     /// Waits until the socket takes more.
@@ -23,10 +23,10 @@ pub(super) enum Phase {
 }
 
 impl Phase {
-    pub(super) fn of(keep: &Keep, relaxed: bool) -> Self {
-        match keep {
-            _ if relaxed => Self::Relaxed,
-            Keep::Ready(_, Readiness::Write | Readiness::Failure) => Self::Waiting,
+    pub(super) fn of(operation: &Operation, silent: bool) -> Self {
+        match operation {
+            _ if silent => Self::Silent,
+            Operation::Ready(_, Readiness::Write | Readiness::Failure) => Self::Waiting,
             _ => Self::Doing,
         }
     }
@@ -34,31 +34,35 @@ impl Phase {
     /// What comes after a completion, or the operation's result.
     pub(super) fn advance(
         &mut self,
-        keep: &mut Keep,
+        operation: &mut Operation,
         result: i32,
         more: bool,
-    ) -> Result<After, i32> {
+    ) -> Result<FollowUp, i32> {
         match self {
-            Self::Relaxed | Self::Doing if goes_on(keep, result) => {
+            Self::Silent | Self::Doing if goes_on(operation, result) => {
                 *self = Self::Waiting;
-                Ok(After::Wait)
+                Ok(FollowUp::Wait)
             }
-            Self::Relaxed | Self::Doing => {
+            Self::Silent | Self::Doing => {
                 *self = Self::Doing;
                 Err(result)
             }
             Self::Waiting if result < 0 => Err(result),
-            Self::Waiting if !is_answered(keep, result) => Ok(match more {
-                true => After::Nothing,
-                false => After::WaitForChange,
+            Self::Waiting if !is_answered(operation, result) => Ok(match more {
+                true => FollowUp::Nothing,
+                false => FollowUp::WaitForChange,
             }),
             Self::Waiting | Self::Waited if more => {
                 let first = std::mem::replace(self, Self::Waited) == Self::Waiting;
-                Ok(if first { After::Stop } else { After::Nothing })
+                Ok(if first {
+                    FollowUp::Stop
+                } else {
+                    FollowUp::Nothing
+                })
             }
-            Self::Waiting | Self::Waited if matches!(keep, Keep::Send(..)) => {
+            Self::Waiting | Self::Waited if matches!(operation, Operation::Send(..)) => {
                 *self = Self::Doing;
-                Ok(After::Again)
+                Ok(FollowUp::Again)
             }
             Self::Waiting | Self::Waited => Err(i32::from(libc::POLLOUT)),
         }
@@ -66,12 +70,12 @@ impl Phase {
 }
 
 /// Whether the result of a wait is what was waited for.
-fn is_answered(keep: &Keep, result: i32) -> bool {
-    let Keep::Ready(socket, Readiness::Failure) = keep else {
+fn is_answered(operation: &Operation, result: i32) -> bool {
+    let Operation::Ready(socket, Readiness::Failure) = operation else {
         return has_room(result);
     };
     if result & i32::from(libc::POLLERR | libc::POLLHUP) != 0 {
-        socket.look_for_failure();
+        socket.fetch_error();
     }
     socket.failure().is_some() // not if both sides have ended in order
 }
@@ -84,8 +88,8 @@ fn has_room(result: i32) -> bool {
 }
 
 /// Whether a send with this result has only begun. What was sent is noted.
-fn goes_on(keep: &mut Keep, result: i32) -> bool {
-    let Keep::Send(_, list) = keep else {
+fn goes_on(operation: &mut Operation, result: i32) -> bool {
+    let Operation::Send(_, list) = operation else {
         return false;
     };
     let sent = usize::try_from(result).unwrap_or(0);
@@ -110,12 +114,12 @@ mod tests {
     const FULL: i32 = -libc::EAGAIN;
 
     /// Completions of an operation (result, whether more follow), and what comes after each.
-    type Steps = &'static [(i32, bool, Result<After, i32>)];
+    type Steps = &'static [(i32, bool, Result<FollowUp, i32>)];
 
-    fn check(keep: &mut Keep, relaxed: bool, steps: Steps) {
-        let mut phase = Phase::of(keep, relaxed);
+    fn check(operation: &mut Operation, silent: bool, steps: Steps) {
+        let mut phase = Phase::of(operation, silent);
         for (at, &(result, more, ref after)) in steps.iter().enumerate() {
-            assert_eq!(&phase.advance(keep, result, more), after, "step {at}");
+            assert_eq!(&phase.advance(operation, result, more), after, "step {at}");
         }
     }
 
@@ -127,44 +131,44 @@ mod tests {
             let pool = Pool::new(PoolConfig::default());
             let mut list = Box::<SendList>::default();
             pool.copy_from(bytes, |buf| list.push(buf));
-            Keep::Send(Rc::clone(&socket), list)
+            Operation::Send(Rc::clone(&socket), list)
         };
         let whole: Steps = &[(4, false, Err(4))];
         let bit_by_bit: Steps = &[
-            (3, false, Ok(After::Wait)),
-            (OUT, false, Ok(After::Again)),
-            (FULL, false, Ok(After::Wait)),
-            (OUT | FIN, false, Ok(After::Again)),
+            (3, false, Ok(FollowUp::Wait)),
+            (OUT, false, Ok(FollowUp::Again)),
+            (FULL, false, Ok(FollowUp::Wait)),
+            (OUT | FIN, false, Ok(FollowUp::Again)),
             (1, false, Err(1)),
         ];
         let after_fin: Steps = &[
-            (FULL, false, Ok(After::Wait)),
-            (FIN, false, Ok(After::WaitForChange)),
-            (FIN, true, Ok(After::Nothing)),
-            (OUT | FIN, true, Ok(After::Stop)),
-            (OUT | FIN, true, Ok(After::Nothing)),
-            (-libc::ECANCELED, false, Ok(After::Again)),
+            (FULL, false, Ok(FollowUp::Wait)),
+            (FIN, false, Ok(FollowUp::WaitForChange)),
+            (FIN, true, Ok(FollowUp::Nothing)),
+            (OUT | FIN, true, Ok(FollowUp::Stop)),
+            (OUT | FIN, true, Ok(FollowUp::Nothing)),
+            (-libc::ECANCELED, false, Ok(FollowUp::Again)),
             (4, false, Err(4)),
         ];
         let broken: Steps = &[
-            (FULL, false, Ok(After::Wait)),
-            (GONE, false, Ok(After::Again)),
+            (FULL, false, Ok(FollowUp::Wait)),
+            (GONE, false, Ok(FollowUp::Again)),
             (-libc::EPIPE, false, Err(-libc::EPIPE)),
         ];
-        for relaxed in [false, true] {
+        for silent in [false, true] {
             for steps in [whole, bit_by_bit, after_fin, broken] {
-                check(&mut send(b"four"), relaxed, steps);
+                check(&mut send(b"four"), silent, steps);
             }
         }
-        let mut ready = Keep::Ready(Rc::clone(&socket), Readiness::Write);
+        let mut ready = Operation::Ready(Rc::clone(&socket), Readiness::Write);
         check(&mut ready, false, &[(OUT, false, Err(OUT))]);
-        let mut ready = Keep::Ready(socket, Readiness::Write);
+        let mut ready = Operation::Ready(socket, Readiness::Write);
         check(
             &mut ready,
             false,
             &[
-                (FIN, false, Ok(After::WaitForChange)),
-                (OUT | FIN, true, Ok(After::Stop)),
+                (FIN, false, Ok(FollowUp::WaitForChange)),
+                (OUT | FIN, true, Ok(FollowUp::Stop)),
                 (-libc::ECANCELED, false, Err(OUT)),
             ],
         );

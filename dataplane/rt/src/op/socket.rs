@@ -69,7 +69,7 @@ impl Socket {
     }
 
     /// Asks the kernel for an error that nothing has been told yet.
-    pub(crate) fn look_for_failure(&self) {
+    pub(crate) fn fetch_error(&self) {
         if let Ok(code) = take_error(self.raw()) {
             self.note(-code);
         }
