@@ -38,6 +38,7 @@ use anyhow::{Context as _, Result, bail};
 use lab::{Redirect, Services, workspace_binary};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use report::metric::Metric;
 use report::schema::{Document, Peer, Settings, SkippedPeer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -293,6 +294,7 @@ fn highest_closed_rate(plan: &Plan, setup: &Setup<'_>, labs: &Labs) -> Result<f6
     let meshed = |redirect| redirect != Redirect::None;
     let any_meshed = plan.paths.iter().any(|path| meshed(path.redirect));
     let cell = Cell::closed_rr(OPEN_CONNECTIONS);
+    let throughput = Metric::throughput(cell.workload.name());
     let mut highest = 0.0;
     for (path, number) in plan.paths.iter().zip(1900..) {
         if path.again.is_some() || (any_meshed && !meshed(path.redirect)) {
@@ -301,7 +303,7 @@ fn highest_closed_rate(plan: &Plan, setup: &Setup<'_>, labs: &Labs) -> Result<f6
         let trial = setup
             .run(labs.of(path, &cell)?, &cell, number)
             .with_context(|| format!("finding the highest rate of {}", path.name))?;
-        highest = trial.metric("requests_per_s").unwrap_or(0.0).max(highest);
+        highest = trial.metric(throughput).unwrap_or(0.0).max(highest);
     }
     Ok(highest)
 }

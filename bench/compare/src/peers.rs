@@ -19,6 +19,7 @@ use lab::Redirect;
 use lab::peers::ProxyKind;
 use lab::workspace_binary;
 use lab::{Lab, LabOptions};
+use report::metric::{Metric, Spender};
 use report::schema::{Peer, SkippedPeer};
 
 /// The peer that is built beside this program.
@@ -186,10 +187,12 @@ fn try_once(lab: &Lab, scope: Scope, setup: &Setup<'_>) -> Result<()> {
         ..Cell::closed_rr(1)
     };
     let trial = setup.run(lab, &cell, PROBE)?;
-    if trial.metric("errors") != Some(0.0) || trial.metric("requests_per_s") <= Some(0.0) {
+    let workload = cell.workload.name();
+    let throughput = Metric::throughput(workload);
+    if trial.metric(Metric::Errors) != Some(0.0) || trial.metric(throughput) <= Some(0.0) {
         bail!("it is ready, but {} requests fail", scope.name());
     }
-    if trial.metric("ztunnel_cpu_us_per_request") <= Some(0.0) {
+    if trial.metric(Metric::cpu(Spender::Ztunnels, workload)) <= Some(0.0) {
         bail!("requests get through without passing it");
     }
     Ok(())

@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::plan::{Cell, Path};
 use super::trial::Trial;
-use report::schema::throughput_metric;
-use report::units;
+use report::metric::Metric;
 
 /// The progress line on stderr: rewritten in place on a terminal, else a line per trial.
 #[derive(Debug)]
@@ -48,12 +47,13 @@ impl Progress {
     /// A trial has ended.
     pub(super) fn finished(&mut self, round: u32, path: &Path, cell: &Cell, trial: &Trial) {
         self.done += 1;
-        let metric = throughput_metric(cell.workload.name());
-        let mut found = vec![units::with_unit(metric, trial.metric(metric))];
-        if let Some(p99) = trial.metric("p99_us") {
-            found.push(format!("p99 {}", units::with_unit("p99_us", Some(p99))));
+        let metric = Metric::throughput(cell.workload.name());
+        let mut found = vec![metric.show(trial.metric(metric))];
+        if let Some(p99) = trial.metric(Metric::P99) {
+            let p99 = Metric::P99.show(Some(p99));
+            found.push(format!("p99 {p99}"));
         }
-        match trial.metric("errors") {
+        match trial.metric(Metric::Errors) {
             Some(errors) if errors > 0.0 => found.push(format!("{errors} errors")),
             _ => {}
         }

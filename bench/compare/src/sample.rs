@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::{Pid, SysconfVar, sysconf};
+use report::metric::Spender;
 
 /// A process whose costs are wanted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -31,13 +32,23 @@ pub(super) enum Role {
 impl Role {
     pub(super) const ALL: [Self; 4] = [Self::Client, Self::ZtunnelA, Self::ZtunnelB, Self::Server];
 
-    /// As in the names of metrics.
-    pub(super) fn name(self) -> &'static str {
+    /// As messages say it.
+    fn name(self) -> &'static str {
         match self {
-            Self::Client => "client",
-            Self::Server => "server",
-            Self::ZtunnelA => "ztunnel_a",
-            Self::ZtunnelB => "ztunnel_b",
+            Self::Client => "the client",
+            Self::Server => "the server",
+            Self::ZtunnelA => "node A's proxy",
+            Self::ZtunnelB => "node B's proxy",
+        }
+    }
+
+    /// As metrics say it.
+    pub(super) fn spender(self) -> Spender {
+        match self {
+            Self::Client => Spender::Client,
+            Self::Server => Spender::Server,
+            Self::ZtunnelA => Spender::ZtunnelA,
+            Self::ZtunnelB => Spender::ZtunnelB,
         }
     }
 
@@ -125,7 +136,12 @@ impl Sample {
 
 fn process_time(watched: Watched) -> Result<ProcessTime> {
     let Watched { role, pid } = watched;
-    let gone = || format!("reading the CPU time of {} {pid}: it has gone", role.name());
+    let gone = || {
+        format!(
+            "reading the CPU time of {} ({pid}): it has gone",
+            role.name()
+        )
+    };
     let id = i32::try_from(pid).with_context(gone)?;
     let clock = clock_getcpuclockid(Pid::from_raw(id)).with_context(gone)?;
     let cpu = clock_gettime(clock).with_context(gone)?.into();

@@ -4,6 +4,7 @@
 //! compared round by round, which cancels what drifts slowly. All resampling is seeded: the same
 //! figures give the same report.
 
+use report::metric::Better;
 use report::schema::{Estimate, Verdict};
 
 /// Resamples of the bootstrap.
@@ -68,20 +69,18 @@ pub fn paired_ratio(of: &[f64], to: &[f64]) -> Option<Estimate> {
     (!ratios.is_empty()).then(|| estimate(&ratios))
 }
 
-/// What a paired ratio shows, given the noise threshold and whether more is better.
+/// What a paired ratio shows, given the noise threshold and which way the metric gets better.
 #[must_use]
-pub fn verdict(ratio: &Estimate, noise: f64, more_is_better: bool) -> Verdict {
+pub fn verdict(ratio: &Estimate, noise: f64, better: Better) -> Verdict {
     if ratio.values.len() < PAIRS_FOR_A_VERDICT {
         return Verdict::NoDifference;
     }
     let [low, high] = ratio.ci95;
     let more = low > 1.0 + noise;
     let less = high < 1.0 / (1.0 + noise);
-    match (more, less) {
-        (true, _) if more_is_better => Verdict::Better,
-        (true, _) => Verdict::Worse,
-        (_, true) if more_is_better => Verdict::Worse,
-        (_, true) => Verdict::Better,
+    match (better, more, less) {
+        (Better::More, true, _) | (Better::Less, _, true) => Verdict::Better,
+        (Better::More, _, true) | (Better::Less, true, _) => Verdict::Worse,
         _ => Verdict::NoDifference,
     }
 }
@@ -164,13 +163,13 @@ mod tests {
         let fast: Vec<f64> = slow.iter().map(|v| v * 1.2).collect();
         let ratio = paired_ratio(&fast, &slow).unwrap();
         assert!((ratio.median - 1.2).abs() < 1e-9);
-        assert_eq!(verdict(&ratio, 0.05, true), Verdict::Better);
-        assert_eq!(verdict(&ratio, 0.05, false), Verdict::Worse);
+        assert_eq!(verdict(&ratio, 0.05, Better::More), Verdict::Better);
+        assert_eq!(verdict(&ratio, 0.05, Better::Less), Verdict::Worse);
         let inverse = paired_ratio(&slow, &fast).unwrap();
-        assert_eq!(verdict(&inverse, 0.05, true), Verdict::Worse);
-        assert_eq!(verdict(&inverse, 0.05, false), Verdict::Better);
+        assert_eq!(verdict(&inverse, 0.05, Better::More), Verdict::Worse);
+        assert_eq!(verdict(&inverse, 0.05, Better::Less), Verdict::Better);
         // The same difference is nothing where noise is as large.
-        assert_eq!(verdict(&ratio, 0.25, true), Verdict::NoDifference);
+        assert_eq!(verdict(&ratio, 0.25, Better::More), Verdict::NoDifference);
     }
 
     /// A made-up session: `cells` cells of one path in two labs, the second slower by `slower`.
@@ -197,7 +196,11 @@ mod tests {
         (0..cells)
             .map(|cell| {
                 let others: Vec<f64> = (0..cells).filter(|&c| c != cell).map(|c| same[c]).collect();
-                verdict(&pair(slower), noise_threshold(&others).unwrap(), true)
+                verdict(
+                    &pair(slower),
+                    noise_threshold(&others).unwrap(),
+                    Better::More,
+                )
             })
             .collect()
     }
@@ -267,7 +270,7 @@ mod tests {
     #[test]
     fn few_pairs_show_nothing() {
         let ratio = paired_ratio(&[2.0; 4], &[1.0; 4]).unwrap();
-        assert_eq!(verdict(&ratio, 0.02, true), Verdict::NoDifference);
+        assert_eq!(verdict(&ratio, 0.02, Better::More), Verdict::NoDifference);
         assert!(paired_ratio(&[1.0], &[0.0]).is_none());
     }
 

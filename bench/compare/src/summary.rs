@@ -7,9 +7,10 @@ use super::placement::Placement;
 use super::plan::{Cell, Plan};
 use super::stats;
 use super::trial::Trial;
+use report::metric::{Metric, NoiseKind, Quantile};
 use report::schema::{
     self, AgainstItself, Document, Estimate, Git, Machine, Peer, Ratio, Row, SCHEMA, Settings,
-    SkippedPeer, Verdict, noise_kind,
+    SkippedPeer, Verdict,
 };
 
 /// More CPU busy than this with nothing measured is named in the notes.
@@ -87,21 +88,24 @@ pub(super) fn document(plan: &Plan, trials: &Trials, about: Circumstances) -> Do
 /// Sets the ratios, the noise thresholds and the verdicts.
 fn judge(document: &mut Document) {
     let (mut ratios, own) = ratios(document);
-    let mut from_halves: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut from_halves: BTreeMap<NoiseKind, Vec<f64>> = BTreeMap::new();
     for row in document
         .rows
         .iter()
         .filter(|row| document.paths.contains(&row.path))
     {
-        for (metric, estimate) in row.metrics.iter().filter(|(metric, _)| is_compared(metric)) {
+        for (metric, estimate) in &row.metrics {
+            if metric.better().is_none() {
+                continue;
+            }
             let difference = stats::halves_difference(&estimate.values);
             from_halves
-                .entry(noise_kind(&row.workload, metric))
+                .entry(metric.noise_kind(&row.workload))
                 .or_default()
                 .extend(difference);
         }
     }
-    let noise_of = |kind: &str, except: Option<usize>| {
+    let noise_of = |kind: NoiseKind, except: Option<usize>| {
         let from_ratios: Vec<f64> = own
             .iter()
             .filter(|&&at| kind_of(&ratios[at].0) == kind && Some(at) != except)
@@ -110,14 +114,15 @@ fn judge(document: &mut Document) {
         if from_ratios.len() >= RATIOS_FOR_NOISE {
             return stats::noise_threshold(&from_ratios);
         }
-        stats::noise_threshold(from_halves.get(kind).map_or(&[], Vec::as_slice))
+        stats::noise_threshold(from_halves.get(&kind).map_or(&[], Vec::as_slice))
     };
     for kind in from_halves.keys() {
-        if let Some(noise) = noise_of(kind, None) {
-            document.noise.insert((*kind).to_owned(), noise);
+        if let Some(noise) = noise_of(*kind, None) {
+            document.noise.insert(kind.name().to_owned(), noise);
         }
     }
-    let of_throughput = noise_of("throughput", None).or_else(|| stats::noise_threshold(&[0.0]));
+    let of_throughput =
+        noise_of(NoiseKind::Throughput, None).or_else(|| stats::noise_threshold(&[0.0]));
     document.noise_threshold = of_throughput.unwrap_or(0.0);
     let source = if own.is_empty() { "halves" } else { "a/a" };
     source.clone_into(&mut document.noise_source);
@@ -128,7 +133,10 @@ fn judge(document: &mut Document) {
             // A ratio of a path to itself must not be what it is judged by.
             let except = own.contains(&at).then_some(at);
             let noise = noise_of(kind_of(ratio), except).unwrap_or(document.noise_threshold);
-            stats::verdict(pairs, noise, ratio.metric.ends_with("_per_s"))
+            let better = ratio.metric.better();
+            better.map_or(Verdict::NoDifference, |better| {
+                stats::verdict(pairs, noise, better)
+            })
         })
         .collect();
     for ((ratio, _), verdict) in ratios.iter_mut().zip(&verdicts) {
@@ -143,17 +151,17 @@ fn judge(document: &mut Document) {
 }
 
 fn row(path: &str, cell: &Cell, trials: &[Trial]) -> Row {
-    let mut values: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let mut values: BTreeMap<Metric, Vec<f64>> = BTreeMap::new();
     for trial in trials {
-        for (name, value) in &trial.metrics {
-            values.entry(name.clone()).or_default().push(*value);
+        for (metric, value) in &trial.metrics {
+            values.entry(*metric).or_default().push(*value);
         }
     }
     // A metric some trials lack cannot be paired by round, and its median would flatter.
     values.retain(|_, values| values.len() == trials.len());
     let metrics = values
         .iter()
-        .map(|(name, v)| (name.clone(), stats::estimate(v)))
+        .map(|(metric, v)| (*metric, stats::estimate(v)))
         .collect();
     Row {
         path: path.to_owned(),
@@ -182,17 +190,8 @@ fn spectrum(trials: &[Trial]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-fn kind_of(ratio: &Ratio) -> &'static str {
-    noise_kind(&ratio.workload, &ratio.metric)
-}
-
-/// Whether ratios of a metric mean anything: shares and levels of the machine, and counts of
-/// errors, have no better half.
-fn is_compared(metric: &str) -> bool {
-    !matches!(
-        metric,
-        "errors" | "machine_busy_share" | "skipped_share" | "conntrack_entries" | "max_us"
-    )
+fn kind_of(ratio: &Ratio) -> NoiseKind {
+    ratio.metric.noise_kind(&ratio.workload)
 }
 
 /// Every later path against every earlier one, at every metric both have, with the pairs it is
@@ -224,7 +223,8 @@ fn add_ratios(
     let (Some(of), Some(to)) = (document.row(of, cell), document.row(to, cell)) else {
         return;
     };
-    for (metric, values) in of.metrics.iter().filter(|(metric, _)| is_compared(metric)) {
+    let compared = |(metric, _): &(&Metric, _)| metric.better().is_some();
+    for (metric, values) in of.metrics.iter().filter(compared) {
         let Some(other) = to.metrics.get(metric) else {
             continue;
         };
@@ -236,7 +236,7 @@ fn add_ratios(
             continue;
         }
         let ratio = Ratio {
-            metric: metric.clone(),
+            metric: *metric,
             of: of.path.clone(),
             to: to.path.clone(),
             scope: of.scope.clone(),
@@ -383,7 +383,7 @@ fn about_peers(document: &Document) -> Vec<String> {
 /// The rows with errors or beyond what they can serve, so that nobody has to look for them.
 fn losses(document: &Document) -> Vec<String> {
     let with_errors = document.rows.iter().filter_map(|row| {
-        let errors: f64 = row.metrics.get("errors")?.values.iter().sum();
+        let errors = row.errors();
         (errors > 0.0).then(|| {
             format!(
                 "Errors: {errors:.0} on path {}, {} {}, in {} trials.",
@@ -401,7 +401,7 @@ fn losses(document: &Document) -> Vec<String> {
     lines.extend(document.rows.iter().filter_map(stalls));
     lines.extend(document.rows.iter().filter_map(|row| {
         let skipped = row
-            .median("skipped_share")
+            .median(Metric::SkippedShare)
             .filter(|&share| share > SATURATED)?;
         Some(format!(
             "Saturated: path {} skipped {:.0} % of what was due at {} {}; its latencies there grow \
@@ -417,7 +417,7 @@ fn losses(document: &Document) -> Vec<String> {
 
 /// What a closed loop hides: connections that waited for a retransmission sent nothing meanwhile.
 fn stalls(row: &Row) -> Option<String> {
-    let longest = &row.metrics.get("max_us")?.values;
+    let longest = &row.metrics.get(&Metric::Latency(Quantile::Max))?.values;
     let stalled = longest.iter().filter(|&&us| us >= STALL_US).count();
     let closed = row.offered_per_s.is_none();
     (stalled > 0 && closed).then(|| {
@@ -443,12 +443,12 @@ mod tests {
 
     fn trial(rate: f64, errors: f64) -> Trial {
         let metrics = [
-            ("requests_per_s", rate),
-            ("p50_us", 1e6 / rate),
-            ("errors", errors),
+            (Metric::throughput("rr"), rate),
+            (Metric::P50, 1e6 / rate),
+            (Metric::Errors, errors),
         ];
         Trial {
-            metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into(),
+            metrics: metrics.into(),
             spectrum: vec![(0.0, 10.0), (0.5, 1e6 / rate)],
             loadgen: Value::Null,
         }
@@ -565,7 +565,7 @@ mod tests {
         let row = &mut document.rows[1];
         assert_eq!(stalls(row), None);
         let longest = stats::estimate(&[2e3, 1.01e6, 3e3]);
-        row.metrics.insert("max_us".to_owned(), longest);
+        row.metrics.insert(Metric::Latency(Quantile::Max), longest);
         let text = stalls(row).unwrap();
         assert!(
             text.contains("path ebpf, cross-node rr x1: the longest"),

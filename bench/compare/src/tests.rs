@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use super::sample::{Role, Watched};
 use super::*;
+use report::metric::Spender;
 use report::schema::Verdict;
 
 #[test]
@@ -76,10 +77,10 @@ fn a_comparison_reports_and_leaves_nothing() {
     let single = document.rows.iter().filter(|row| row.path == "none");
     assert_eq!(single.count(), document.cells().len());
     for row in &document.rows {
-        let metric = report::schema::throughput_metric(&row.workload);
-        assert_eq!(row.metrics[metric].values.len(), 2, "{row:?}");
+        let metric = Metric::throughput(&row.workload);
+        assert_eq!(row.metrics[&metric].values.len(), 2, "{row:?}");
         assert!(row.median(metric).unwrap() > 0.0, "{row:?}");
-        assert_eq!(row.median("errors"), Some(0.0), "{row:?}");
+        assert_eq!(row.median(Metric::Errors), Some(0.0), "{row:?}");
         assert_eq!(row.offered_per_s.is_some(), row.workload == "rr-open");
     }
     assert!(document.tunnel_driver.is_none());
@@ -131,16 +132,16 @@ fn redirection_alone_is_measured_without_ztunnels() {
     assert_eq!(document.rows.len(), 4 * 3);
     let busy = document.settings.idle_busy_share;
     for row in &document.rows {
-        let throughput = report::schema::throughput_metric(&row.workload);
+        let throughput = Metric::throughput(&row.workload);
         if busy > 0.5 && row.median(throughput) == Some(0.0) {
             eprintln!("skipped: {NAME}: {}: the machine is busy", row.workload);
             continue;
         }
-        let [_, machine] = report::schema::cpu_metrics(&row.workload);
+        let machine = Metric::cpu(Spender::Machine, &row.workload);
         assert!(row.median(machine).unwrap() > 0.0, "{row:?}");
         assert!(row.median(throughput).unwrap() > 0.0, "{row:?}");
-        assert_eq!(row.median("errors"), Some(0.0), "{row:?}");
-        let of = |part: &str| row.metrics.keys().any(|name| name.starts_with(part));
+        assert_eq!(row.median(Metric::Errors), Some(0.0), "{row:?}");
+        let of = |part: &str| row.metrics.keys().any(|m| m.name().starts_with(part));
         assert!(of("server_cpu") && of("client_cpu"), "{row:?}");
         assert!(!of("ztunnel"), "{row:?}");
         assert_eq!(row.scope, "same-node");
@@ -318,7 +319,7 @@ fn compare_with(slowed: &Path, directory: &Path) -> Result<(), String> {
         .ratios
         .iter()
         .filter(|r| (r.of.as_str(), r.to.as_str()) == ("ebpf", "slowed"))
-        .filter(|r| r.metric == "ztunnel_cpu_us_per_request")
+        .filter(|r| r.metric == Metric::cpu(Spender::Ztunnels, "rr"))
         .collect();
     let count = |verdict| ratios.iter().filter(|r| r.verdict == verdict).count();
     let median = stats::median(&ratios.iter().map(|r| r.ratio).collect::<Vec<_>>());

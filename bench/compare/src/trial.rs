@@ -9,6 +9,7 @@ use std::process::{Child, ChildStdout, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use report::metric::{Metric, Quantile, Spender, Work};
 use serde_json::Value;
 
 use super::kernel::Readings;
@@ -41,8 +42,8 @@ pub(super) struct Setup<'a> {
 /// What a trial found.
 #[derive(Clone, Debug)]
 pub(super) struct Trial {
-    /// By the names of the report; what could not be measured is missing.
-    pub(super) metrics: BTreeMap<String, f64>,
+    /// What could not be measured is missing.
+    pub(super) metrics: BTreeMap<Metric, f64>,
     /// Quantile and µs.
     pub(super) spectrum: Vec<(f64, f64)>,
     /// The load generator's own document.
@@ -50,8 +51,8 @@ pub(super) struct Trial {
 }
 
 impl Trial {
-    pub(super) fn metric(&self, name: &str) -> Option<f64> {
-        self.metrics.get(name).copied()
+    pub(super) fn metric(&self, metric: Metric) -> Option<f64> {
+        self.metrics.get(&metric).copied()
     }
 }
 
@@ -265,31 +266,33 @@ fn evaluate(
     let figure = |name: &str| document["metrics"][name].as_f64();
     let mut metrics = BTreeMap::new();
     let errors = document["outcomes"]["errors"].as_u64().unwrap_or(0);
-    metrics.insert("errors".to_owned(), errors as f64);
-    let wanted: &[&str] = match workload {
-        Workload::Rr | Workload::RedirectRr => &["requests_per_s", "bytes_per_s"],
-        Workload::RrOpen => &["requests_per_s", "service_p50_us", "service_p99_us"],
-        Workload::Connect | Workload::RedirectConnect => &["connections_per_s"],
-        Workload::Stream => &["bytes_per_s"],
+    metrics.insert(Metric::Errors, errors as f64);
+    let besides: &[Metric] = match workload {
+        Workload::Rr | Workload::RedirectRr => &[Metric::Throughput(Work::Bytes)],
+        Workload::RrOpen => &[Metric::ServiceP50, Metric::ServiceP99],
+        Workload::Connect | Workload::RedirectConnect | Workload::Stream => &[],
     };
-    let p999 = (figure("count") >= Some(P999_SAMPLES)).then_some("p999_us");
-    let latencies = ["p50_us", "p90_us", "p99_us", "max_us"]
+    let p999 = (figure("count") >= Some(P999_SAMPLES)).then_some(Quantile::P999);
+    let latencies = [Quantile::P50, Quantile::P90, Quantile::P99, Quantile::Max]
         .into_iter()
-        .chain(p999);
-    for name in wanted.iter().copied().chain(latencies) {
-        if let Some(value) = figure(name) {
-            metrics.insert(name.to_owned(), value);
+        .chain(p999)
+        .map(Metric::Latency);
+    let wanted = [Metric::throughput(workload.name())];
+    for metric in wanted.iter().chain(besides).copied().chain(latencies) {
+        // The load generator has the same names.
+        if let Some(value) = figure(metric.name()) {
+            metrics.insert(metric, value);
         }
     }
     if let Some(scheduled) = figure("scheduled").filter(|&scheduled| scheduled > 0.0) {
         let skipped = document["skipped"].as_f64().unwrap_or(0.0);
-        metrics.insert("skipped_share".to_owned(), skipped / scheduled);
+        metrics.insert(Metric::SkippedShare, skipped / scheduled);
     }
     if let Some(window) = window {
         costs(&mut metrics, workload, &document, window);
     }
     if !pids.is_empty() {
-        metrics.insert("ztunnel_rss_bytes".to_owned(), rss as f64);
+        metrics.insert(Metric::ZtunnelMemory, rss as f64);
     }
     let spectrum = serde_json::from_value(document["spectrum_us"].clone()).unwrap_or_default();
     Trial {
@@ -301,59 +304,49 @@ fn evaluate(
 
 /// What the window cost, per request, connection or GB.
 fn costs(
-    metrics: &mut BTreeMap<String, f64>,
+    metrics: &mut BTreeMap<Metric, f64>,
     workload: Workload,
     document: &Value,
     window: &Window,
 ) {
     let Window { spent, readings } = window;
     if let Some(entries) = readings.conntrack_entries {
-        metrics.insert("conntrack_entries".to_owned(), entries as f64);
+        metrics.insert(Metric::ConntrackEntries, entries as f64);
     }
-    // What is divided by; the units of CPU time and of counts, and by how much those scale.
-    let (rate, cpu_unit, cpu_scale, unit, scale) = match workload {
-        Workload::Rr | Workload::RrOpen | Workload::RedirectRr => {
-            ("requests_per_s", "us_per_request", 1e6, "per_request", 1.0)
-        }
-        Workload::Connect | Workload::RedirectConnect => (
-            "connections_per_s",
-            "us_per_connection",
-            1e6,
-            "per_connection",
-            1.0,
-        ),
-        Workload::Stream => ("bytes_per_s", "s_per_gb", 1e9, "per_gb", 1e9),
-    };
+    let work = Work::of(workload.name());
+    let rate = document["metrics"][Metric::Throughput(work).name()].as_f64();
     let measured_s = document["measured_s"].as_f64().unwrap_or(0.0);
-    let amount = document["metrics"][rate].as_f64().unwrap_or(0.0) * measured_s;
+    let amount = rate.unwrap_or(0.0) * measured_s;
     if amount <= 0.0 {
         return;
     }
-    let mut set = |name: &str, unit: &str, value: f64| {
-        metrics.insert(format!("{name}_{unit}"), value / amount);
+    // CPU time is in µs per request or connection and in s per GB, other costs per GB likewise.
+    let (cpu_scale, scale) = match work {
+        Work::Request | Work::Connection => (1e6, 1.0),
+        Work::Bytes => (1e9, 1e9),
     };
-    set("total_cpu", cpu_unit, spent.machine_s * cpu_scale);
-    set("softirq_cpu", cpu_unit, spent.softirq_s * cpu_scale);
+    let mut set = |metric, value: f64| {
+        metrics.insert(metric, value / amount);
+    };
+    let mut cpu = |of, seconds: f64| set(Metric::Cpu(of, work), seconds * cpu_scale);
+    cpu(Spender::Machine, spent.machine_s);
+    cpu(Spender::SoftInterrupts, spent.softirq_s);
     for role in Role::ALL {
         if let Some(seconds) = spent.of(role) {
-            set(
-                &format!("{}_cpu", role.name()),
-                cpu_unit,
-                seconds * cpu_scale,
-            );
+            cpu(role.spender(), seconds);
         }
     }
     if let Some(seconds) = spent.ztunnels_s() {
-        set("ztunnel_cpu", cpu_unit, seconds * cpu_scale);
-        set("ztunnel_switches", unit, spent.switches as f64 * scale);
+        cpu(Spender::Ztunnels, seconds);
+        set(Metric::Switches(work), spent.switches as f64 * scale);
     }
     if let Some(enters) = readings.enters {
-        set("ztunnel_enters", unit, enters as f64 * scale);
+        set(Metric::Enters(work), enters as f64 * scale);
     }
     if let Some(packets) = readings.tunnel_packets {
-        set("tunnel_packets", unit, packets as f64 * scale);
+        set(Metric::TunnelPackets(work), packets as f64 * scale);
     }
-    metrics.insert("machine_busy_share".to_owned(), spent.busy_share);
+    metrics.insert(Metric::BusyShare, spent.busy_share);
 }
 
 #[cfg(test)]
@@ -383,6 +376,11 @@ mod tests {
         }
     }
 
+    /// By its name in the report.
+    fn figure(trial: &Trial, name: &str) -> Option<f64> {
+        trial.metric(Metric::from_name(name).unwrap())
+    }
+
     #[test]
     fn cpu_time_is_divided_by_what_was_done_in_the_window() {
         let document = json!({
@@ -394,22 +392,22 @@ mod tests {
             "spectrum_us": [[0.0, 50.0], [0.5, 90.0]],
         });
         let trial = evaluate(Workload::Rr, document, Some(&window(true)), &[1, 2], 1000);
-        assert_eq!(trial.metric("ztunnel_cpu_us_per_request"), Some(50.0));
-        assert_eq!(trial.metric("ztunnel_a_cpu_us_per_request"), Some(20.0));
-        assert_eq!(trial.metric("ztunnel_b_cpu_us_per_request"), Some(30.0));
-        assert_eq!(trial.metric("client_cpu_us_per_request"), Some(30.0));
-        assert_eq!(trial.metric("server_cpu_us_per_request"), Some(10.0));
-        assert_eq!(trial.metric("total_cpu_us_per_request"), Some(200.0));
-        assert_eq!(trial.metric("softirq_cpu_us_per_request"), Some(25.0));
-        assert_eq!(trial.metric("ztunnel_switches_per_request"), Some(2.0));
-        assert_eq!(trial.metric("ztunnel_enters_per_request"), Some(0.5));
-        assert_eq!(trial.metric("conntrack_entries"), Some(12.0));
-        assert_eq!(trial.metric("tunnel_packets_per_request"), None);
-        assert_eq!(trial.metric("ztunnel_rss_bytes"), Some(1000.0));
-        assert_eq!(trial.metric("errors"), Some(3.0));
-        assert_eq!(trial.metric("p50_us"), Some(90.0));
+        assert_eq!(figure(&trial, "ztunnel_cpu_us_per_request"), Some(50.0));
+        assert_eq!(figure(&trial, "ztunnel_a_cpu_us_per_request"), Some(20.0));
+        assert_eq!(figure(&trial, "ztunnel_b_cpu_us_per_request"), Some(30.0));
+        assert_eq!(figure(&trial, "client_cpu_us_per_request"), Some(30.0));
+        assert_eq!(figure(&trial, "server_cpu_us_per_request"), Some(10.0));
+        assert_eq!(figure(&trial, "total_cpu_us_per_request"), Some(200.0));
+        assert_eq!(figure(&trial, "softirq_cpu_us_per_request"), Some(25.0));
+        assert_eq!(figure(&trial, "ztunnel_switches_per_request"), Some(2.0));
+        assert_eq!(figure(&trial, "ztunnel_enters_per_request"), Some(0.5));
+        assert_eq!(figure(&trial, "conntrack_entries"), Some(12.0));
+        assert_eq!(figure(&trial, "tunnel_packets_per_request"), None);
+        assert_eq!(figure(&trial, "ztunnel_rss_bytes"), Some(1000.0));
+        assert_eq!(figure(&trial, "errors"), Some(3.0));
+        assert_eq!(figure(&trial, "p50_us"), Some(90.0));
         // Ten samples lie above it: too few.
-        assert_eq!(trial.metric("p999_us"), None);
+        assert_eq!(figure(&trial, "p999_us"), None);
         assert_eq!(trial.spectrum, [(0.0, 50.0), (0.5, 90.0)]);
     }
 
@@ -422,19 +420,19 @@ mod tests {
             "outcomes": {"ok": 950, "errors": 0},
         });
         let trial = evaluate(Workload::RrOpen, document, None, &[], 0);
-        assert_eq!(trial.metric("skipped_share"), Some(0.05));
-        assert_eq!(trial.metric("service_p99_us"), Some(7.0));
+        assert_eq!(figure(&trial, "skipped_share"), Some(0.05));
+        assert_eq!(figure(&trial, "service_p99_us"), Some(7.0));
     }
 
     #[test]
     fn streams_count_by_the_gigabyte_and_without_ztunnels_there_is_no_ztunnel_cost() {
         let document = json!({"measured_s": 1.0, "metrics": {"bytes_per_s": 4e9}, "outcomes": {}});
         let trial = evaluate(Workload::Stream, document, Some(&window(false)), &[], 0);
-        assert_eq!(trial.metric("total_cpu_s_per_gb"), Some(0.5));
-        assert_eq!(trial.metric("client_cpu_s_per_gb"), Some(0.075));
-        assert_eq!(trial.metric("ztunnel_cpu_s_per_gb"), None);
-        assert_eq!(trial.metric("ztunnel_a_cpu_s_per_gb"), None);
-        assert_eq!(trial.metric("ztunnel_rss_bytes"), None);
+        assert_eq!(figure(&trial, "total_cpu_s_per_gb"), Some(0.5));
+        assert_eq!(figure(&trial, "client_cpu_s_per_gb"), Some(0.075));
+        assert_eq!(figure(&trial, "ztunnel_cpu_s_per_gb"), None);
+        assert_eq!(figure(&trial, "ztunnel_a_cpu_s_per_gb"), None);
+        assert_eq!(figure(&trial, "ztunnel_rss_bytes"), None);
     }
 
     #[test]
@@ -445,8 +443,8 @@ mod tests {
             "outcomes": {"ok": 0, "errors": 32},
         });
         let trial = evaluate(Workload::Rr, document, None, &[1], 0);
-        assert_eq!(trial.metric("requests_per_s"), Some(0.0));
-        assert_eq!(trial.metric("errors"), Some(32.0));
-        assert_eq!(trial.metric("total_cpu_us_per_request"), None);
+        assert_eq!(figure(&trial, "requests_per_s"), Some(0.0));
+        assert_eq!(figure(&trial, "errors"), Some(32.0));
+        assert_eq!(figure(&trial, "total_cpu_us_per_request"), None);
     }
 }

@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::schema::{Cell, Document, Verdict, cpu_metrics, is_redirection_only};
-use super::units::with_unit;
+use super::metric::{Metric, Spender};
+use super::schema::{Cell, Document, Verdict, is_redirection_only};
 
 /// The ratios shown, in this order, of those there are.
 const PAIRS: [(&str, &str); 3] = [("ebpf", "tunnel"), ("ebpf", "none"), ("tunnel", "none")];
@@ -30,10 +30,10 @@ impl Table {
         let pairs = PAIRS.into_iter().filter(|(of, to)| has(of) && has(to));
         let pairs: Vec<(&str, &str)> = pairs.collect();
         let line = |cell: &Cell<'_>| {
-            let metric = cpu_metrics(cell.workload)[1];
+            let metric = Metric::cpu(Spender::Machine, cell.workload);
             let medians = paths.iter().map(|path| {
                 let value = document.row(path, cell).and_then(|row| row.median(metric));
-                with_unit(metric, value)
+                metric.show(value)
             });
             let ratios = pairs
                 .iter()
@@ -69,7 +69,7 @@ impl Table {
 pub(super) fn ratio(
     document: &Document,
     cell: &Cell<'_>,
-    metric: &str,
+    metric: Metric,
     (of, to): (&str, &str),
 ) -> String {
     document

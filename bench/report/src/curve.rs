@@ -3,6 +3,7 @@
 use anyhow::Result;
 use plotters::prelude::*;
 
+use super::metric::Metric;
 use super::plot::{AXIS, FONT, Failed, GRID, Root, colour, svg};
 use super::schema::{Document, Estimate, Row};
 use super::units;
@@ -14,7 +15,7 @@ const HEIGHT: u32 = 320;
 /// trial. `None` if there are no two rates.
 pub(super) fn against_load(
     document: &Document,
-    metric: &str,
+    metric: Metric,
     name: &str,
 ) -> Result<Option<String>> {
     let curves: Vec<(&str, Vec<(f64, &Estimate)>)> = document
@@ -54,7 +55,7 @@ pub(super) fn against_load(
             .x_labels(6)
             .x_desc("requests due per second")
             .x_label_formatter(&|rate| units::scaled(*rate))
-            .y_label_formatter(&|us| units::with_unit("p50_us", Some(*us)))
+            .y_label_formatter(&|us| units::Unit::Latency.show(*us))
             .y_labels(6)
             .draw()?;
         for (path, points) in &curves {
@@ -72,13 +73,13 @@ pub(super) fn against_load(
 }
 
 /// Rates and figures of a path's open loops, slowest first.
-fn points<'d>(document: &'d Document, path: &str, metric: &str) -> Vec<(f64, &'d Estimate)> {
+fn points<'d>(document: &'d Document, path: &str, metric: Metric) -> Vec<(f64, &'d Estimate)> {
     let of_path = |row: &&Row| row.path == path;
     let mut points: Vec<(f64, &Estimate)> = document
         .rows
         .iter()
         .filter(of_path)
-        .filter_map(|row| Some((row.offered_per_s?, row.metrics.get(metric)?)))
+        .filter_map(|row| Some((row.offered_per_s?, row.metrics.get(&metric)?)))
         .collect();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     points
@@ -92,7 +93,9 @@ mod tests {
     #[test]
     fn there_is_a_dot_per_trial_and_no_plot_without_rates() {
         let document = example();
-        let svg = against_load(&document, "p99_us", "p99").unwrap().unwrap();
+        let svg = against_load(&document, Metric::P99, "p99")
+            .unwrap()
+            .unwrap();
         let open = document
             .rows
             .iter()
@@ -102,6 +105,10 @@ mod tests {
             open.map(|row| row.trials).sum::<usize>()
         );
         assert!(svg.contains("requests due per second"), "{svg}");
-        assert!(against_load(&document, "p999_us", "").unwrap().is_none());
+        assert!(
+            against_load(&document, Metric::Errors, "")
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -4,11 +4,9 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 
-use super::schema::{
-    Cell, Document, Ratio, Row, Verdict, cpu_metrics, is_redirection_only, process_cpu_metrics,
-    throughput_metric,
-};
-use super::units::with_unit;
+use super::metric::{Metric, Spender};
+use super::schema::{Cell, Document, Ratio, Row, Verdict, is_redirection_only};
+use super::units::Unit;
 use super::{alone, curve, plot, tally};
 
 const STYLE: &str = "
@@ -66,7 +64,7 @@ fn head(html: &mut String, document: &Document) {
         if git.dirty { " with changes" } else { "" },
         escape(&machine.cpu),
         machine.cores,
-        with_unit("ztunnel_rss_bytes", Some(machine.memory_bytes as f64)),
+        Unit::Bytes.show(machine.memory_bytes as f64),
         escape(&machine.kernel),
         escape(&document.command),
     );
@@ -136,12 +134,7 @@ fn results(html: &mut String, document: &Document) {
 }
 
 fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
-    let [ztunnel, total] = cpu_metrics(&row.workload);
-    let throughput = throughput_metric(&row.workload);
-    let errors: f64 = row
-        .metrics
-        .get("errors")
-        .map_or(0.0, |errors| errors.values.iter().sum());
+    let errors = row.errors();
     let (scope, workload) = if first {
         (row.scope.clone(), row.cell().label())
     } else {
@@ -158,22 +151,20 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         "<tr{class}><td>{scope}</td><td class=\"l\">{workload}</td><td class=\"l\">{}</td>",
         escape(&row.path)
     );
-    for metric in [
-        throughput,
-        "p50_us",
-        "p99_us",
-        ztunnel,
-        total,
-        "ztunnel_rss_bytes",
-    ] {
+    let shown = Metric::headlines(&row.workload).into_iter();
+    for metric in shown.chain([Metric::ZtunnelMemory]) {
         let value = row.median(metric);
-        let text = value.map_or_else(|| "–".to_owned(), |v| with_unit(metric, Some(v)));
+        let text = value.map_or_else(|| "–".to_owned(), |v| metric.show(Some(v)));
         let _ = write!(html, "<td>{text}</td>");
     }
     let against: Vec<String> = document
         .ratios
         .iter()
-        .filter(|r| r.of == row.path && r.metric == throughput && r.cell() == row.cell())
+        .filter(|r| {
+            r.of == row.path
+                && r.metric == Metric::throughput(&row.workload)
+                && r.cell() == row.cell()
+        })
         // What the whole mesh costs is in the figures; this column is about rivals.
         .filter(|r| r.is_of_rivals() || document.paths.len() == 2)
         .map(|r| format!("{}: {}", escape(&r.to), verdict(r)))
@@ -216,17 +207,13 @@ fn throughput(html: &mut String, document: &Document) -> Result<()> {
     html.push_str("<h2>Throughput</h2>\n");
     key(html, document);
     let groups = [
-        ("rr", "requests_per_s", ("thousand requests/s", 1e3)),
-        ("stream", "bytes_per_s", ("GB/s", 1e9)),
-        (
-            "connect",
-            "connections_per_s",
-            ("thousand connections/s", 1e3),
-        ),
+        ("rr", ("thousand requests/s", 1e3)),
+        ("stream", ("GB/s", 1e9)),
+        ("connect", ("thousand connections/s", 1e3)),
     ];
     html.push_str("<div class=\"plots\">\n");
-    for (workload, metric, unit) in groups {
-        bars(html, document, workload, metric, unit)?;
+    for (workload, unit) in groups {
+        bars(html, document, workload, Metric::throughput(workload), unit)?;
     }
     html.push_str(
         "</div>\n<p><small>Bars: medians. Thick lines: their 95 % intervals. Dots: trials in the \
@@ -239,7 +226,7 @@ fn bars(
     html: &mut String,
     document: &Document,
     workload: &str,
-    metric: &str,
+    metric: Metric,
     unit: (&str, f64),
 ) -> Result<()> {
     let cells: Vec<_> = document
@@ -256,8 +243,8 @@ fn bars(
 fn load(html: &mut String, document: &Document) -> Result<()> {
     let mut plots = String::new();
     for (metric, name) in [
-        ("p50_us", "median latency from when requests were due"),
-        ("p99_us", "99th percentile from when requests were due"),
+        (Metric::P50, "median latency from when requests were due"),
+        (Metric::P99, "99th percentile from when requests were due"),
     ] {
         if let Some(svg) = curve::against_load(document, metric, name)? {
             plots.push_str(&svg);
@@ -321,7 +308,8 @@ fn cpu(html: &mut String, document: &Document) -> Result<()> {
             ],
         ),
     ] {
-        for (metric, unit) in cpu_metrics(workload).into_iter().zip(unit) {
+        for (of, unit) in [Spender::Ztunnels, Spender::Machine].into_iter().zip(unit) {
+            let metric = Metric::cpu(of, workload);
             bars(html, document, workload, metric, (unit, 1.0))?;
         }
     }
@@ -342,7 +330,7 @@ fn redirection_alone(html: &mut String, document: &Document) -> Result<()> {
         ("redirect-rr", "us of the machine per round trip"),
         ("redirect-connect", "us of the machine per connection"),
     ] {
-        let metric = cpu_metrics(workload)[1];
+        let metric = Metric::cpu(Spender::Machine, workload);
         bars(html, document, workload, metric, (unit, 1.0))?;
     }
     html.push_str("</div>\n<div class=\"wide\"><table>");
@@ -363,7 +351,7 @@ fn redirection_alone(html: &mut String, document: &Document) -> Result<()> {
 fn processes(html: &mut String, document: &Document) {
     let has = |row: &&Row| {
         row.metrics
-            .contains_key(&process_cpu_metrics(&row.workload)[0])
+            .contains_key(&Metric::cpu(Spender::Client, &row.workload))
     };
     if !document.rows.iter().any(|row| has(&row)) {
         return;
@@ -387,9 +375,10 @@ fn processes(html: &mut String, document: &Document) {
                 cell.label(),
                 escape(&row.path)
             );
-            for metric in process_cpu_metrics(&row.workload) {
-                let value = row.median(&metric);
-                let text = value.map_or_else(|| "–".to_owned(), |v| with_unit(&metric, Some(v)));
+            for of in Spender::ON_THE_WAY {
+                let metric = Metric::cpu(of, &row.workload);
+                let value = row.median(metric);
+                let text = value.map_or_else(|| "–".to_owned(), |v| metric.show(Some(v)));
                 let _ = write!(html, "<td>{text}</td>");
             }
             html.push_str("</tr>\n");
@@ -439,7 +428,7 @@ fn figures(html: &mut String, document: &Document) {
     );
     for row in &document.rows {
         for (metric, estimate) in &row.metrics {
-            let show = |value: f64| with_unit(metric, Some(value));
+            let show = |value: f64| metric.show(Some(value));
             let values: Vec<String> = estimate.values.iter().map(|&v| show(v)).collect();
             let _ = writeln!(
                 html,
@@ -448,7 +437,7 @@ fn figures(html: &mut String, document: &Document) {
                 row.scope,
                 row.cell().label(),
                 escape(&row.path),
-                escape(metric),
+                metric,
                 show(estimate.median),
                 show(estimate.ci95[0]),
                 show(estimate.ci95[1]),

@@ -6,6 +6,7 @@
 mod alone;
 mod curve;
 mod html;
+pub mod metric;
 mod overview;
 mod parts;
 pub mod plot;
@@ -109,6 +110,7 @@ pub fn read(directory: &Path) -> Result<Document> {
 mod tests {
     use std::collections::BTreeMap;
 
+    use super::metric::{Metric, Spender};
     use super::schema::{Estimate, Git, Machine, Ratio, Row, Settings, Verdict};
     use super::*;
 
@@ -122,21 +124,19 @@ mod tests {
     }
 
     fn row(path: &str, rate: f64) -> Row {
-        let mut metrics: BTreeMap<String, Estimate> = [
-            ("requests_per_s", rate),
-            ("p50_us", 32e6 / rate),
-            ("p99_us", 90e6 / rate),
-            ("total_cpu_us_per_request", 2e6 / rate),
-            ("errors", 0.0),
+        let mut metrics: BTreeMap<Metric, Estimate> = [
+            (Metric::throughput("rr"), rate),
+            (Metric::P50, 32e6 / rate),
+            (Metric::P99, 90e6 / rate),
+            (Metric::cpu(Spender::Machine, "rr"), 2e6 / rate),
+            (Metric::Errors, 0.0),
         ]
-        .map(|(name, value)| (name.to_owned(), estimate(value)))
+        .map(|(metric, value)| (metric, estimate(value)))
         .into();
         if path != "none" {
-            metrics.insert(
-                "ztunnel_cpu_us_per_request".to_owned(),
-                estimate(1e6 / rate),
-            );
-            metrics.insert("ztunnel_rss_bytes".to_owned(), estimate(30e6));
+            let cpu = Metric::cpu(Spender::Ztunnels, "rr");
+            metrics.insert(cpu, estimate(1e6 / rate));
+            metrics.insert(Metric::ZtunnelMemory, estimate(30e6));
         }
         let spectrum = (0..=30)
             .map(|step| f64::from(step) / 10.0)
@@ -161,16 +161,15 @@ mod tests {
         row.workload = "rr-open".to_owned();
         row.offered_per_s = Some(rate);
         row.metrics
-            .insert("p99_us".to_owned(), estimate(100.0 + rate / 100.0));
-        row.metrics
-            .insert("service_p99_us".to_owned(), estimate(90.0));
+            .insert(Metric::P99, estimate(100.0 + rate / 100.0));
+        row.metrics.insert(Metric::ServiceP99, estimate(90.0));
         row
     }
 
     /// A small but complete report.
     pub(super) fn example() -> Document {
         let ratio = Ratio {
-            metric: "requests_per_s".to_owned(),
+            metric: Metric::throughput("rr"),
             of: "ebpf".to_owned(),
             to: "tunnel".to_owned(),
             scope: "cross-node".to_owned(),
@@ -232,13 +231,13 @@ mod tests {
         for (path, rate) in [("none", 100e3), ("tunnel", 60e3), ("ebpf", 90e3)] {
             let mut row = row(path, rate);
             row.metrics
-                .retain(|metric, _| !metric.starts_with("ztunnel_"));
+                .retain(|metric, _| !metric.name().starts_with("ztunnel_"));
             row.workload = "redirect-rr".to_owned();
             row.scope = "same-node".to_owned();
             document.rows.push(row);
         }
         let against = |to: &str, ratio: f64, verdict| Ratio {
-            metric: "total_cpu_us_per_request".to_owned(),
+            metric: Metric::cpu(Spender::Machine, "rr"),
             to: to.to_owned(),
             scope: "same-node".to_owned(),
             workload: "redirect-rr".to_owned(),
@@ -272,12 +271,12 @@ mod tests {
         document.machine.memory_bytes = 1_234_567_890_123;
         document.rows[0]
             .metrics
-            .insert("errors".to_owned(), estimate(1e-9 / 3.0));
+            .insert(Metric::Errors, estimate(1e-9 / 3.0));
         store(&document, directory.path()).unwrap();
         let read = read(directory.path()).unwrap();
         assert_eq!(read.ratios[0].ratio, 1.234_57);
         assert_eq!(read.machine.memory_bytes, 1_234_567_890_123);
-        assert_eq!(read.rows[0].metrics["errors"].median, 3.333_33e-10);
+        assert_eq!(read.rows[0].metrics[&Metric::Errors].median, 3.333_33e-10);
         assert_eq!(read.rows.len(), document.rows.len());
     }
 
@@ -329,6 +328,20 @@ mod tests {
             }
         }
         assert!(seen > 0, "no committed run under {}", results.display());
+    }
+
+    #[test]
+    fn metrics_of_a_later_version_are_left_out_and_the_others_kept() {
+        let mut json = serde_json::to_value(example()).unwrap();
+        let known = json.clone();
+        json["rows"][0]["metrics"]["parsecs"] = json["rows"][0]["metrics"]["p50_us"].clone();
+        let mut later = json["ratios"][0].clone();
+        later["metric"] = "parsecs".into();
+        json["ratios"].as_array_mut().unwrap().push(later);
+        let document: Document = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(serde_json::to_value(document).unwrap(), known);
+        json["ratios"][0]["metric"] = 7.into();
+        assert!(serde_json::from_value::<Document>(json).is_err());
     }
 
     #[test]

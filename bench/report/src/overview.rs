@@ -4,18 +4,21 @@ use anyhow::Result;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use super::metric::{Metric, Spender, Work};
 use super::plot::{AXIS, FONT, Failed, GRID, Root, colour, svg};
 use super::schema::{Cell, Document};
-use super::units::with_unit;
 
 /// What the picture is of: `none` has no metric of a ztunnel and is in the first panel only.
 const SCOPE: &str = "cross-node";
 const WORKLOAD: &str = "rr";
 const CONNECTIONS: u32 = 32;
-const PANELS: [(&str, &str); 2] = [
-    ("requests_per_s", "requests/s: more is better"),
+const PANELS: [(Metric, &str); 2] = [
     (
-        "ztunnel_cpu_us_per_request",
+        Metric::Throughput(Work::Request),
+        "requests/s: more is better",
+    ),
+    (
+        Metric::Cpu(Spender::Ztunnels, Work::Request),
         "CPU of both proxies per request: less is better",
     ),
 ];
@@ -61,10 +64,10 @@ fn panel(
     root: &Root<'_>,
     document: &Document,
     cell: &Cell<'_>,
-    (left, metric, name): (i32, &str, &str),
+    (left, metric, name): (i32, Metric, &str),
 ) -> Result<(), Failed> {
     let median = |path: &String| {
-        let estimate = document.row(path, cell)?.metrics.get(metric)?;
+        let estimate = document.row(path, cell)?.metrics.get(&metric)?;
         Some(estimate.median)
     };
     let longest = document.paths.iter().filter_map(median).fold(0.0, f64::max);
@@ -85,7 +88,7 @@ fn panel(
         let colour = colour(document, path);
         root.draw(&Rectangle::new(corners, colour.mix(0.75).filled()))?;
         let style = style(12, HPos::Left, VPos::Center);
-        let text = with_unit(metric, Some(value));
+        let text = metric.show(Some(value));
         root.draw(&Text::new(text, (right + 6, middle(i)), style))?;
     }
     Ok(())

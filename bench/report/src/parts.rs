@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
-use super::units::with_unit;
+use super::units::Unit;
 
 /// What of the micro-benchmarks is shown, by the beginnings of names.
 const BENCHES: [&str; 3] = ["relay/", "hbone/", "tls/"];
@@ -78,7 +78,7 @@ pub(super) fn markdown(directory: &Path) -> Result<String> {
             .iter()
             .filter(|other| (&other.bench, &other.metric) == key)
             .map(|other| {
-                let value = with_unit("", Some(other.baseline_value));
+                let value = Unit::Count.show(other.baseline_value);
                 format!("{} {value} ({:.2})", other.baseline, other.ratio)
             })
             .collect();
@@ -87,7 +87,7 @@ pub(super) fn markdown(directory: &Path) -> Result<String> {
             "| {} | {} | {} | {} |",
             row.bench,
             row.metric,
-            with_unit("", Some(row.subject_value)),
+            Unit::Count.show(row.subject_value),
             others.join(", ")
         );
     }

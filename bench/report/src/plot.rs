@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
+use super::metric::Metric;
 use super::schema::{Cell, Document, Estimate, Row};
 
 pub(super) const FONT: &str = "sans-serif";
@@ -47,11 +48,11 @@ pub fn css_colour(document: &Document, path: &str) -> String {
 pub(super) fn bars(
     document: &Document,
     cells: &[Cell<'_>],
-    metric: &str,
+    metric: Metric,
     unit: (&str, f64),
 ) -> Result<Option<String>> {
     let estimate = |cell: &Cell<'_>, path: &str| -> Option<&Estimate> {
-        document.row(path, cell)?.metrics.get(metric)
+        document.row(path, cell)?.metrics.get(&metric)
     };
     let all = cells
         .iter()
@@ -184,7 +185,7 @@ pub(super) fn spectrum(document: &Document, cell: &Cell<'_>) -> Result<Option<St
             .label_style((FONT, 12).into_font().color(&AXIS))
             .x_labels(usize_of(furthest) + 1)
             .x_label_formatter(&|nines| percentile_label(*nines))
-            .y_label_formatter(&|us| super::units::with_unit("p50_us", Some(*us)))
+            .y_label_formatter(&|us| super::units::Unit::Latency.show(*us))
             .y_labels(6)
             .draw()?;
         for row in &rows {
@@ -252,14 +253,19 @@ mod tests {
     fn bars_have_a_dot_per_trial() {
         let document = example();
         let cells = document.cells();
-        let svg = bars(&document, &cells, "requests_per_s", ("krequests/s", 1e3))
-            .unwrap()
-            .unwrap();
+        let svg = bars(
+            &document,
+            &cells,
+            Metric::throughput("rr"),
+            ("krequests/s", 1e3),
+        )
+        .unwrap()
+        .unwrap();
         let trials: usize = document.rows.iter().map(|row| row.trials).sum();
         assert_eq!(svg.matches("<circle").count(), trials);
         assert!(svg.contains("rr x32"), "{svg}");
         assert!(
-            bars(&document, &cells, "no_such_metric", ("", 1.0))
+            bars(&document, &cells, Metric::SkippedShare, ("", 1.0))
                 .unwrap()
                 .is_none()
         );

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::schema::{Cell, Document, Verdict, cpu_metrics, throughput_metric};
+use super::metric::{Metric, Spender};
+use super::schema::{Cell, Document, Verdict};
 use super::{OVERVIEW, read, tally};
 
 const BEGIN: &str = "<!-- results:begin -->";
@@ -188,9 +189,9 @@ fn headlines(text: &mut String, document: &Document) {
     for cell in HEADLINES.iter().filter_map(|name| cell(document, *name)) {
         let shown = columns.iter().map(|(_, of, to)| {
             let metrics = [
-                throughput_metric(cell.workload),
-                "p50_us",
-                cpu_metrics(cell.workload)[1],
+                Metric::throughput(cell.workload),
+                Metric::P50,
+                Metric::cpu(Spender::Machine, cell.workload),
             ];
             let ratios = metrics.map(|metric| short(document, &cell, metric, (of, to)));
             let ratios: Vec<String> = ratios.into_iter().flatten().collect();
@@ -206,7 +207,7 @@ fn headlines(text: &mut String, document: &Document) {
 fn short(
     document: &Document,
     cell: &Cell<'_>,
-    metric: &str,
+    metric: Metric,
     (of, to): (&str, &str),
 ) -> Option<String> {
     let ratio = document.ratio(cell, metric, (of, to))?;

@@ -4,7 +4,11 @@
 
 use std::collections::BTreeMap;
 
+use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::metric::Metric;
 
 /// Version of the layout written here.
 pub const SCHEMA: u32 = 1;
@@ -29,6 +33,7 @@ pub struct Document {
     /// One per path, scope, workload and number of connections.
     pub rows: Vec<Row>,
     /// Paths against each other, from trials paired by round.
+    #[serde(deserialize_with = "known_ratios")]
     pub ratios: Vec<Ratio>,
     /// The paths in the order they were given.
     #[serde(default)]
@@ -36,8 +41,8 @@ pub struct Document {
     /// How it was measured.
     #[serde(default)]
     pub settings: Settings,
-    /// Noise thresholds by kind of metric, see [`noise_kind`]; `noise_threshold` is the one of
-    /// `throughput`.
+    /// Noise thresholds by kind of metric, see [`Metric::noise_kind`]; `noise_threshold` is the
+    /// one of `throughput`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub noise: BTreeMap<String, f64>,
     /// Where they are from: `a/a` (a path against itself in this session) or `halves` (even
@@ -180,8 +185,9 @@ pub struct Row {
     pub offered_per_s: Option<f64>,
     /// Trials with a result.
     pub trials: usize,
-    /// By name.
-    pub metrics: BTreeMap<String, Estimate>,
+    /// Those that were measured in every trial.
+    #[serde(deserialize_with = "known_figures")]
+    pub metrics: BTreeMap<Metric, Estimate>,
     /// Latency spectrum: quantile and µs, each the median over the trials.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub spectrum_us: Vec<(f64, f64)>,
@@ -202,7 +208,7 @@ pub struct Estimate {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Ratio {
     /// Metric compared.
-    pub metric: String,
+    pub metric: Metric,
     /// Path in the numerator.
     pub of: String,
     /// Path in the denominator.
@@ -294,7 +300,7 @@ impl Document {
 
     /// One path against another at one metric, if both were measured.
     #[must_use]
-    pub fn ratio(&self, cell: &Cell<'_>, metric: &str, (of, to): (&str, &str)) -> Option<&Ratio> {
+    pub fn ratio(&self, cell: &Cell<'_>, metric: Metric, (of, to): (&str, &str)) -> Option<&Ratio> {
         self.ratios.iter().find(|r| {
             r.cell() == *cell && r.metric == metric && (r.of.as_str(), r.to.as_str()) == (of, to)
         })
@@ -324,8 +330,15 @@ impl Document {
 impl Row {
     /// Median of a metric.
     #[must_use]
-    pub fn median(&self, metric: &str) -> Option<f64> {
-        self.metrics.get(metric).map(|estimate| estimate.median)
+    pub fn median(&self, metric: Metric) -> Option<f64> {
+        self.metrics.get(&metric).map(|estimate| estimate.median)
+    }
+
+    /// How much failed in all trials together.
+    #[must_use]
+    pub fn errors(&self) -> f64 {
+        let errors = self.metrics.get(&Metric::Errors);
+        errors.map_or(0.0, |errors| errors.values.iter().sum())
     }
 
     /// What was measured.
@@ -362,71 +375,34 @@ impl Ratio {
     }
 }
 
-/// Metrics that are equally noisy and share a threshold. Latencies of an open loop near the knee
-/// hang on every burst and would drown those of closed loops.
-#[must_use]
-pub fn noise_kind(workload: &str, metric: &str) -> &'static str {
-    match metric {
-        m if workload == "rr-open" && m.ends_with("_us") => "open-loop latency",
-        m if m.ends_with("_per_s") => "throughput",
-        "p50_us" | "p90_us" => "p50 and p90",
-        "p99_us" | "p999_us" => "p99 and above",
-        m if m.starts_with("ztunnel_cpu") => "ztunnel CPU",
-        m if m.contains("_cpu_") && !m.starts_with("total_") && !m.starts_with("softirq_") => {
-            "CPU of one process"
-        }
-        m if m.starts_with("total_cpu") => "machine CPU",
-        m if m.starts_with("softirq_cpu") => "softirq CPU",
-        "ztunnel_rss_bytes" => "memory",
-        _ => "counts",
-    }
-}
-
 /// Whether a workload is measured without ztunnels: the price of redirection alone.
 #[must_use]
 pub fn is_redirection_only(workload: &str) -> bool {
     workload.starts_with("redirect-")
 }
 
-/// The metric that says how much a workload moves.
-#[must_use]
-pub fn throughput_metric(workload: &str) -> &'static str {
-    match workload {
-        "stream" => "bytes_per_s",
-        "connect" | "redirect-connect" => "connections_per_s",
-        _ => "requests_per_s",
-    }
+/// What of a row this version knows: metrics may be added to the file freely.
+fn known_figures<'de, D>(deserializer: D) -> Result<BTreeMap<Metric, Estimate>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let all = BTreeMap::<String, Estimate>::deserialize(deserializer)?;
+    let known = |(name, estimate): (String, _)| Some((Metric::from_name(&name)?, estimate));
+    Ok(all.into_iter().filter_map(known).collect())
 }
 
-/// The metrics of CPU time of each process at a workload, as it lies on the way of a request; the
-/// last is the whole machine's.
-#[must_use]
-pub fn process_cpu_metrics(workload: &str) -> [String; 6] {
-    let unit = match workload {
-        "stream" => "s_per_gb",
-        "connect" | "redirect-connect" => "us_per_connection",
-        _ => "us_per_request",
+/// The ratios of metrics that this version knows.
+fn known_ratios<'de, D>(deserializer: D) -> Result<Vec<Ratio>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let unknown = |ratio: &Value| {
+        let name = ratio["metric"].as_str();
+        name.is_some_and(|name| Metric::from_name(name).is_none())
     };
-    [
-        "client",
-        "ztunnel_a",
-        "ztunnel_b",
-        "server",
-        "softirq",
-        "total",
-    ]
-    .map(|part| format!("{part}_cpu_{unit}"))
-}
-
-/// The metrics of CPU time at a workload: of all ztunnels, of the whole machine.
-#[must_use]
-pub fn cpu_metrics(workload: &str) -> [&'static str; 2] {
-    match workload {
-        "stream" => ["ztunnel_cpu_s_per_gb", "total_cpu_s_per_gb"],
-        "connect" | "redirect-connect" => [
-            "ztunnel_cpu_us_per_connection",
-            "total_cpu_us_per_connection",
-        ],
-        _ => ["ztunnel_cpu_us_per_request", "total_cpu_us_per_request"],
-    }
+    let mut all = Vec::<Value>::deserialize(deserializer)?;
+    all.retain(|ratio| !unknown(ratio));
+    all.into_iter()
+        .map(|ratio| serde_json::from_value(ratio).map_err(de::Error::custom))
+        .collect()
 }

@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::schema::{Cell, Document, Ratio, Row, Verdict, cpu_metrics, throughput_metric};
-use super::units::with_unit;
+use super::metric::Metric;
+use super::schema::{Cell, Document, Ratio, Row, Verdict};
 
 /// Columns that notes are wrapped at.
 const WIDTH: usize = 98;
@@ -61,23 +61,19 @@ fn line(text: &mut String, label: &str, path: &str, cells: &[String; 6]) {
 }
 
 fn figures(row: &Row) -> [String; 6] {
-    let show = |metric: &str| with_unit(metric, row.median(metric));
-    let [ztunnel, total] = cpu_metrics(&row.workload);
-    let errors: f64 = row
-        .metrics
-        .get("errors")
-        .map_or(0.0, |errors| errors.values.iter().sum());
+    let show = |metric: Metric| metric.show(row.median(metric));
+    let [throughput, p50, p99, ztunnel, total] = Metric::headlines(&row.workload);
     [
-        show(throughput_metric(&row.workload)),
-        dash_for_streams(row, show("p50_us")),
-        dash_for_streams(row, show("p99_us")),
-        if row.metrics.contains_key("ztunnel_rss_bytes") {
+        show(throughput),
+        dash_for_streams(row, show(p50)),
+        dash_for_streams(row, show(p99)),
+        if row.metrics.contains_key(&Metric::ZtunnelMemory) {
             show(ztunnel)
         } else {
             "-".to_owned()
         },
         show(total),
-        format!("{errors:.0}"),
+        format!("{:.0}", row.errors()),
     ]
 }
 
@@ -101,9 +97,8 @@ fn compare(text: &mut String, document: &Document, cell: &Cell<'_>) {
         .map(|r| (r.of.as_str(), r.to.as_str()))
         .collect();
     pairs.dedup();
-    let [ztunnel, total] = cpu_metrics(cell.workload);
     for (of, to) in pairs {
-        let show = |metric: &str| {
+        let show = |metric: Metric| {
             let ratio = here
                 .iter()
                 .find(|r| r.metric == metric && r.of == of && r.to == to);
@@ -111,14 +106,7 @@ fn compare(text: &mut String, document: &Document, cell: &Cell<'_>) {
                 format!("x{:.2} {}", r.ratio, mark(r.verdict))
             })
         };
-        let figures = [
-            throughput_metric(cell.workload),
-            "p50_us",
-            "p99_us",
-            ztunnel,
-            total,
-        ]
-        .map(show);
+        let figures = Metric::headlines(cell.workload).map(show);
         let [throughput, p50, p99, ztunnel, machine] = figures;
         let figures = [throughput, p50, p99, ztunnel, machine, String::new()];
         line(text, &format!("{of}/{to}"), "", &figures);

@@ -1,19 +1,15 @@
 //! How often one path is better than another: the comparison in a sentence.
 
-use super::schema::{
-    Document, Ratio, Verdict, cpu_metrics, is_redirection_only, throughput_metric,
-};
+use super::metric::Metric;
+use super::schema::{Document, Ratio, Verdict, is_redirection_only};
 
-/// Whether a ratio is counted.
-type Belongs = fn(&Ratio) -> bool;
-
-/// What the sentence counts, by name.
-const PARTS: [(&str, Belongs); 5] = [
-    ("throughput", |r| r.metric == throughput_metric(&r.workload)),
-    ("median latency", |r| r.metric == "p50_us"),
-    ("p99", |r| r.metric == "p99_us"),
-    ("ztunnel CPU", |r| r.metric == cpu_metrics(&r.workload)[0]),
-    ("machine CPU", |r| r.metric == cpu_metrics(&r.workload)[1]),
+/// What the sentence counts, by name, in the order of [`Metric::headlines`].
+const PARTS: [&str; 5] = [
+    "throughput",
+    "median latency",
+    "p99",
+    "ztunnel CPU",
+    "machine CPU",
 ];
 
 /// The pairs of paths that have ratios, in their order. `none` is no rival, nor is a path to
@@ -31,8 +27,10 @@ pub(super) fn pairs(document: &Document) -> Vec<(&str, &str)> {
 
 /// In how many ratios `of` is better or worse than `to`, for each kind of metric.
 pub(super) fn sentence(document: &Document, of: &str, to: &str) -> String {
-    let parts = PARTS.map(|(name, belongs)| {
-        let ratios = rivals(document).filter(|r| r.of == of && r.to == to && belongs(r));
+    let parts = PARTS.iter().enumerate().map(|(i, name)| {
+        let belongs = |r: &&Ratio| r.metric == Metric::headlines(&r.workload)[i];
+        let ratios = rivals(document).filter(|r| r.of == of && r.to == to);
+        let ratios = ratios.filter(belongs);
         let (mut better, mut worse, mut all) = (0, 0, 0);
         for ratio in ratios {
             better += usize::from(ratio.verdict == Verdict::Better);
@@ -41,7 +39,7 @@ pub(super) fn sentence(document: &Document, of: &str, to: &str) -> String {
         }
         format!("{name} better in {better}, worse in {worse} of {all}")
     });
-    parts.join("; ")
+    parts.collect::<Vec<_>>().join("; ")
 }
 
 fn rivals(document: &Document) -> impl Iterator<Item = &Ratio> {

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use super::alone;
-use super::schema::{Document, Ratio, cpu_metrics, throughput_metric};
-use super::units::with_unit;
+use super::metric::Metric;
+use super::schema::{Document, Ratio};
 
 /// The report in short, as Markdown.
 pub(super) fn markdown(document: &Document) -> String {
@@ -32,15 +32,11 @@ pub(super) fn markdown(document: &Document) -> String {
             .iter()
             .filter_map(|path| document.row(path, &cell));
         for row in rows {
-            let [ztunnel, total] = cpu_metrics(&row.workload);
-            let errors = row.metrics.get("errors");
-            let errors: f64 = errors.map_or(0.0, |errors| errors.values.iter().sum());
             let _ = write!(text, "| {} | {} | {} |", cell.scope, cell.label(), row.path);
-            let throughput = throughput_metric(&row.workload);
-            for metric in [throughput, "p50_us", "p99_us", ztunnel, total] {
-                let _ = write!(text, " {} |", with_unit(metric, row.median(metric)));
+            for metric in Metric::headlines(&row.workload) {
+                let _ = write!(text, " {} |", metric.show(row.median(metric)));
             }
-            let _ = writeln!(text, " {errors:.0} |");
+            let _ = writeln!(text, " {:.0} |", row.errors());
         }
     }
     if let Some(table) = alone::Table::of(document) {
@@ -58,17 +54,9 @@ pub(super) fn markdown(document: &Document) -> String {
 /// The ratios of rivals that show a difference, at what the table above has.
 fn differences(text: &mut String, document: &Document) {
     let told = |ratio: &&Ratio| {
-        let [ztunnel, total] = cpu_metrics(&ratio.workload);
-        let metrics = [
-            throughput_metric(&ratio.workload),
-            "p50_us",
-            "p99_us",
-            ztunnel,
-            total,
-        ];
         ratio.is_of_rivals()
             && !document.is_against_itself(ratio)
-            && metrics.contains(&ratio.metric.as_str())
+            && Metric::headlines(&ratio.workload).contains(&ratio.metric)
     };
     text.push_str(
         "\n## Ratios\n\n| scope | workload | metric | of / to | ratio | 95 % interval | verdict |\n\

@@ -1,21 +1,43 @@
 //! Figures as people read them.
 
-/// A figure of `metric` with its unit, three significant digits; `n/a` if there is none.
-#[must_use]
-pub fn with_unit(metric: &str, value: Option<f64>) -> String {
-    let Some(value) = value.filter(|value| value.is_finite()) else {
-        return "n/a".to_owned();
-    };
-    match metric {
-        "requests_per_s" => format!("{} req/s", scaled(value)),
-        "connections_per_s" => format!("{} conn/s", scaled(value)),
-        "bytes_per_s" => format!("{}B/s", scaled_apart(value)),
-        "ztunnel_rss_bytes" => format!("{}B", scaled_apart(value)),
-        "machine_busy_share" | "skipped_share" => format!("{:.0} %", value * 100.0),
-        name if name.ends_with("_us") => latency(value),
-        name if name.contains("_us_per_") => format!("{} us", digits(value)),
-        name if name.ends_with("_s_per_gb") => format!("{} s/GB", digits(value)),
-        _ => digits(value),
+/// What figures of a metric are in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Unit {
+    /// Requests per second.
+    RequestsPerS,
+    /// Connections per second.
+    ConnectionsPerS,
+    /// Bytes per second.
+    BytesPerS,
+    /// µs, shown in the unit that suits.
+    Latency,
+    /// µs of CPU time for each request or connection.
+    CpuUs,
+    /// s of CPU time for each GB.
+    CpuSPerGb,
+    /// Bytes.
+    Bytes,
+    /// A share of 1, shown in percent.
+    Share,
+    /// A number.
+    Count,
+}
+
+impl Unit {
+    /// A figure in it, three significant digits.
+    #[must_use]
+    pub fn show(self, value: f64) -> String {
+        match self {
+            Self::RequestsPerS => format!("{} req/s", scaled(value)),
+            Self::ConnectionsPerS => format!("{} conn/s", scaled(value)),
+            Self::BytesPerS => format!("{}B/s", scaled_apart(value)),
+            Self::Latency => latency(value),
+            Self::CpuUs => format!("{} us", digits(value)),
+            Self::CpuSPerGb => format!("{} s/GB", digits(value)),
+            Self::Bytes => format!("{}B", scaled_apart(value)),
+            Self::Share => format!("{:.0} %", value * 100.0),
+            Self::Count => digits(value),
+        }
     }
 }
 
@@ -57,30 +79,5 @@ fn digits(value: f64) -> String {
         v if v >= 10.0 => format!("{value:.1}"),
         v if v >= 0.1 => format!("{value:.2}"),
         _ => format!("{value:.3}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_kind_of_metric_reads_well() {
-        let cases = [
-            ("requests_per_s", 12_345.0, "12.3k req/s"),
-            ("bytes_per_s", 1.214e9, "1.21 GB/s"),
-            ("p50_us", 85.21, "85.2 us"),
-            ("p99_us", 12_345.0, "12.3 ms"),
-            ("ztunnel_cpu_us_per_request", 9.876, "9.88 us"),
-            ("ztunnel_cpu_s_per_gb", 0.4123, "0.41 s/GB"),
-            ("ztunnel_rss_bytes", 45.6e6, "45.6 MB"),
-            ("machine_busy_share", 0.934, "93 %"),
-            ("errors", 0.0, "0"),
-        ];
-        for (metric, value, text) in cases {
-            assert_eq!(with_unit(metric, Some(value)), text);
-        }
-        assert_eq!(with_unit("p999_us", None), "n/a");
-        assert_eq!(with_unit("p50_us", Some(f64::NAN)), "n/a");
     }
 }
