@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::interrupt::Interrupt;
 use super::peers::{self, Wanted};
-use super::plan::{Cell, Path, Plan};
+use super::plan::{Arm, Cell, Plan};
 use super::trial::Setup;
 use lab::Redirect;
 use lab::Services;
@@ -25,9 +25,9 @@ pub(super) struct Labs {
 }
 
 impl Labs {
-    /// Brings up the labs of peers and adds their paths to the plan. Peers that do not work are
+    /// Brings up the labs of peers and adds them to the plan. Peers that do not work are
     /// noted and left out.
-    pub(super) fn up_peers(
+    pub(super) fn up_competitors(
         &mut self,
         prefix: &str,
         plan: &mut Plan,
@@ -39,9 +39,9 @@ impl Labs {
             let name = format!("{prefix}-{}", peer.name);
             make_room(&name)?;
             match peers::up(&name, peer, setup) {
-                Ok((lab, path, about)) => {
-                    self.up.push((path.name.clone(), lab));
-                    plan.add_peer(path);
+                Ok((lab, arm, about)) => {
+                    self.up.push((arm.name.clone(), lab));
+                    plan.add_competitor(arm);
                     self.peers.push(about);
                 }
                 Err(skipped) => {
@@ -64,20 +64,15 @@ impl Labs {
         services: Services,
         interrupt: &Interrupt,
     ) -> Result<()> {
-        for path in plan.paths.iter().filter(|path| path.peer.is_none()) {
-            let name = format!("{prefix}-{}", path.slug());
-            if plan.needs_ztunnels(path) {
-                let lab = up(&name, path, ProxyKind::Shared, services)?;
-                self.up.push((path.name.clone(), lab));
+        for arm in plan.arms.iter().filter(|arm| arm.competitor.is_none()) {
+            let name = format!("{prefix}-{}", arm.slug());
+            if plan.needs_ztunnels(arm) {
+                let lab = up(&name, arm, ProxyKind::Shared, services)?;
+                self.up.push((arm.name.clone(), lab));
             }
-            if plan.cells.iter().any(|cell| path.needs_listener(cell)) {
-                let lab = up(
-                    &format!("{name}-alone"),
-                    path,
-                    ProxyKind::Listener,
-                    services,
-                )?;
-                self.listeners.push((path.name.clone(), lab));
+            if plan.cells.iter().any(|cell| arm.needs_listener(cell)) {
+                let lab = up(&format!("{name}-alone"), arm, ProxyKind::Listener, services)?;
+                self.listeners.push((arm.name.clone(), lab));
             }
             if interrupt.came() {
                 bail!("interrupted while labs came up");
@@ -87,15 +82,15 @@ impl Labs {
     }
 
     /// The lab of a path for what is measured at `cell`.
-    pub(super) fn of(&self, path: &Path, cell: &Cell) -> Result<&Lab> {
-        let labs = if path.needs_listener(cell) {
+    pub(super) fn of(&self, arm: &Arm, cell: &Cell) -> Result<&Lab> {
+        let labs = if arm.needs_listener(cell) {
             &self.listeners
         } else {
             &self.up
         };
-        let lab = labs.iter().find(|(name, _)| *name == path.name);
+        let lab = labs.iter().find(|(name, _)| *name == arm.name);
         lab.map(|(_, lab)| lab)
-            .with_context(|| format!("path {} has no lab", path.name))
+            .with_context(|| format!("path {} has no lab", arm.name))
     }
 
     fn all(&self) -> impl Iterator<Item = &(String, Lab)> {
@@ -110,18 +105,18 @@ impl Labs {
     }
 }
 
-/// Brings up one lab of `path`.
-fn up(name: &str, path: &Path, proxy: ProxyKind, services: Services) -> Result<Lab> {
+/// Brings up one lab of `arm`.
+fn up(name: &str, arm: &Arm, proxy: ProxyKind, services: Services) -> Result<Lab> {
     make_room(name)?;
     let options = LabOptions {
         name: name.to_owned(),
-        redirect: path.redirect,
-        sockmap: path.sockmap,
+        redirect: arm.redirect,
+        sockmap: arm.sockmap,
         proxy,
         services,
         ..LabOptions::default()
     };
-    Lab::up(&options).with_context(|| format!("bringing up path {}", path.name))
+    Lab::up(&options).with_context(|| format!("bringing up path {}", arm.name))
 }
 
 /// Removes what a comparison that was killed left up: the lock says that none is running.

@@ -47,7 +47,7 @@ use interrupt::Interrupt;
 use labs::Labs;
 use peers::Wanted;
 use placement::Pin;
-use plan::{Cell, OPEN_CONNECTIONS, Plan};
+use plan::{Arm, Cell, OPEN_CONNECTIONS, Plan};
 use progress::Progress;
 use sample::Sample;
 use trial::{Setup, Trial};
@@ -104,7 +104,7 @@ pub struct CompareOptions {
 /// What most clusters have.
 const USUAL_SERVICES: Services = Services::Iptables;
 
-/// Every trial of a comparison: `[cell][path]` holds one per round.
+/// Every trial of a comparison: `[cell][arm]` holds one per round.
 type Trials = Vec<Vec<Vec<Trial>>>;
 
 /// Runs the comparison, prints its table and returns the directory with the report.
@@ -149,7 +149,7 @@ fn run_as(prefix: &str, options: &CompareOptions) -> Result<PathBuf> {
     };
     let measured = measure(prefix, options, (&mut plan, &wanted), &setup, &directory)?;
     let begun = begun.replace_nanosecond(0).context("taking the time")?;
-    let about = summary::Circumstances {
+    let about = summary::RunInfo {
         when: begun.format(&Rfc3339).context("formatting the time")?,
         git,
         machine,
@@ -168,15 +168,15 @@ fn run_as(prefix: &str, options: &CompareOptions) -> Result<PathBuf> {
 
 /// Adds the path to measure against itself: what `--aa` says, `ebpf`, or the last one.
 fn choose_repeated(plan: &mut Plan, aa: Option<&str>) -> Result<()> {
-    let repeated = plan.paths.iter().filter(|path| path.again.is_some());
+    let repeated = plan.arms.iter().filter(|arm| arm.replicate_of.is_some());
     match (repeated.count(), aa) {
         (0, Some("off")) => Ok(()),
         (0, None) => {
-            let mut paths = plan.paths.iter();
-            let ebpf = paths.find(|p| p.redirect == Redirect::Ebpf && !p.sockmap);
+            let mut arms = plan.arms.iter();
+            let ebpf = arms.find(|arm| arm.redirect == Redirect::Ebpf && !arm.sockmap);
             let name = ebpf
-                .or_else(|| plan.paths.last())
-                .map(|path| path.name.clone());
+                .or_else(|| plan.arms.last())
+                .map(|arm| arm.name.clone());
             name.map_or(Ok(()), |name| plan.repeat(&name))
         }
         (0, Some(name)) => plan.repeat(name),
@@ -210,7 +210,7 @@ fn measure(
     let interrupt = Interrupt::hold()?;
     let started = Instant::now();
     let mut labs = Labs::default();
-    labs.up_peers(prefix, plan, wanted, setup, &interrupt)?;
+    labs.up_competitors(prefix, plan, wanted, setup, &interrupt)?;
     labs.up(prefix, plan, setup.services, &interrupt)?;
     fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
     let rounds_wanted = options.trials.unwrap_or(if options.quick { 5 } else { 10 });
@@ -292,17 +292,17 @@ fn idle_busy_share() -> Result<f64> {
 fn highest_closed_rate(plan: &Plan, setup: &Setup<'_>, labs: &Labs) -> Result<f64> {
     eprintln!("finding the rates of the open loops");
     let meshed = |redirect| redirect != Redirect::None;
-    let any_meshed = plan.paths.iter().any(|path| meshed(path.redirect));
+    let any_meshed = plan.arms.iter().any(|arm| meshed(arm.redirect));
     let cell = Cell::closed_rr(OPEN_CONNECTIONS);
     let throughput = Metric::throughput(cell.workload.name());
     let mut highest = 0.0;
-    for (path, number) in plan.paths.iter().zip(1900..) {
-        if path.again.is_some() || (any_meshed && !meshed(path.redirect)) {
+    for (arm, number) in plan.arms.iter().zip(1900..) {
+        if arm.replicate_of.is_some() || (any_meshed && !meshed(arm.redirect)) {
             continue;
         }
         let trial = setup
-            .run(labs.of(path, &cell)?, &cell, number)
-            .with_context(|| format!("finding the highest rate of {}", path.name))?;
+            .run(labs.of(arm, &cell)?, &cell, number)
+            .with_context(|| format!("finding the highest rate of {}", arm.name))?;
         highest = trial.metric(throughput).unwrap_or(0.0).max(highest);
     }
     Ok(highest)
@@ -320,10 +320,10 @@ impl TrialLog {
             .with_context(|| format!("creating {}", path.display()))
     }
 
-    fn add(&mut self, round: u32, path: &plan::Path, cell: &Cell, trial: &Trial) -> Result<()> {
+    fn add(&mut self, round: u32, arm: &Arm, cell: &Cell, trial: &Trial) -> Result<()> {
         let line = serde_json::json!({
             "round": round,
-            "path": path.name,
+            "path": arm.name,
             "scope": cell.scope.name(),
             "cell": cell.label(),
             "metrics": trial.metrics,
@@ -347,7 +347,7 @@ impl Runner<'_> {
     /// Runs up to `rounds` rounds and returns the trials of the complete ones with their number.
     fn run(&mut self, rounds: u32) -> Result<(Trials, u32)> {
         let mut progress = Progress::new(self.plan.trials_per_round() * rounds as usize);
-        let mut trials = vec![vec![Vec::new(); self.plan.paths.len()]; self.plan.cells.len()];
+        let mut trials = vec![vec![Vec::new(); self.plan.arms.len()]; self.plan.cells.len()];
         let begun = Instant::now();
         for round in 0..rounds {
             let per_round = begun.elapsed() / round.max(1);
@@ -359,10 +359,10 @@ impl Runner<'_> {
                 eprintln!("no time for more than {round} of {rounds} rounds");
                 return Ok((trials, round));
             }
-            for (cell, path) in self.plan.round(round) {
-                let (at, by) = (&self.plan.cells[cell], &self.plan.paths[path]);
+            for (cell, arm) in self.plan.round(round) {
+                let (at, by) = (&self.plan.cells[cell], &self.plan.arms[arm]);
                 progress.running(round, by, at);
-                let number = u32::try_from(trials[cell][path].len()).unwrap_or(0)
+                let number = u32::try_from(trials[cell][arm].len()).unwrap_or(0)
                     * u32::try_from(self.plan.cells.len()).unwrap_or(1)
                     + u32::try_from(cell).unwrap_or(0);
                 let trial = self
@@ -380,7 +380,7 @@ impl Runner<'_> {
                 }
                 self.log.add(round, by, at, &trial)?;
                 progress.finished(round, by, at, &trial);
-                trials[cell][path].push(trial);
+                trials[cell][arm].push(trial);
             }
         }
         progress.end();

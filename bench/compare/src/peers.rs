@@ -8,12 +8,12 @@
 //! that is not installed, does not come up, or whose processes do no work while requests get
 //! through, is skipped by name.
 
-use std::path::{Path as FilePath, PathBuf};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use super::plan::{Cell, Path, Scope, check_peer_name};
+use super::plan::{Arm, Cell, Scope, check_peer_name};
 use super::trial::Setup;
 use lab::Redirect;
 use lab::peers::ProxyKind;
@@ -115,7 +115,7 @@ pub(super) fn up(
     lab_name: &str,
     wanted: &Wanted,
     setup: &Setup<'_>,
-) -> Result<(Lab, Path, Peer), SkippedPeer> {
+) -> Result<(Lab, Arm, Peer), SkippedPeer> {
     let skipped = |reason: String| SkippedPeer {
         name: wanted.name.clone(),
         // One sentence of the report.
@@ -126,10 +126,10 @@ pub(super) fn up(
     for &(redirect, kind) in wanted.ways {
         match attempt(lab_name, &binary, (redirect, kind), setup) {
             Ok(lab) => {
-                let mut path = Path::peer(&wanted.name, binary.clone(), redirect);
-                path.cross_node_only = probe(&lab, Scope::SameNode, setup).is_err();
-                let peer = describe(&wanted.name, &binary, kind, &path);
-                return Ok((lab, path, peer));
+                let mut arm = Arm::competitor(&wanted.name, binary.clone(), redirect);
+                arm.cross_node_only = probe(&lab, Scope::SameNode, setup).is_err();
+                let peer = describe(&wanted.name, &binary, kind, &arm);
+                return Ok((lab, arm, peer));
             }
             Err(error) => {
                 eprintln!(
@@ -145,7 +145,7 @@ pub(super) fn up(
 
 fn attempt(
     lab_name: &str,
-    binary: &FilePath,
+    binary: &Path,
     (redirect, kind): (Redirect, ProxyKind),
     setup: &Setup<'_>,
 ) -> Result<Lab> {
@@ -198,7 +198,7 @@ fn try_once(lab: &Lab, scope: Scope, setup: &Setup<'_>) -> Result<()> {
     Ok(())
 }
 
-fn describe(name: &str, binary: &FilePath, kind: ProxyKind, path: &Path) -> Peer {
+fn describe(name: &str, binary: &Path, kind: ProxyKind, arm: &Arm) -> Peer {
     let mut about = match kind {
         ProxyKind::Shared => String::new(),
         ProxyKind::Dedicated => {
@@ -206,7 +206,7 @@ fn describe(name: &str, binary: &FilePath, kind: ProxyKind, path: &Path) -> Peer
         }
         _ => about(kind, &version(binary)),
     };
-    if path.cross_node_only {
+    if arm.cross_node_only {
         about
             .push_str(" It carries nothing between pods of one node, so it is not measured there.");
     }
@@ -214,7 +214,7 @@ fn describe(name: &str, binary: &FilePath, kind: ProxyKind, path: &Path) -> Peer
     Peer {
         name: name.to_owned(),
         binary: file.to_string_lossy().into_owned(),
-        redirect: path.redirect.name().to_owned(),
+        redirect: arm.redirect.name().to_owned(),
         mode: kind.name().to_owned(),
         about: about.trim().to_owned(),
     }
@@ -243,7 +243,7 @@ fn about(kind: ProxyKind, version: &str) -> String {
 }
 
 /// The first line with a number that the program says about its version.
-fn version(binary: &FilePath) -> String {
+fn version(binary: &Path) -> String {
     let flag = match binary.file_name() {
         Some(name) if name == "haproxy" => "-v",
         _ => "--version",
@@ -279,7 +279,7 @@ mod tests {
         let reason = |i: usize| wanted[i].binary.clone().unwrap_err();
         assert_eq!(reason(0), "/no/such/file is not there");
         assert!(reason(1).contains("give nginx=PATH"), "{}", reason(1));
-        assert_eq!(wanted[2].binary.as_deref(), Ok(FilePath::new("/bin/sh")));
+        assert_eq!(wanted[2].binary.as_deref(), Ok(Path::new("/bin/sh")));
         assert!(parsed(&["sh=/bin/sh", "sh"]).is_err());
         assert!(parsed(&["ebpf=/bin/sh"]).is_err());
     }
@@ -289,7 +289,7 @@ mod tests {
         let wanted = parsed(&["a=/bin/sh", "b=shared:/bin/sh", "envoy-tcp=/bin/sh"]).unwrap();
         assert_eq!(wanted[0].ways, AS_A_STRANGER);
         assert_eq!(wanted[1].ways, AS_OURS);
-        assert_eq!(wanted[1].binary.as_deref(), Ok(FilePath::new("/bin/sh")));
+        assert_eq!(wanted[1].binary.as_deref(), Ok(Path::new("/bin/sh")));
         assert_eq!(wanted[2].ways, [(Redirect::Tunnel, ProxyKind::EnvoyTcp)]);
     }
 
@@ -334,15 +334,15 @@ mod tests {
             }
             let lab_name = format!("p{}-{}", std::process::id(), wanted.name);
             match up(&lab_name, &wanted, &setup) {
-                Ok((lab, path, peer)) => {
+                Ok((lab, arm, peer)) => {
                     Lab::down(lab.name()).unwrap();
                     assert_ne!(wanted.name, "absent");
-                    assert_eq!(path.cross_node_only, wanted.name == "stranger", "{peer:?}");
-                    assert_eq!(path.cross_node_only, peer.about.contains("not measured"));
+                    assert_eq!(arm.cross_node_only, wanted.name == "stranger", "{peer:?}");
+                    assert_eq!(arm.cross_node_only, peer.about.contains("not measured"));
                     let as_ours = wanted.ways == AS_OURS;
                     assert_eq!(peer.mode == "shared", as_ours, "{peer:?}");
                     let by_ebpf = as_ours || wanted.name == "stranger";
-                    assert_eq!(path.redirect == Redirect::Ebpf, by_ebpf, "{peer:?}");
+                    assert_eq!(arm.redirect == Redirect::Ebpf, by_ebpf, "{peer:?}");
                 }
                 Err(skipped) => {
                     assert_eq!(skipped.name, "absent", "{}", skipped.reason);
@@ -380,6 +380,6 @@ mod tests {
             ),
             "HAProxy version 2.6.12-1 2026/10/17"
         );
-        assert_eq!(version(FilePath::new("/no/such")), "unknown version");
+        assert_eq!(version(Path::new("/no/such")), "unknown version");
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 
 use super::placement::Placement;
-pub(super) use super::workload::{Scope, Workload};
+pub(super) use super::workload::{OPEN_CONNECTIONS, Scope, Workload};
 use lab::Redirect;
 
 /// Redirections of this project's own ztunnel, all measured unless others are asked for.
@@ -15,30 +15,31 @@ const SHORTCUT: &str = "ebpf+sockmap";
 /// Longest name of a path: the labs' names are made from it.
 const NAME_MAX: usize = 16;
 
-/// A way traffic takes between the pods.
+/// What is measured against others: a way that traffic takes between the pods, as ours or a
+/// competitor's. Reports and options say path.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) struct Path {
+pub(super) struct Arm {
     /// As in reports.
     pub(super) name: String,
     pub(super) redirect: Redirect,
     /// With the sockmap short-cut between pods and ztunnel.
     pub(super) sockmap: bool,
-    /// The path that this one is measured a second time as.
-    pub(super) again: Option<String>,
+    /// The arm that this one is a second measurement of.
+    pub(super) replicate_of: Option<String>,
     /// A proxy that is not ours.
-    pub(super) peer: Option<PathBuf>,
+    pub(super) competitor: Option<PathBuf>,
     /// It carries nothing between pods of one node.
     pub(super) cross_node_only: bool,
 }
 
-impl Path {
+impl Arm {
     fn own(redirect: Redirect) -> Self {
         Self {
             name: redirect.name().to_owned(),
             redirect,
             sockmap: false,
-            again: None,
-            peer: None,
+            replicate_of: None,
+            competitor: None,
             cross_node_only: false,
         }
     }
@@ -52,14 +53,14 @@ impl Path {
         }
     }
 
-    /// A peer's path on `redirect`.
-    pub(super) fn peer(name: &str, binary: PathBuf, redirect: Redirect) -> Self {
+    /// A competitor's on `redirect`.
+    pub(super) fn competitor(name: &str, binary: PathBuf, redirect: Redirect) -> Self {
         Self {
             name: name.to_owned(),
             redirect,
             sockmap: false,
-            again: None,
-            peer: Some(binary),
+            replicate_of: None,
+            competitor: Some(binary),
             cross_node_only: false,
         }
     }
@@ -76,36 +77,36 @@ impl Path {
             )
     }
 
-    /// The same path once more, in a lab of its own.
-    fn repeated(&self) -> Self {
+    /// The same once more, in a lab of its own.
+    fn replicate(&self) -> Self {
         Self {
             name: format!("{}#2", self.name),
-            again: Some(self.name.clone()),
+            replicate_of: Some(self.name.clone()),
             ..self.clone()
         }
     }
 
-    /// Whether the path is measured at `cell`.
+    /// Whether it is measured at `cell`.
     fn meets(&self, cell: &Cell) -> bool {
         if cell.workload.redirection_only() && !self.redirects_alone() {
             return false;
         }
-        (self.again.is_none() || cell.repeated())
+        (self.replicate_of.is_none() || cell.repeated())
             && !(self.cross_node_only && cell.scope == Scope::SameNode)
     }
 
     /// Whether it can be measured without a ztunnel: each way of redirection once, and plain
     /// forwarding to hold it against.
     fn redirects_alone(&self) -> bool {
-        self.peer.is_none() && self.again.is_none() && !self.sockmap
+        self.competitor.is_none() && self.replicate_of.is_none() && !self.sockmap
     }
 
-    /// Whether this path at `cell` needs a lab with listeners in the place of ztunnels.
+    /// Whether it needs, at `cell`, a lab with listeners in the place of ztunnels.
     pub(super) fn needs_listener(&self, cell: &Cell) -> bool {
         self.redirect != Redirect::None && cell.workload.redirection_only() && self.meets(cell)
     }
 
-    /// The path's part of its lab's name.
+    /// Its part of its lab's name.
     pub(super) fn slug(&self) -> String {
         self.name.replace(['#', '+'], "-")
     }
@@ -123,9 +124,6 @@ pub(super) fn check_peer_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Connections of the open loop and of the closed one that finds its rates.
-pub(super) const OPEN_CONNECTIONS: u32 = 32;
-
 /// Shares of the highest closed-loop rate that an open loop is measured at, in percent.
 fn open_loads(quick: bool) -> &'static [u32] {
     if quick { &[40, 80] } else { &[30, 60, 80, 95] }
@@ -140,7 +138,7 @@ pub(super) struct Load {
     pub(super) per_s: f64,
 }
 
-/// A workload between two places: what every path is measured at.
+/// A workload between two places: what every arm is measured at.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Cell {
     pub(super) scope: Scope,
@@ -200,28 +198,28 @@ impl Cell {
 /// The whole of it.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    pub(super) paths: Vec<Path>,
+    pub(super) arms: Vec<Arm>,
     pub(super) cells: Vec<Cell>,
 }
 
 impl Plan {
     /// Empty lists stand for the defaults. A path named twice is measured against itself.
     pub(super) fn new(paths: &[String], workloads: &[String], quick: bool) -> Result<Self> {
-        let mut chosen_paths: Vec<Path> = Vec::new();
+        let mut chosen_arms: Vec<Arm> = Vec::new();
         for name in paths {
-            let path = Path::parse(name)?;
-            match chosen_paths
+            let arm = Arm::parse(name)?;
+            match chosen_arms
                 .iter()
-                .filter(|p| (p.redirect, p.sockmap) == (path.redirect, path.sockmap))
+                .filter(|other| (other.redirect, other.sockmap) == (arm.redirect, arm.sockmap))
                 .count()
             {
-                0 => chosen_paths.push(path),
-                1 => chosen_paths.push(path.repeated()),
+                0 => chosen_arms.push(arm),
+                1 => chosen_arms.push(arm.replicate()),
                 _ => bail!("--paths names {name} more than twice"),
             }
         }
-        if chosen_paths.is_empty() {
-            chosen_paths = OWN.map(Path::own).to_vec();
+        if chosen_arms.is_empty() {
+            chosen_arms = OWN.map(Arm::own).to_vec();
         }
         let mut chosen = Vec::new();
         for name in workloads {
@@ -246,37 +244,47 @@ impl Plan {
             }
         }
         let mut plan = Self {
-            paths: chosen_paths,
+            arms: chosen_arms,
             cells,
         };
-        plan.order_paths();
+        plan.order_arms();
         Ok(plan)
     }
 
     /// Measures the path `name` a second time, unless it is already.
     pub(super) fn repeat(&mut self, name: &str) -> Result<()> {
-        if self.paths.iter().any(|p| p.again.as_deref() == Some(name)) {
+        if self
+            .arms
+            .iter()
+            .any(|arm| arm.replicate_of.as_deref() == Some(name))
+        {
             return Ok(());
         }
-        let Some(path) = self.paths.iter().find(|path| path.name == name) else {
+        let Some(arm) = self.arms.iter().find(|arm| arm.name == name) else {
             bail!("--aa {name}: no such path is measured");
         };
-        self.paths.push(path.repeated());
+        self.arms.push(arm.replicate());
         Ok(())
     }
 
     /// Adds a peer.
-    pub(super) fn add_peer(&mut self, path: Path) {
-        self.paths.push(path);
-        self.order_paths();
+    pub(super) fn add_competitor(&mut self, arm: Arm) {
+        self.arms.push(arm);
+        self.order_arms();
     }
 
     /// `none` first, then peers, then our own: ratios are of later paths to earlier ones.
-    fn order_paths(&mut self) {
-        self.paths.sort_by_key(|path| match path {
-            Path { again: Some(_), .. } => 3,
-            Path { peer: Some(_), .. } => 1,
-            Path {
+    fn order_arms(&mut self) {
+        self.arms.sort_by_key(|arm| match arm {
+            Arm {
+                replicate_of: Some(_),
+                ..
+            } => 3,
+            Arm {
+                competitor: Some(_),
+                ..
+            } => 1,
+            Arm {
                 redirect: Redirect::None,
                 ..
             } => 0,
@@ -294,34 +302,34 @@ impl Plan {
         }
     }
 
-    /// The trials of one round as indices of cell and path: a cell's paths one right after the
+    /// The trials of one round as indices of cell and arm: a cell's arms one right after the
     /// other, so that they meet the same state of the machine. Every odd round runs the order of
-    /// the round before it backwards, and every pair of rounds begins with another path: over
-    /// the rounds no path has a place in the order of its own.
+    /// the round before it backwards, and every pair of rounds begins with another arm: over
+    /// the rounds no arm has a place in the order of its own.
     pub(super) fn round(&self, round: u32) -> Vec<(usize, usize)> {
         let mut order = Vec::with_capacity(self.trials_per_round());
         for (index, cell) in self.cells.iter().enumerate() {
-            let mut paths: Vec<usize> = (0..self.paths.len())
-                .filter(|&path| self.paths[path].meets(cell))
+            let mut arms: Vec<usize> = (0..self.arms.len())
+                .filter(|&arm| self.arms[arm].meets(cell))
                 .collect();
-            let count = paths.len();
-            paths.rotate_left((round / 2) as usize % count.max(1));
+            let count = arms.len();
+            arms.rotate_left((round / 2) as usize % count.max(1));
             if !round.is_multiple_of(2) {
-                paths.reverse();
+                arms.reverse();
             }
-            order.extend(paths.into_iter().map(|path| (index, path)));
+            order.extend(arms.into_iter().map(|arm| (index, arm)));
         }
         order
     }
 
     /// Whether the usual lab of a path is used at all.
-    pub(super) fn needs_ztunnels(&self, path: &Path) -> bool {
+    pub(super) fn needs_ztunnels(&self, arm: &Arm) -> bool {
         let mut cells = self.cells.iter();
-        cells.any(|cell| path.meets(cell) && !path.needs_listener(cell))
+        cells.any(|cell| arm.meets(cell) && !arm.needs_listener(cell))
     }
 
     pub(super) fn trials_per_round(&self) -> usize {
-        let met = |cell| self.paths.iter().filter(|path| path.meets(cell)).count();
+        let met = |cell| self.arms.iter().filter(|arm| arm.meets(cell)).count();
         self.cells.iter().map(met).sum()
     }
 }
@@ -393,8 +401,8 @@ mod tests {
         }
         // Over six rounds every path has been first, second and last equally often.
         for place in 0..3 {
-            for path in 0..3 {
-                let times = (0..6).filter(|&r| plan.round(r)[place].1 == path).count();
+            for arm in 0..3 {
+                let times = (0..6).filter(|&r| plan.round(r)[place].1 == arm).count();
                 assert_eq!(times, 2);
             }
         }
@@ -406,15 +414,15 @@ mod tests {
         let mut repeated = Plan::new(&strings(&["ebpf"]), &[], false).unwrap();
         repeated.repeat("ebpf").unwrap();
         repeated.repeat("ebpf").unwrap();
-        assert_eq!(twice.paths, repeated.paths);
-        assert_eq!(twice.paths[1].name, "ebpf#2");
-        assert_eq!(twice.paths[1].slug(), "ebpf-2");
+        assert_eq!(twice.arms, repeated.arms);
+        assert_eq!(twice.arms[1].name, "ebpf#2");
+        assert_eq!(twice.arms[1].slug(), "ebpf-2");
         let round = twice.round(0);
         assert_eq!(round.len(), twice.trials_per_round());
         for workload in Workload::ALL.into_iter().filter(|w| !w.redirection_only()) {
             let again = round
                 .iter()
-                .any(|&(cell, path)| path == 1 && twice.cells[cell].workload == workload);
+                .any(|&(cell, arm)| arm == 1 && twice.cells[cell].workload == workload);
             assert!(again, "{workload:?}");
         }
         assert!(round.len() < twice.cells.len() * 2);
@@ -425,8 +433,8 @@ mod tests {
     fn peers_come_between_none_and_our_own() {
         let mut plan = Plan::new(&[], &[], false).unwrap();
         plan.repeat("ebpf").unwrap();
-        plan.add_peer(Path::peer("other", "/bin/true".into(), Redirect::Ebpf));
-        let names: Vec<&str> = plan.paths.iter().map(|path| path.name.as_str()).collect();
+        plan.add_competitor(Arm::competitor("other", "/bin/true".into(), Redirect::Ebpf));
+        let names: Vec<&str> = plan.arms.iter().map(|arm| arm.name.as_str()).collect();
         assert_eq!(names, ["none", "other", "tunnel", "ebpf", "ebpf#2"]);
         for wrong in ["", "ebpf", "Other", "a/b", "a-name-that-is-too-long"] {
             assert!(check_peer_name(wrong).is_err(), "{wrong}");
@@ -438,9 +446,9 @@ mod tests {
     fn a_peer_that_serves_one_pod_per_node_is_measured_between_nodes() {
         let mut plan = Plan::new(&[], &strings(&["connect"]), true).unwrap();
         let before = plan.trials_per_round();
-        let mut path = Path::peer("other", "/bin/true".into(), Redirect::Tunnel);
-        path.cross_node_only = true;
-        plan.add_peer(path);
+        let mut arm = Arm::competitor("other", "/bin/true".into(), Redirect::Tunnel);
+        arm.cross_node_only = true;
+        plan.add_competitor(arm);
         assert_eq!(plan.cells.len(), 2);
         assert_eq!(plan.trials_per_round(), before + 1);
         assert_eq!(plan.round(1).len(), plan.trials_per_round());
@@ -450,7 +458,7 @@ mod tests {
     fn redirection_alone_is_measured_once_a_way_between_pods_of_one_node() {
         let paths = strings(&["none", "tunnel", "ebpf", "ebpf", "ebpf+sockmap"]);
         let mut plan = Plan::new(&paths, &strings(&["redirect-rr"]), false).unwrap();
-        plan.add_peer(Path::peer("other", "/bin/true".into(), Redirect::Ebpf));
+        plan.add_competitor(Arm::competitor("other", "/bin/true".into(), Redirect::Ebpf));
         let labels: Vec<String> = plan.cells.iter().map(Cell::label).collect();
         let expected = [
             "same-node redirect-rr x1 one-cpu",
@@ -460,12 +468,12 @@ mod tests {
         let order = plan.round(0);
         let at = |wanted| order.iter().filter(move |&&(cell, _)| cell == wanted);
         let names: Vec<&str> = at(1)
-            .map(|&(_, path)| plan.paths[path].name.as_str())
+            .map(|&(_, arm)| plan.arms[arm].name.as_str())
             .collect();
         assert_eq!(names, ["none", "tunnel", "ebpf"]);
-        let listeners = |path: &&Path| path.needs_listener(&plan.cells[0]);
+        let listeners = |arm: &&Arm| arm.needs_listener(&plan.cells[0]);
         let names: Vec<&str> = plan
-            .paths
+            .arms
             .iter()
             .filter(listeners)
             .map(|p| &*p.name)
@@ -476,9 +484,9 @@ mod tests {
     #[test]
     fn the_short_cut_is_a_path_of_its_own() {
         let plan = Plan::new(&strings(&["ebpf", "ebpf+sockmap"]), &[], false).unwrap();
-        let sockmap: Vec<bool> = plan.paths.iter().map(|path| path.sockmap).collect();
+        let sockmap: Vec<bool> = plan.arms.iter().map(|arm| arm.sockmap).collect();
         assert_eq!(sockmap, [false, true]);
-        assert_eq!(plan.paths[1].slug(), "ebpf-sockmap");
+        assert_eq!(plan.arms[1].slug(), "ebpf-sockmap");
     }
 
     #[test]

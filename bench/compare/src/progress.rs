@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
 
-use super::plan::{Cell, Path};
+use super::plan::{Arm, Cell};
 use super::trial::Trial;
 use report::metric::Metric;
 
@@ -27,7 +27,7 @@ impl Progress {
     }
 
     /// A trial begins.
-    pub(super) fn running(&self, round: u32, path: &Path, cell: &Cell) {
+    pub(super) fn running(&self, round: u32, arm: &Arm, cell: &Cell) {
         if self.terminal {
             let left = self
                 .left()
@@ -37,7 +37,7 @@ impl Progress {
                 self.done + 1,
                 self.total,
                 round + 1,
-                name(path, cell)
+                name(arm, cell)
             );
             // \x1b[K clears what a longer line left. Nobody to tell if stderr is closed.
             let _ = write!(io::stderr(), "\r\x1b[K{text}");
@@ -45,7 +45,7 @@ impl Progress {
     }
 
     /// A trial has ended.
-    pub(super) fn finished(&mut self, round: u32, path: &Path, cell: &Cell, trial: &Trial) {
+    pub(super) fn finished(&mut self, round: u32, arm: &Arm, cell: &Cell, trial: &Trial) {
         self.done += 1;
         let metric = Metric::throughput(cell.workload.name());
         let mut found = vec![metric.show(trial.metric(metric))];
@@ -63,7 +63,7 @@ impl Progress {
             self.done,
             self.total,
             round + 1,
-            name(path, cell),
+            name(arm, cell),
             found.join(", "),
         );
         if self.terminal {
@@ -88,8 +88,8 @@ impl Progress {
     }
 }
 
-fn name(path: &Path, cell: &Cell) -> String {
-    format!("{:<6} {}", path.name, cell.label())
+fn name(arm: &Arm, cell: &Cell) -> String {
+    format!("{:<6} {}", arm.name, cell.label())
 }
 
 fn short(time: Duration) -> String {

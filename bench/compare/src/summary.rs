@@ -28,7 +28,7 @@ const SATURATED: f64 = 0.01;
 
 /// What the document says beside the figures.
 #[derive(Clone, Debug)]
-pub(super) struct Circumstances {
+pub(super) struct RunInfo {
     pub(super) when: String,
     pub(super) git: Git,
     pub(super) machine: Machine,
@@ -40,19 +40,19 @@ pub(super) struct Circumstances {
 }
 
 /// Builds the document.
-pub(super) fn document(plan: &Plan, trials: &Trials, about: Circumstances) -> Document {
+pub(super) fn document(plan: &Plan, trials: &Trials, about: RunInfo) -> Document {
     let mut rows = Vec::new();
-    for (cell, by_path) in plan.cells.iter().zip(trials) {
-        for (path, trials) in plan.paths.iter().zip(by_path) {
+    for (cell, by_arm) in plan.cells.iter().zip(trials) {
+        for (arm, trials) in plan.arms.iter().zip(by_arm) {
             // A path measured twice is so in some cells only.
             if !trials.is_empty() {
-                rows.push(row(&path.name, cell, trials));
+                rows.push(row(&arm.name, cell, trials));
             }
         }
     }
-    let twice = plan.paths.iter().find_map(|path| {
-        let of = path.again.clone()?;
-        Some((of, path.name.clone()))
+    let twice = plan.arms.iter().find_map(|arm| {
+        let of = arm.replicate_of.clone()?;
+        Some((of, arm.name.clone()))
     });
     let against_itself = twice.map(|(path, again)| AgainstItself {
         path,
@@ -60,7 +60,7 @@ pub(super) fn document(plan: &Plan, trials: &Trials, about: Circumstances) -> Do
         ratios: 0,
         differing: 0,
     });
-    let single = plan.paths.iter().filter(|path| path.again.is_none());
+    let single = plan.arms.iter().filter(|arm| arm.replicate_of.is_none());
     let mut document = Document {
         schema: SCHEMA,
         when: about.when,
@@ -71,7 +71,7 @@ pub(super) fn document(plan: &Plan, trials: &Trials, about: Circumstances) -> Do
         noise_threshold: f64::NAN,
         ratios: Vec::new(),
         rows,
-        paths: single.map(|path| path.name.clone()).collect(),
+        paths: single.map(|arm| arm.name.clone()).collect(),
         settings: about.settings,
         noise: BTreeMap::new(),
         noise_source: String::new(),
@@ -464,7 +464,7 @@ mod tests {
         let jitter = [1.0, 1.01, 0.99, 1.0, 1.005, 0.995];
         let row = |rate: f64| jitter.map(|j| trial(rate * j, errors)).to_vec();
         let trials = plan.cells.iter().map(|_| rates.map(row).to_vec()).collect();
-        let about = Circumstances {
+        let about = RunInfo {
             when: "2026-01-01T00:00:00Z".to_owned(),
             git: Git {
                 sha: "0".to_owned(),

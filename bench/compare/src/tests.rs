@@ -15,7 +15,7 @@ fn one_path_is_measured_against_itself_unless_that_is_off() {
         let paths: Vec<String> = paths.iter().map(|&path| path.to_owned()).collect();
         let mut plan = Plan::new(&paths, &[], false)?;
         choose_repeated(&mut plan, aa)?;
-        anyhow::Ok(plan.paths.into_iter().find_map(|path| path.again))
+        anyhow::Ok(plan.arms.into_iter().find_map(|arm| arm.replicate_of))
     };
     assert_eq!(repeated(&[], None).unwrap().as_deref(), Some("ebpf"));
     assert_eq!(

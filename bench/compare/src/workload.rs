@@ -1,6 +1,7 @@
 //! What the load generator does, and between which pods. Pure data.
 
-use super::plan::OPEN_CONNECTIONS;
+/// Connections of the open loop and of the closed one that finds its rates.
+pub(super) const OPEN_CONNECTIONS: u32 = 32;
 
 /// Where the server is, seen from the client on node A.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
