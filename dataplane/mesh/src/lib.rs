@@ -14,7 +14,7 @@
 pub mod address;
 pub mod authorize;
 mod balance;
-mod build;
+mod builder;
 pub mod delivery;
 mod error;
 pub mod identity;
