@@ -54,7 +54,7 @@ pub use system::trust::check_trusted;
 ///
 /// # Errors
 /// If the journal cannot be read.
-pub fn redirection(settings: Settings) -> Result<Box<dyn Redirection>> {
+pub fn redirection(settings: Settings) -> Result<Box<dyn Redirection + Send>> {
     Ok(match settings.back_end.clone() {
         BackEnd::Ebpf(own) => Box::new(ebpf::Ebpf::new(settings.with(own))?),
         BackEnd::IptablesTunnel(own) => {

@@ -1,17 +1,18 @@
-//! The agent's configuration file.
+//! The agent's configuration: settings of the node. Its pods are desired state, see
+//! [`crate::source`].
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use redirect::{
-    Attach, BackEnd, EbpfSettings, Iptables, Node, Observation, Redirect, Redirection, Settings,
-    TunnelSettings, Variant, Ztunnel, sockmap,
+    Attach, BackEnd, EbpfSettings, Iptables, Node, Redirect, Redirection, Settings, TunnelSettings,
+    Variant, Ztunnel, sockmap,
 };
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::error::{Error, Result};
-use crate::listed::{self, Entry};
 
 /// Whether something is used.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
@@ -66,9 +67,9 @@ pub(crate) struct Config {
     /// `ebpf`: directory in a mounted bpffs.
     #[serde(default)]
     bpffs: PathBuf,
-    /// Pods of this node that belong to the mesh, and what cannot be read as one.
-    #[serde(default, deserialize_with = "listed::list")]
-    pub(crate) pods: Vec<Entry>,
+    /// In the same file, but no configuration.
+    #[serde(default, rename = "pods")]
+    _pods: IgnoredAny,
 }
 
 fn default_reconcile_s() -> u32 {
@@ -87,19 +88,8 @@ impl Config {
 
     /// Checks the contents of a file; `path` is for the error.
     pub(crate) fn parse(path: &Path, text: &str) -> Result<Self> {
-        let wrong = |reason: String| {
-            let lines: Vec<_> = reason
-                .lines()
-                .map(str::trim)
-                .filter(|l| !l.is_empty())
-                .collect();
-            Error::Config {
-                path: path.to_owned(),
-                reason: lines.join("; "),
-            }
-        };
-        let config: Self = serde_saphyr::from_str(text)
-            .map_err(|error| wrong(error.without_snippet().to_string()))?;
+        let config: Self = serde_saphyr::from_str(text).map_err(|error| wrong(path, &error))?;
+        let wrong = |reason: String| refused(path, &reason);
         if config.redirect == Redirect::Ebpf && !config.bpffs.is_absolute() {
             return Err(wrong(
                 "bpffs: an absolute path is needed with redirect: ebpf".to_owned(),
@@ -124,8 +114,8 @@ impl Config {
         if !config.state_dir.is_absolute() {
             return Err(wrong("state_dir: an absolute path is needed".to_owned()));
         }
-        let settings = config.settings();
-        settings
+        config
+            .settings()
             .validate()
             .map_err(|error| wrong(error.to_string()))?;
         Ok(config)
@@ -152,18 +142,6 @@ impl Config {
                 }),
             },
         }
-    }
-
-    /// What of the node and of its pods others may change.
-    pub(crate) fn observe(&self) -> Observation {
-        let interfaces = self.pods.iter().filter_map(Entry::host_interface);
-        let namespaces = self.pods.iter().filter_map(|entry| match entry {
-            Entry::Pod(listed) => Some(&*listed.pod.netns),
-            Entry::Unreadable(_) => None,
-        });
-        let (interfaces, namespaces): (Vec<_>, Vec<_>) =
-            (interfaces.collect(), namespaces.collect());
-        Observation::take(&self.settings(), &interfaces, &namespaces)
     }
 
     fn check_shortcut(&self) -> Result<(), String> {
@@ -195,7 +173,7 @@ impl Config {
     }
 
     /// The back end, nothing installed yet.
-    pub(crate) fn redirection(&self) -> Result<Box<dyn Redirection>> {
+    pub(crate) fn redirection(&self) -> Result<Box<dyn Redirection + Send>> {
         Ok(redirect::redirection(self.settings())?)
     }
 
@@ -205,6 +183,20 @@ impl Config {
             && self.state_dir == next.state_dir
             && self.bpffs == next.bpffs
             && self.attach == next.attach
+    }
+}
+
+/// What is wrong with the YAML of a file.
+pub(crate) fn wrong(path: &Path, error: &serde_saphyr::Error) -> Error {
+    refused(path, &error.without_snippet().to_string())
+}
+
+fn refused(path: &Path, reason: &str) -> Error {
+    let lines = reason.lines().map(str::trim);
+    let lines: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
+    Error::Config {
+        path: path.to_owned(),
+        reason: lines.join("; "),
     }
 }
 
@@ -233,11 +225,7 @@ pods:
     fn a_sound_file_is_read() {
         let config = Config::parse(Path::new("/c.yaml"), SOUND).unwrap();
         assert_eq!(config.redirect, Redirect::Ebpf);
-        assert_eq!(config.pods.len(), 1);
         assert_eq!(config.variant, Variant::Hardened);
-        let end = SOUND.find("pods:").unwrap() + "pods:".len();
-        let config = Config::parse(Path::new("/c.yaml"), &SOUND[..end]).unwrap();
-        assert!(config.pods.is_empty());
     }
 
     #[test]
@@ -269,7 +257,6 @@ pods:
                     .replace("pods:", "sockmap: on\npods:"),
                 "sockmap",
             ),
-            (&SOUND.replace("pods:\n-", "pods:\n "), "sequence"),
             (&SOUND.replace("/run/y", "y"), "bpffs"),
             (
                 &SOUND.replace("redirect:", "reconcile_s: 0\nredirect:"),

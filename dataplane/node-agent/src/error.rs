@@ -28,6 +28,9 @@ pub(crate) enum Error {
     /// Signals cannot be waited for.
     #[error("cannot wait for signals: {0}")]
     Signals(nix::errno::Errno),
+    /// A thread cannot be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
     /// Standard output is gone.
     #[error("cannot write to standard output: {0}")]
     Output(io::Error),

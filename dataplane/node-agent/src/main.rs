@@ -8,16 +8,22 @@
 
 #![forbid(unsafe_code)]
 
-mod agent;
+mod apply;
+mod cleanup;
 mod config;
+mod desired;
 mod dropped;
+mod endpoint;
 mod error;
-mod listed;
+mod events;
 mod lock;
 mod metrics;
-mod pods;
-mod selection;
+mod node;
+mod reconcile;
+mod reconciler;
+mod run;
 mod shortcut;
+mod source;
 mod status;
 
 use std::path::PathBuf;
@@ -44,7 +50,7 @@ Configuration:
   sockmap: off                # ebpf only; on or force: short-cut between pods and ztunnel
   cgroup: /sys/fs/cgroup/kubepods.slice  # sockmap only; default: root of the cgroup2 hierarchy
   sockmap_memory_mib: 512     # memory of all TCP sockets that ends it; default: the kernel's limit
-  stats_address: 127.0.0.1:15014  # counters for Prometheus at /metrics; default: nowhere
+  stats_address: 127.0.0.1:15014  # /metrics for Prometheus, /readyz, /healthz; default: nowhere
   pods:
   - {uid: a, namespace: default, name: web-1, service_account: web,
      addresses: [10.244.1.11, fd00::11], netns: /run/netns/a, host_interface: veth2}
@@ -96,9 +102,9 @@ enum Command {
 
 fn dispatch(command: Command) -> Result<()> {
     match command {
-        Command::Run { config } => agent::run(&config),
+        Command::Run { config } => run::run(&config),
         Command::Status { config, json } => status::print(&Config::load(&config)?, json),
-        Command::Cleanup { config } => agent::cleanup(&Config::load(&config)?),
+        Command::Cleanup { config } => cleanup::cleanup(&Config::load(&config)?),
     }
 }
 

@@ -561,8 +561,22 @@ fn metrics(redirect: &'static str) {
     let _ztunnel = site.listener();
     let _remote = Server::app(&site.topology.netns("remote"), 80);
     site.wait_until_answered_by("captured");
-    let request = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
-    let text = ask_metrics(&site, request);
+    let get = |path: &str| {
+        let end = "HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        ask_metrics(&site, &format!("GET {path} {end}"))
+    };
+    // Idle clients, more than are served at a time, keep nobody out.
+    let idle: Vec<_> = inside(&site.topology.netns("node"), || {
+        let connect = |_| std::net::TcpStream::connect("127.0.0.1:15014").unwrap();
+        (0..100).map(connect).collect()
+    });
+    // The journal is not needed for a scrape.
+    let journal = site.topology.settings().state_dir.join("redirection.json");
+    let aside = journal.with_extension("aside");
+    fs::rename(&journal, &aside).unwrap();
+    let text = get("/metrics");
+    fs::rename(&aside, &journal).unwrap();
+    drop(idle);
     assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
     assert!(text.contains("\nnode_agent_pods 2\n"), "{text}");
     assert!(text.contains("\nnode_agent_sockmap_enabled 0\n"), "{text}");
@@ -573,9 +587,18 @@ fn metrics(redirect: &'static str) {
     };
     assert!(text.contains(counted), "{text}");
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    let length = format!("Content-Length: {}", body.len());
+    let head = head.to_ascii_lowercase();
+    let length = format!("content-length: {}", body.len());
     assert!(head.contains(&length), "{head}");
-    let text = ask_metrics(&site, "GET / HTTP/1.1\r\n\r\n");
+    let kind = "content-type: text/plain; version=0.0.4; charset=utf-8";
+    assert!(head.contains(kind), "{head}");
+    let probes = [("/readyz", "ready\n"), ("/healthz", "ok\n")];
+    for (path, answer) in probes {
+        let text = get(path);
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+        assert!(text.ends_with(answer), "{text}");
+    }
+    let text = get("/");
     assert!(text.starts_with("HTTP/1.1 404 "), "{text}");
     let text = ask_metrics(&site, "HELO there\r\n\r\n");
     assert!(text.starts_with("HTTP/1.1 400 "), "{text}");

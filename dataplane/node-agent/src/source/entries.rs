@@ -1,4 +1,4 @@
-//! The pods of the configuration file, each read alone: one that cannot be read costs itself.
+//! The pods of a file, each read alone: one that cannot be read costs itself.
 
 use redirect::Pod;
 use serde::{Deserialize, Deserializer};
@@ -6,70 +6,30 @@ use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// Where a pod is in its life; Kubernetes' `status.phase`.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
-pub(crate) enum Phase {
-    Pending,
-    Running,
-    Succeeded,
-    Failed,
-    Unknown,
+use crate::desired::{Entry, Listed, Phase, Unreadable};
+
+/// The list; `pods:` with nothing after it is what is left when the last pod is taken out.
+pub(crate) fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Entry>, D::Error> {
+    let values: Option<Vec<Value>> = Option::deserialize(deserializer)?;
+    let values = values.unwrap_or_default().into_iter();
+    Ok((1..)
+        .zip(values)
+        .map(|(number, value)| read(number, value))
+        .collect())
 }
 
-impl Phase {
-    /// Whether its containers have ended for good.
-    pub(crate) fn is_over(self) -> bool {
-        matches!(self, Self::Succeeded | Self::Failed)
-    }
-}
-
-/// A pod that the file lists.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Listed {
-    pub(crate) pod: Pod,
-    pub(crate) phase: Option<Phase>,
-    /// Kubernetes' `status.startTime`: of two pods with one address, the later started one has it.
-    pub(crate) started: Option<OffsetDateTime>,
-}
-
-/// An entry of the file that cannot be read as a pod.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Unreadable {
-    /// Its uid, or which entry it is.
-    pub(crate) uid: String,
-    pub(crate) host_interface: Option<String>,
-    pub(crate) reason: String,
-}
-
-/// One of the file's `pods`.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Entry {
-    Pod(Box<Listed>),
-    Unreadable(Unreadable),
-}
-
-impl Entry {
-    /// The interface it names.
-    pub(crate) fn host_interface(&self) -> Option<&str> {
-        match self {
-            Self::Pod(listed) => Some(&listed.pod.host_interface),
-            Self::Unreadable(unreadable) => unreadable.host_interface.as_deref(),
-        }
-    }
-
-    /// `number` counts from 1 and is for messages.
-    fn read(number: usize, value: Value) -> Self {
-        let text = |value: &Value, key: &str| value.get(key)?.as_str().map(str::to_owned);
-        let uid = text(&value, "uid").unwrap_or_else(|| format!("entry {number}"));
-        let host_interface = text(&value, "host_interface");
-        match listed(value) {
-            Ok(listed) => Self::Pod(Box::new(listed)),
-            Err(reason) => Self::Unreadable(Unreadable {
-                uid,
-                host_interface,
-                reason,
-            }),
-        }
+/// `number` counts from 1 and is for messages.
+fn read(number: usize, value: Value) -> Entry {
+    let text = |value: &Value, key: &str| value.get(key)?.as_str().map(str::to_owned);
+    let uid = text(&value, "uid").unwrap_or_else(|| format!("entry {number}"));
+    let host_interface = text(&value, "host_interface");
+    match listed(value) {
+        Ok(listed) => Entry::Pod(Box::new(listed)),
+        Err(reason) => Entry::Unreadable(Unreadable {
+            uid,
+            host_interface,
+            reason,
+        }),
     }
 }
 
@@ -106,16 +66,6 @@ fn optional<'de, T: Deserialize<'de>>(
     Option::deserialize(value).map_err(|error| format!("pods.{key} {shown}: {error}"))
 }
 
-/// The list; `pods:` with nothing after it is what is left when the last pod is taken out.
-pub(crate) fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Entry>, D::Error> {
-    let values: Option<Vec<Value>> = Option::deserialize(deserializer)?;
-    let values = values.unwrap_or_default().into_iter();
-    Ok((1..)
-        .zip(values)
-        .map(|(number, value)| Entry::read(number, value))
-        .collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,7 +76,7 @@ mod tests {
         pods: Vec<Entry>,
     }
 
-    fn read(pods: &str) -> Vec<Entry> {
+    fn entries(pods: &str) -> Vec<Entry> {
         let text = format!("pods:\n{pods}");
         serde_saphyr::from_str::<File>(&text).unwrap().pods
     }
@@ -138,7 +88,7 @@ mod tests {
     fn a_pod_is_read_with_what_is_optional() {
         let more = "phase: Running, started: 2026-01-31T12:00:00Z}";
         let text = format!("- {SOUND}\n- {}", SOUND.replace('}', &format!(", {more}")));
-        let entries = read(&text);
+        let entries = entries(&text);
         let [Entry::Pod(first), Entry::Pod(second)] = &entries[..] else {
             panic!("{entries:?}");
         };
@@ -168,7 +118,7 @@ mod tests {
         ];
         for (wrong, expected) in cases {
             let text = format!("- {SOUND}\n- {wrong}\n- {SOUND}");
-            let entries = read(&text);
+            let entries = entries(&text);
             let [Entry::Pod(_), Entry::Unreadable(unreadable), Entry::Pod(_)] = &entries[..] else {
                 panic!("{wrong}: {entries:?}");
             };
@@ -185,7 +135,7 @@ mod tests {
 
     #[test]
     fn no_pods_are_no_error() {
-        assert!(read("").is_empty());
-        assert!(read("  []").is_empty());
+        assert!(entries("").is_empty());
+        assert!(entries("  []").is_empty());
     }
 }
