@@ -11,8 +11,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Port of inbound HBONE on every workload, unless configured otherwise.
-pub const HBONE_PORT: u16 = 15008;
+use crate::ports;
 
 /// Longest DNS name in text form, in bytes (RFC 1035).
 pub(crate) const HOSTNAME_LEN_MAX: usize = 253;
@@ -92,7 +91,7 @@ pub struct NetworkCidr {
 pub struct Cidr(pub IpNet);
 
 pub(crate) fn default_hbone_port() -> u16 {
-    HBONE_PORT
+    ports::INBOUND_HBONE
 }
 
 fn unnamed() -> Arc<str> {
@@ -102,6 +101,21 @@ fn unnamed() -> Arc<str> {
 /// Shortens and escapes hostile or mistaken text for a one-line message.
 pub(crate) fn shown(text: &str) -> Box<str> {
     text.escape_debug().take(128).collect::<String>().into()
+}
+
+/// What a waypoint's destination turned out to be, by position in a snapshot.
+#[derive(Clone, Debug)]
+pub(crate) enum WaypointTarget {
+    /// A service, reached on this of its ports.
+    Service { index: u32, port: u16 },
+    /// A workload, at the address named or else any of its own.
+    Workload {
+        index: u32,
+        ip: Option<IpAddr>,
+        port: u16,
+    },
+    /// Nothing known.
+    Unknown { destination: Arc<str> },
 }
 
 impl Destination {

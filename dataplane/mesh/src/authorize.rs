@@ -7,8 +7,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::policy::{Action, ConnectionFacts, Policy};
-use crate::snapshot::{PolicySet, Snapshot};
+use crate::policy::{Action, ConnectionFacts, Policy, PolicySet};
+use crate::snapshot::Snapshot;
 use crate::workload::Workload;
 
 /// The outcome of authorization.

@@ -9,8 +9,63 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::service::{Endpoint, LoadBalancerMode, Scope, ServiceConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::endpoint::Endpoint;
 use crate::workload::{Workload, WorkloadConfig};
+
+/// How a service's endpoints are chosen.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct LoadBalancer {
+    /// What an endpoint should share with the client, most important first.
+    pub routing_preferences: Vec<Scope>,
+    /// What the preferences mean.
+    pub mode: LoadBalancerMode,
+    /// Which endpoints take part.
+    pub health_policy: HealthPolicy,
+}
+
+/// Property that client and endpoint may share.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+pub enum Scope {
+    /// Locality region.
+    Region,
+    /// Locality zone.
+    Zone,
+    /// Locality subzone.
+    Subzone,
+    /// Node.
+    Node,
+    /// Cluster.
+    Cluster,
+    /// Network.
+    Network,
+}
+
+/// What routing preferences mean.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
+pub enum LoadBalancerMode {
+    /// Nothing: every endpoint takes part.
+    #[default]
+    Standard,
+    /// Only endpoints that match all preferences.
+    Strict,
+    /// The endpoints that match the most leading preferences.
+    Failover,
+    /// No choice: connections go to the address the client asked for, in plain TCP.
+    Passthrough,
+}
+
+/// Which endpoints take part in load balancing.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
+pub enum HealthPolicy {
+    /// Healthy ones.
+    #[default]
+    OnlyHealthy,
+    /// All.
+    AllowAll,
+}
 
 /// A sequence of pseudo-random numbers from one seed (splitmix64).
 #[derive(Clone, Copy, Debug)]
@@ -71,13 +126,12 @@ pub(crate) struct Balancer {
 
 impl Balancer {
     pub(crate) fn new(
-        service: &ServiceConfig,
+        ports: &BTreeMap<u16, u16>,
+        load_balancer: Option<&LoadBalancer>,
         endpoints: &[Endpoint],
         workloads: &[WorkloadConfig],
     ) -> Self {
-        let (mode, preferences) = service
-            .load_balancer
-            .as_ref()
+        let (mode, preferences) = load_balancer
             .map(|lb| (lb.mode, &*lb.routing_preferences))
             .unwrap_or_default();
         let ranked = matches!(mode, LoadBalancerMode::Strict | LoadBalancerMode::Failover);
@@ -96,8 +150,7 @@ impl Balancer {
         Self {
             mode,
             preferences: preferences.into(),
-            by_port: service
-                .ports
+            by_port: ports
                 .iter()
                 .map(|(p, t)| (*p, table(Some((*p, *t)))))
                 .collect(),

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::address::{Destination, GatewayAddress, NamespacedHostname};
+use crate::address::{NamespacedHostname, WaypointTarget};
 use crate::balance::Balancer;
 use crate::error::{ItemKind, ItemRef, ModelError};
 use crate::identity::Identity;
-use crate::policy::{Action, Policy, PolicyScope};
+use crate::policy::{Policy, PolicyScope, PolicySet};
 use crate::service::{Endpoint, HealthPolicy, Service, ServiceConfig};
-use crate::snapshot::{Network, PolicySet, Positions, Snapshot, WaypointTarget};
+use crate::snapshot::{Network, Positions, Snapshot};
 use crate::validate;
 use crate::workload::{HealthStatus, NetworkMode, Workload, WorkloadConfig};
 
@@ -51,17 +51,17 @@ impl Snapshot {
 
 /// What has been put together so far.
 #[derive(Default)]
-struct Parts {
-    workloads: Vec<WorkloadConfig>,
-    services: Vec<ServiceConfig>,
+pub(crate) struct Parts {
+    pub(crate) workloads: Vec<WorkloadConfig>,
+    pub(crate) services: Vec<ServiceConfig>,
     policies: Vec<Arc<Policy>>,
     by_uid: HashMap<Arc<str>, u32>,
     by_hostname: HashMap<Arc<str>, Positions>,
     by_policy_key: HashMap<String, u32>,
     global_policies: Vec<u32>,
     namespace_policies: HashMap<Arc<str>, Vec<u32>>,
-    networks: HashMap<Arc<str>, Network>,
-    warnings: Vec<String>,
+    pub(crate) networks: HashMap<Arc<str>, Network>,
+    pub(crate) warnings: Vec<String>,
 }
 
 fn positions(kind: ItemKind, count: usize) -> Result<std::ops::Range<u32>, ModelError> {
@@ -254,99 +254,10 @@ impl Parts {
         }
     }
 
-    fn service_index(&self, key: &NamespacedHostname) -> Option<u32> {
+    pub(crate) fn service_index(&self, key: &NamespacedHostname) -> Option<u32> {
         let same_name = self.by_hostname.get(&key.hostname)?;
         let found = |index: &&u32| self.services[**index as usize].namespace == key.namespace;
         same_name.iter().find(found).copied()
-    }
-
-    fn resolve(&mut self, gateway: &GatewayAddress, of: &str) -> WaypointTarget {
-        let port = gateway.hbone_mtls_port;
-        let found = match &gateway.destination {
-            Destination::Address(address) => self.networks.get(&address.network).and_then(|n| {
-                let service = n
-                    .vips
-                    .get(&address.ip)
-                    .and_then(|list| self.first_canonical(list));
-                service
-                    .map(|index| WaypointTarget::Service { index, port })
-                    .or_else(|| {
-                        let index = *n.workloads.get(&address.ip)?;
-                        Some(WaypointTarget::Workload {
-                            index,
-                            ip: Some(address.ip),
-                            port,
-                        })
-                    })
-            }),
-            Destination::Hostname(name) => self
-                .service_index(name)
-                .map(|index| WaypointTarget::Service { index, port })
-                .or_else(|| {
-                    let index = self.workload_by_hostname(name)?;
-                    Some(WaypointTarget::Workload {
-                        index,
-                        ip: None,
-                        port,
-                    })
-                }),
-        };
-        found.unwrap_or_else(|| {
-            let destination: Arc<str> = gateway.destination.to_string().into();
-            self.warnings.push(format!(
-                "{of}: waypoint `{destination}` is neither a service nor a workload; connections \
-                 to it will fail"
-            ));
-            WaypointTarget::Unknown { destination }
-        })
-    }
-
-    fn first_canonical(&self, list: &[u32]) -> Option<u32> {
-        let canonical = |index: &&u32| self.services[**index as usize].canonical;
-        list.iter()
-            .find(canonical)
-            .or_else(|| list.first())
-            .copied()
-    }
-
-    /// Linear, but only for waypoints that are named and no service.
-    fn workload_by_hostname(&self, name: &NamespacedHostname) -> Option<u32> {
-        let mut workloads = (0_u32..).zip(&self.workloads);
-        let found = workloads.find(|(_, workload)| {
-            workload.hostname == name.hostname && workload.namespace == name.namespace
-        });
-        found.map(|(index, _)| index)
-    }
-
-    fn workload_waypoints(&mut self) -> Vec<Option<WaypointTarget>> {
-        let mut all = Vec::with_capacity(self.workloads.len());
-        for position in 0..self.workloads.len() {
-            let workload = &self.workloads[position];
-            let Some(gateway) = workload.waypoint.clone() else {
-                all.push(None);
-                continue;
-            };
-            let of = format!("workload `{}`", workload.uid);
-            all.push(Some(self.resolve(&gateway, &of)));
-        }
-        all
-    }
-
-    /// Waypoints of every service with the running sums of their weights.
-    fn service_waypoints(&mut self) -> Vec<Box<[(u64, WaypointTarget)]>> {
-        let mut all = Vec::with_capacity(self.services.len());
-        for position in 0..self.services.len() {
-            let service = &self.services[position];
-            let of = format!("service `{}/{}`", service.namespace, service.hostname);
-            let mut sum = 0;
-            let configured = configured_waypoints(service);
-            let resolve = |(weight, gateway): (u32, GatewayAddress)| {
-                sum += u64::from(weight);
-                (sum, self.resolve(&gateway, &of))
-            };
-            all.push(configured.into_iter().map(resolve).collect());
-        }
-        all
     }
 
     fn build_services(
@@ -359,7 +270,12 @@ impl Parts {
         let build = |((config, endpoints), waypoints): ((ServiceConfig, BTreeMap<_, _>), _)| {
             let endpoints: Box<[Endpoint]> = endpoints.into_values().collect();
             Arc::new(Service {
-                balancer: Balancer::new(&config, &endpoints, &self.workloads),
+                balancer: Balancer::new(
+                    &config.ports,
+                    config.load_balancer.as_ref(),
+                    &endpoints,
+                    &self.workloads,
+                ),
                 extra_sans: extra_sans(&config),
                 config,
                 endpoints,
@@ -428,22 +344,6 @@ impl Parts {
     }
 }
 
-impl PolicySet {
-    fn new(policies: impl Iterator<Item = Arc<Policy>>) -> Self {
-        let mut set = Self::default();
-        for policy in policies {
-            match (policy.dry_run, policy.action) {
-                (true, _) => set.dry_run.push(policy),
-                (false, Action::Deny) => set.deny.push(policy),
-                (false, Action::Allow) => set.allow.push(policy),
-            }
-        }
-        set.dry_run
-            .sort_by_key(|policy| policy.action == Action::Allow);
-        set
-    }
-}
-
 impl Network {
     fn add_range(&mut self, range: ipnet::IpNet, service: u32) {
         let prefix = range.prefix_len();
@@ -476,30 +376,6 @@ impl Endpoint {
         self.expected = expected.into();
         self
     }
-}
-
-fn configured_waypoints(service: &ServiceConfig) -> Vec<(u32, GatewayAddress)> {
-    let weighted = service
-        .weighted_waypoints
-        .iter()
-        .filter(|weighted| weighted.weight > 0);
-    let mut configured: Vec<_> = weighted
-        .map(|weighted| {
-            let destination = weighted.destination.clone();
-            let hbone_mtls_port = weighted.hbone_mtls_port;
-            (
-                weighted.weight,
-                GatewayAddress {
-                    destination,
-                    hbone_mtls_port,
-                },
-            )
-        })
-        .collect();
-    if configured.is_empty() {
-        configured.extend(service.waypoint.clone().map(|waypoint| (1, waypoint)));
-    }
-    configured
 }
 
 fn extra_sans(service: &ServiceConfig) -> Arc<[Arc<str>]> {

@@ -7,8 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use crate::address::{is_hostname, shown};
+use crate::node::NodeContext;
 use crate::route::Authority;
-use crate::snapshot::{NodeContext, Snapshot};
+use crate::snapshot::Snapshot;
 use crate::workload::{ApplicationProtocol, Workload};
 
 /// Why a CONNECT request is refused.
@@ -180,19 +181,6 @@ impl Snapshot {
             return Err(InboundError::OwnPort(target));
         }
         Ok(target)
-    }
-
-    /// Whether `local` is the waypoint of the service or workload with this address.
-    fn is_waypoint_of(&self, context: &NodeContext, local: &Workload, ip: IpAddr) -> bool {
-        if let Some(service) = self.service_by_vip(context, &local.namespace, ip) {
-            return service
-                .waypoints
-                .iter()
-                .any(|(_, target)| self.is_waypoint(target, local));
-        }
-        let workload = self.workload_by_ip(&context.network, ip);
-        let waypoint = workload.and_then(|workload| workload.waypoint.as_ref());
-        waypoint.is_some_and(|target| self.is_waypoint(target, local))
     }
 
     fn inbound_port(

@@ -135,6 +135,35 @@ pub struct ConnectionFacts<'a> {
     pub dst: SocketAddr,
 }
 
+/// Policies of a workload. Workloads with the same ones share a set.
+#[derive(Debug, Default)]
+pub(crate) struct PolicySet {
+    pub(crate) deny: Vec<Arc<Policy>>,
+    pub(crate) allow: Vec<Arc<Policy>>,
+    /// Those in dry run, DENY first.
+    pub(crate) dry_run: Vec<Arc<Policy>>,
+}
+
+impl PolicySet {
+    pub(crate) fn new(policies: impl Iterator<Item = Arc<Policy>>) -> Self {
+        let mut set = Self::default();
+        for policy in policies {
+            match (policy.dry_run, policy.action) {
+                (true, _) => set.dry_run.push(policy),
+                (false, Action::Deny) => set.deny.push(policy),
+                (false, Action::Allow) => set.allow.push(policy),
+            }
+        }
+        set.dry_run
+            .sort_by_key(|policy| policy.action == Action::Allow);
+        set
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.deny.is_empty() && self.allow.is_empty() && self.dry_run.is_empty()
+    }
+}
+
 impl Policy {
     /// Whether the policy's rules match a connection.
     pub fn matches(&self, facts: &ConnectionFacts<'_>) -> bool {

@@ -12,8 +12,9 @@ use std::sync::Arc;
 
 use crate::balance::Draw;
 use crate::identity::Identity;
+use crate::node::NodeContext;
 use crate::service::{Endpoint, LoadBalancerMode, Service};
-use crate::snapshot::{NodeContext, Snapshot, WaypointTarget};
+use crate::snapshot::Snapshot;
 use crate::workload::{Protocol, Workload};
 
 /// Where an outbound connection goes, and how.
@@ -126,11 +127,11 @@ pub enum RouteError {
 }
 
 /// A connection on its way to a decision.
-struct Query<'a> {
-    snapshot: &'a Snapshot,
-    context: &'a NodeContext,
-    source: &'a Workload,
-    dst: SocketAddr,
+pub(crate) struct Query<'a> {
+    pub(crate) snapshot: &'a Snapshot,
+    pub(crate) context: &'a NodeContext,
+    pub(crate) source: &'a Workload,
+    pub(crate) dst: SocketAddr,
 }
 
 impl Snapshot {
@@ -235,68 +236,6 @@ impl Query<'_> {
         }
     }
 
-    fn to_waypoint(
-        &self,
-        waypoint: &WaypointTarget,
-        service: Option<&Arc<Service>>,
-        draw: &mut Draw,
-    ) -> Result<Route, RouteError> {
-        let workloads = &self.snapshot.workloads;
-        let (workload, gateway, expected, extra_sans) = match waypoint {
-            WaypointTarget::Unknown { destination } => {
-                return Err(self.unknown_waypoint(destination, service));
-            }
-            WaypointTarget::Workload { index, ip, port } => {
-                let workload = &workloads[*index as usize];
-                self.check_network(workload)?;
-                let ip = ip.or_else(|| first_like(&workload.workload_ips, self.dst.ip()));
-                let ip = ip.ok_or_else(|| no_address(workload))?;
-                (
-                    workload,
-                    SocketAddr::new(ip, *port),
-                    &workload.expected,
-                    Arc::default(),
-                )
-            }
-            WaypointTarget::Service { index, port } => {
-                let proxies = &self.snapshot.services[*index as usize];
-                let candidate = proxies
-                    .balancer
-                    .pick_waypoint(*port, self.source, workloads, draw)
-                    .ok_or_else(|| RouteError::NoHealthyUpstream {
-                        service: proxies.key().to_string().into(),
-                        port: *port,
-                    })?;
-                let endpoint = &proxies.endpoints[candidate.endpoint as usize];
-                let workload = &workloads[endpoint.workload as usize];
-                self.check_network(workload)?;
-                let ip = endpoint.address_like(self.dst.ip());
-                let ip = ip.ok_or_else(|| no_address(workload))?;
-                let port = if candidate.port == 0 {
-                    *port
-                } else {
-                    candidate.port
-                };
-                let gateway = SocketAddr::new(ip, port);
-                (
-                    workload,
-                    gateway,
-                    &endpoint.expected,
-                    proxies.extra_sans.clone(),
-                )
-            }
-        };
-        Ok(Route::Hbone {
-            gateway,
-            authority: Authority::Address(self.dst),
-            workload: Some(workload.clone()),
-            service: service.cloned(),
-            expected: expected.clone(),
-            extra_sans,
-            to_waypoint: true,
-        })
-    }
-
     /// The requested address if the workload owns it, else one its service offers.
     fn address_of(&self, workload: &Workload, endpoint: &Endpoint) -> Result<IpAddr, RouteError> {
         let requested = self.dst.ip();
@@ -308,7 +247,7 @@ impl Query<'_> {
             .ok_or_else(|| no_address(workload))
     }
 
-    fn check_network(&self, workload: &Workload) -> Result<(), RouteError> {
+    pub(crate) fn check_network(&self, workload: &Workload) -> Result<(), RouteError> {
         if workload.network == self.context.network {
             return Ok(());
         }
@@ -326,41 +265,9 @@ impl Query<'_> {
             port: self.dst.port(),
         }
     }
-
-    fn unknown_waypoint(&self, waypoint: &Arc<str>, of: Option<&Arc<Service>>) -> RouteError {
-        let of = match of {
-            Some(service) => format!("service {}", service.key()),
-            None => format!("workload {}", self.dst.ip()),
-        };
-        RouteError::UnknownWaypoint {
-            waypoint: waypoint.clone(),
-            of: of.into(),
-        }
-    }
 }
 
-impl Service {
-    fn draw_waypoint(&self, draw: &mut Draw) -> Option<&WaypointTarget> {
-        match &*self.waypoints {
-            [] => None,
-            [(_, only)] => Some(only),
-            several => {
-                let total = several.last()?.0;
-                let drawn = draw.below(total);
-                let position = several.partition_point(|(sum, _)| *sum <= drawn);
-                several.get(position).map(|(_, target)| target)
-            }
-        }
-    }
-}
-
-/// An address of the family of `requested`, else the first.
-fn first_like(ips: &[IpAddr], requested: IpAddr) -> Option<IpAddr> {
-    let same = ips.iter().find(|ip| ip.is_ipv4() == requested.is_ipv4());
-    same.or_else(|| ips.first()).copied()
-}
-
-fn no_address(workload: &Workload) -> RouteError {
+pub(crate) fn no_address(workload: &Workload) -> RouteError {
     let hostname = (!workload.hostname.is_empty()).then(|| workload.hostname.clone());
     RouteError::NoAddress {
         workload: workload.uid.clone(),

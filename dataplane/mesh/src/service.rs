@@ -8,13 +8,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{
-    Destination, GatewayAddress, NamespacedHostname, NetworkAddress, NetworkCidr,
+    Destination, GatewayAddress, NamespacedHostname, NetworkAddress, NetworkCidr, WaypointTarget,
     default_hbone_port,
 };
 use crate::balance::Balancer;
-use crate::identity::Identity;
-use crate::snapshot::WaypointTarget;
-use crate::workload::HealthStatus;
+
+pub use crate::balance::{HealthPolicy, LoadBalancer, LoadBalancerMode, Scope};
+pub use crate::endpoint::{Endpoint, EndpointConfig};
 
 /// A service as configured.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -70,73 +70,6 @@ pub struct WeightedWaypoint {
     pub hbone_mtls_port: u16,
 }
 
-/// An endpoint listed with its service.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct EndpointConfig {
-    /// The workload.
-    pub workload_uid: Arc<str>,
-    /// Target port by service port.
-    #[serde(default)]
-    pub port: BTreeMap<u16, u16>,
-    /// Whether it may receive traffic.
-    #[serde(default)]
-    pub status: HealthStatus,
-}
-
-/// How a service's endpoints are chosen.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-pub struct LoadBalancer {
-    /// What an endpoint should share with the client, most important first.
-    pub routing_preferences: Vec<Scope>,
-    /// What the preferences mean.
-    pub mode: LoadBalancerMode,
-    /// Which endpoints take part.
-    pub health_policy: HealthPolicy,
-}
-
-/// Property that client and endpoint may share.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
-pub enum Scope {
-    /// Locality region.
-    Region,
-    /// Locality zone.
-    Zone,
-    /// Locality subzone.
-    Subzone,
-    /// Node.
-    Node,
-    /// Cluster.
-    Cluster,
-    /// Network.
-    Network,
-}
-
-/// What routing preferences mean.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
-pub enum LoadBalancerMode {
-    /// Nothing: every endpoint takes part.
-    #[default]
-    Standard,
-    /// Only endpoints that match all preferences.
-    Strict,
-    /// The endpoints that match the most leading preferences.
-    Failover,
-    /// No choice: connections go to the address the client asked for, in plain TCP.
-    Passthrough,
-}
-
-/// Which endpoints take part in load balancing.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
-pub enum HealthPolicy {
-    /// Healthy ones.
-    #[default]
-    OnlyHealthy,
-    /// All.
-    AllowAll,
-}
-
 /// Address families of a service.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 pub enum IpFamilies {
@@ -158,26 +91,6 @@ pub enum Visibility {
     Public,
     /// Its own namespace.
     Namespace,
-}
-
-/// An endpoint of a service of a [`Snapshot`](crate::Snapshot).
-#[derive(Clone, Debug)]
-pub struct Endpoint {
-    /// Position of the workload in the snapshot.
-    pub(crate) workload: u32,
-    /// Uid of the workload.
-    pub workload_uid: Arc<str>,
-    /// Target port by service port, as this endpoint declares it.
-    pub ports: BTreeMap<u16, u16>,
-    /// Health at the time the snapshot was built.
-    pub status: HealthStatus,
-    /// Whether it takes part in load balancing under the service's health policy.
-    pub eligible: bool,
-    /// First address of each family the service offers.
-    pub(crate) ipv4: Option<IpAddr>,
-    pub(crate) ipv6: Option<IpAddr>,
-    /// Identities its server may show: the service's, then the workload's own.
-    pub(crate) expected: Arc<[Identity]>,
 }
 
 /// A service of a [`Snapshot`](crate::Snapshot): its configuration, to which it dereferences,
@@ -239,17 +152,6 @@ impl Deref for Service {
 
     fn deref(&self) -> &ServiceConfig {
         &self.config
-    }
-}
-
-impl Endpoint {
-    /// The address to use for a client that asked for `requested`: the same family if possible.
-    pub(crate) fn address_like(&self, requested: IpAddr) -> Option<IpAddr> {
-        if requested.is_ipv4() {
-            self.ipv4.or(self.ipv6)
-        } else {
-            self.ipv6.or(self.ipv4)
-        }
     }
 }
 

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::address::HBONE_PORT;
+use crate::node::NodeContext;
 use crate::policy::Policy;
 use crate::service::Service;
-use crate::workload::{Workload, WorkloadConfig};
+use crate::workload::Workload;
 
 /// Workloads, services and policies, with the indexes that decisions need.
 #[derive(Debug, Default)]
@@ -46,100 +46,6 @@ pub(crate) enum Positions {
     None,
     One(u32),
     Several(Vec<u32>),
-}
-
-/// Policies of a workload. Workloads with the same ones share a set.
-#[derive(Debug, Default)]
-pub(crate) struct PolicySet {
-    pub(crate) deny: Vec<Arc<Policy>>,
-    pub(crate) allow: Vec<Arc<Policy>>,
-    /// Those in dry run, DENY first.
-    pub(crate) dry_run: Vec<Arc<Policy>>,
-}
-
-/// What a waypoint's destination turned out to be.
-#[derive(Clone, Debug)]
-pub(crate) enum WaypointTarget {
-    /// A service, reached on this of its ports.
-    Service { index: u32, port: u16 },
-    /// A workload, at the address named or else any of its own.
-    Workload {
-        index: u32,
-        ip: Option<IpAddr>,
-        port: u16,
-    },
-    /// Nothing known.
-    Unknown { destination: Arc<str> },
-}
-
-/// A workload by its name.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct WorkloadName {
-    /// Kubernetes namespace.
-    pub namespace: Arc<str>,
-    /// Pod name.
-    pub name: Arc<str>,
-    /// Kubernetes service account.
-    pub service_account: Arc<str>,
-    /// SPIFFE trust domain, if it is not any.
-    pub trust_domain: Option<Arc<str>>,
-}
-
-impl WorkloadName {
-    /// Whether this is the name of `workload`.
-    pub fn names(&self, workload: &WorkloadConfig) -> bool {
-        let domain = self.trust_domain.as_ref();
-        workload.namespace == self.namespace
-            && workload.name == self.name
-            && workload.service_account == self.service_account
-            && domain.is_none_or(|domain| *domain == workload.trust_domain)
-    }
-}
-
-/// The node decisions are made for.
-#[derive(Clone, Debug)]
-pub struct NodeContext {
-    /// Network the node is on (`NETWORK`).
-    pub network: Arc<str>,
-    /// The node's name (`NODE_NAME`).
-    pub node: Arc<str>,
-    /// Port HBONE is dialled on at workloads.
-    pub hbone_port: u16,
-    /// Ports of this proxy in a pod: connections to them would be to itself.
-    pub own_ports: Arc<[u16]>,
-    /// Namespace that wins among services of one hostname or address where neither the
-    /// client's own nor a canonical one does (`PREFERED_SERVICE_NAMESPACE`).
-    pub preferred_service_namespace: Option<Arc<str>>,
-    /// The one workload that is served (`PROXY_WORKLOAD_INFO`); without it, all of the node.
-    pub dedicated_to: Option<WorkloadName>,
-}
-
-impl NodeContext {
-    /// A node with the standard ports (15001, 15006, 15008).
-    pub fn new(network: &str, node: &str) -> Self {
-        Self {
-            network: network.into(),
-            node: node.into(),
-            hbone_port: HBONE_PORT,
-            own_ports: Arc::from([15001, 15006, HBONE_PORT]),
-            preferred_service_namespace: None,
-            dedicated_to: None,
-        }
-    }
-
-    /// Whether `port` is one of this proxy's own.
-    pub fn is_own_port(&self, port: u16) -> bool {
-        self.own_ports.contains(&port)
-    }
-
-    /// Whether a workload is served here: it runs on this node, or is the one this is dedicated
-    /// to.
-    pub fn is_local(&self, workload: &WorkloadConfig) -> bool {
-        match &self.dedicated_to {
-            Some(name) => name.names(workload),
-            None => workload.node == self.node,
-        }
-    }
 }
 
 impl Snapshot {
@@ -262,20 +168,6 @@ impl Snapshot {
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
-
-    /// Whether connections to this waypoint arrive at `workload`.
-    pub(crate) fn is_waypoint(&self, target: &WaypointTarget, workload: &Workload) -> bool {
-        let Some(workload) = self.current(workload) else {
-            return false;
-        };
-        match target {
-            WaypointTarget::Service { index, .. } => self.services[*index as usize]
-                .endpoint_of(workload.index)
-                .is_some(),
-            WaypointTarget::Workload { index, .. } => *index == workload.index,
-            WaypointTarget::Unknown { .. } => false,
-        }
-    }
 }
 
 impl Positions {
@@ -297,11 +189,5 @@ impl Deref for Positions {
             Self::One(position) => std::slice::from_ref(position),
             Self::Several(positions) => positions,
         }
-    }
-}
-
-impl PolicySet {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.deny.is_empty() && self.allow.is_empty() && self.dry_run.is_empty()
     }
 }

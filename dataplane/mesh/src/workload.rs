@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::address::{GatewayAddress, NamespacedHostname};
+use crate::address::{GatewayAddress, NamespacedHostname, WaypointTarget};
 use crate::identity::Identity;
-use crate::snapshot::{PolicySet, WaypointTarget};
+use crate::policy::PolicySet;
 
 /// A workload as configured. Absent fields take the values the control plane's protocol gives
 /// them, also in local files: trust domain `cluster.local`, service account `default`, cluster
