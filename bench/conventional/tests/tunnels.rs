@@ -218,7 +218,7 @@ mod ours {
             original_source: true,
             same_node_tunnel: false,
             pods: None,
-            short_cut: None,
+            sockmap: None,
             mark: None,
             keepalive: None,
             connect_timeout: Duration::from_secs(10),

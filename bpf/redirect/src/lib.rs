@@ -174,11 +174,11 @@ pub trait Redirection: std::fmt::Debug {
     /// If it cannot be read.
     fn inventory(&self) -> Result<BTreeSet<String>>;
 
-    /// Housekeeping, to be called every few seconds: forgets what has ended by itself.
+    /// Forgets what has ended by itself; to be called every few seconds.
     ///
     /// # Errors
     /// If it fails; nothing depends on it but memory.
-    fn tidy(&mut self) -> Result<()> {
+    fn expire(&mut self) -> Result<()> {
         Ok(())
     }
 

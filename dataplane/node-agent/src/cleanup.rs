@@ -7,7 +7,7 @@ use redirect::Redirect;
 use crate::config::Config;
 use crate::error::Result;
 use crate::lock::Lock;
-use crate::shortcut;
+use crate::sockmap;
 
 /// How long to wait for a `run` that is just ending.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -16,7 +16,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) fn cleanup(config: &Config) -> Result<()> {
     redirect::check_privileges(config.redirect == Redirect::Ebpf)?;
     let lock = Lock::take(&config.state_dir, LOCK_PATIENCE)?;
-    shortcut::remove(config)?;
+    sockmap::remove(config)?;
     config.redirection()?.cleanup()?;
     lock.remove()
 }

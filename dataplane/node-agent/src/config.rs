@@ -46,14 +46,14 @@ pub(crate) struct Config {
     /// Seconds between looks for what others removed (1 to 3600, 10 by default).
     #[serde(default = "default_reconcile_s")]
     reconcile_s: u32,
-    /// `ebpf`: whether connections between pods and ztunnel get the sockmap short-cut.
+    /// `ebpf`: whether connections between pods and ztunnel use the sockmap.
     #[serde(default)]
     sockmap: Switch,
     /// `sockmap`: cgroup2 directory that holds the pods' and ztunnel's processes; by default the
     /// root of that hierarchy.
     #[serde(default)]
     cgroup: Option<PathBuf>,
-    /// `sockmap`: MiB of memory of all TCP sockets above which the short-cut is not used (1 to
+    /// `sockmap`: MiB of memory of all TCP sockets above which the sockmap is not used (1 to
     /// 1,048,576); by default only the kernel's own limit counts.
     #[serde(default)]
     sockmap_memory_mib: Option<u32>,
@@ -109,7 +109,7 @@ impl Config {
             )));
         }
         if config.sockmap != Switch::Off {
-            config.check_shortcut().map_err(wrong)?;
+            config.check_sockmap().map_err(wrong)?;
         }
         if !config.state_dir.is_absolute() {
             return Err(wrong("state_dir: an absolute path is needed".to_owned()));
@@ -144,19 +144,19 @@ impl Config {
         }
     }
 
-    fn check_shortcut(&self) -> Result<(), String> {
+    fn check_sockmap(&self) -> Result<(), String> {
         if self.redirect != Redirect::Ebpf {
             return Err("sockmap: on needs redirect: ebpf".to_owned());
         }
-        if self.shortcut().is_none() {
+        if self.sockmap().is_none() {
             let missing = "no cgroup2 file system is mounted; name one by cgroup";
             return Err(format!("sockmap: {missing}"));
         }
         Ok(())
     }
 
-    /// What the sockmap short-cut needs, if it is asked for.
-    pub(crate) fn shortcut(&self) -> Option<sockmap::Settings> {
+    /// What the sockmap needs, if it is asked for.
+    pub(crate) fn sockmap(&self) -> Option<sockmap::Settings> {
         (self.sockmap != Switch::Off).then_some(())?;
         Some(sockmap::Settings {
             bpffs: self.bpffs.clone(),
@@ -229,18 +229,18 @@ pods:
     }
 
     #[test]
-    fn the_short_cut_is_off_unless_asked_for() {
+    fn the_sockmap_is_off_unless_asked_for() {
         let config = Config::parse(Path::new("/c.yaml"), SOUND).unwrap();
-        assert_eq!(config.shortcut(), None);
+        assert_eq!(config.sockmap(), None);
         let on = SOUND.replace("pods:", "sockmap: on\ncgroup: /c\npods:");
         let config = Config::parse(Path::new("/c.yaml"), &on).unwrap();
-        let shortcut = config.shortcut().unwrap();
-        assert_eq!(shortcut.cgroup, Path::new("/c"));
-        assert_eq!(shortcut.bpffs, Path::new("/run/y"));
-        assert_eq!(shortcut.memory_max, None);
+        let sockmap = config.sockmap().unwrap();
+        assert_eq!(sockmap.cgroup, Path::new("/c"));
+        assert_eq!(sockmap.bpffs, Path::new("/run/y"));
+        assert_eq!(sockmap.memory_max, None);
         let bounded = on.replace("pods:", "sockmap_memory_mib: 64\npods:");
         let config = Config::parse(Path::new("/c.yaml"), &bounded).unwrap();
-        assert_eq!(config.shortcut().unwrap().memory_max, Some(64 << 20));
+        assert_eq!(config.sockmap().unwrap().memory_max, Some(64 << 20));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::metrics::{self, Measured};
-use crate::shortcut;
+use crate::sockmap;
 
 /// The endpoint. Ends when dropped.
 #[derive(Debug)]
@@ -169,7 +169,7 @@ fn unavailable(reason: &str) -> Answer {
 
 fn render(shown: &Shown, exposition: Exposition) -> Result<String> {
     let counters = lock(&shown.reader).counters()?;
-    let sockmap = shortcut::status(&shown.config)?;
+    let sockmap = sockmap::status(&shown.config)?;
     let measured = Measured {
         redirect: shown.config.redirect,
         pods: shown.pods,

@@ -22,7 +22,7 @@ mod node;
 mod reconcile;
 mod reconciler;
 mod run;
-mod shortcut;
+mod sockmap;
 mod source;
 mod status;
 

@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn every_counter_of_the_short_cut_is_told() {
+    fn every_counter_of_the_sockmap_is_told() {
         let counters = (1..).zip(sockmap::COUNTER_NAMES);
         let counters = counters.map(|(value, name)| (name.to_owned(), 1000 + value));
         let status = sockmap::Status {

@@ -149,7 +149,7 @@ impl<N: Node> Reconciler<N> {
         self.follow_node();
         let missing = self.drift.missing(&self.redirection.inventory()?);
         let Some(example) = missing.first() else {
-            return self.redirection.tidy().map_err(Error::from);
+            return self.redirection.expire().map_err(Error::from);
         };
         tracing::warn!(
             missing = example,

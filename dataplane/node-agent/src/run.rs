@@ -15,7 +15,7 @@ use crate::events::{self, Event};
 use crate::lock::{Lock, NetnsLock};
 use crate::node::ThisNode;
 use crate::reconciler::Reconciler;
-use crate::shortcut;
+use crate::sockmap;
 use crate::source::file::File;
 use crate::source::{self, Publisher, Wanted};
 
@@ -67,7 +67,7 @@ pub(crate) fn run(path: &Path) -> Result<()> {
 struct Agent {
     cell: watch::Receiver<Wanted>,
     reconciler: Reconciler<ThisNode>,
-    shortcut: shortcut::Owner,
+    sockmap: sockmap::Owner,
     endpoint: Option<Endpoint>,
     dropped: DroppedLog,
     /// Last failure, so that one that lasts is logged once.
@@ -81,7 +81,7 @@ impl Agent {
         let mut agent = Self {
             cell,
             reconciler: Reconciler::install(ThisNode::default(), wanted)?,
-            shortcut: shortcut::Owner::default(),
+            sockmap: sockmap::Owner::default(),
             endpoint,
             dropped: DroppedLog::default(),
             complaint: None,
@@ -115,7 +115,7 @@ impl Agent {
         let config = &self.reconciler.wanted().config.clone();
         let shown = Endpoint::follow(&mut self.endpoint, config, self.reconciler.redirection());
         let pods = self.reconciler.redirection().enrolled();
-        self.shortcut.follow(config, &pods);
+        self.sockmap.follow(config, &pods);
         self.complain(if result.is_err() { result } else { &shown });
     }
 

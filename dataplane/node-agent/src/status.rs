@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::{lock, shortcut};
+use crate::{lock, sockmap};
 
 /// What `status --json` prints: the redirection's status and the agent's process id.
 #[derive(Debug, Serialize)]
@@ -16,7 +16,7 @@ struct Report {
     agent_pid: Option<u32>,
     #[serde(flatten)]
     status: Status,
-    /// Of the sockmap short-cut, if it is installed.
+    /// Of the sockmap, if it is installed.
     sockmap: Option<redirect::sockmap::Status>,
 }
 
@@ -25,7 +25,7 @@ pub(crate) fn print(config: &Config, json: bool) -> Result<()> {
     let report = Report {
         agent_pid: lock::running(&config.state_dir),
         status: config.redirection()?.status()?,
-        sockmap: shortcut::status(config)?,
+        sockmap: sockmap::status(config)?,
     };
     let text = if json {
         serde_json::to_string_pretty(&report).map_err(|e| Error::Output(e.into()))?

@@ -32,8 +32,8 @@ impl RedirectMode {
     }
 }
 
-/// A short-cut that the redirection may have put between pods' sockets and the proxy's (sockmap).
-pub trait ShortCut: Debug + Send + Sync {
+/// A sockmap that the redirection may have put between pods' sockets and the proxy's.
+pub trait SockmapBypass: Debug + Send + Sync {
     /// Lets `socket`, which is about to be connected, take it.
     fn offer(&self, socket: BorrowedFd<'_>);
     /// Whether `socket` does not take it and never will: splice(2) is right only then.
@@ -88,7 +88,7 @@ pub struct ProxyConfig {
     /// Without it an address is whose the configuration says.
     pub pods: Option<Arc<dyn LocalPods>>,
     /// What the sockets of this proxy may take in node mode (`SOCKMAP`); without it they never do.
-    pub short_cut: Option<Arc<dyn ShortCut>>,
+    pub sockmap: Option<Arc<dyn SockmapBypass>>,
     /// `SO_MARK` of outgoing sockets (`PACKET_MARK`).
     pub mark: Option<u32>,
     /// Keepalive probes on accepted and connected sockets (`KEEPALIVE_*`).

@@ -14,7 +14,7 @@ use rt::sync::Broadcast;
 use telemetry::WorkerTelemetry;
 use tls::CertificateStore;
 
-use crate::config::{ProxyConfig, RedirectMode, ShortCut};
+use crate::config::{ProxyConfig, RedirectMode, SockmapBypass};
 use crate::error::ProxyError;
 use crate::gate::{Handshakes, Place};
 use crate::memory::WorkerMemory;
@@ -179,8 +179,8 @@ impl Context {
             keepalive: self.config.keepalive,
         };
         let connect = rt::net::connect_prepared(addr, &options, |socket| {
-            if let Some(short_cut) = self.short_cut() {
-                short_cut.offer(socket);
+            if let Some(sockmap) = self.sockmap() {
+                sockmap.offer(socket);
             }
         });
         match rt::time::timeout(self.config.connect_timeout, connect).await {
@@ -190,8 +190,8 @@ impl Context {
         }
     }
 
-    pub(crate) fn short_cut(&self) -> Option<&dyn ShortCut> {
-        self.config.short_cut.as_deref()
+    pub(crate) fn sockmap(&self) -> Option<&dyn SockmapBypass> {
+        self.config.sockmap.as_deref()
     }
 
     /// Source address for connections on behalf of `client`.

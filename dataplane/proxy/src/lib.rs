@@ -41,6 +41,8 @@ mod tunnel;
 mod watch;
 mod worker;
 
-pub use config::{CapturedPod, LocalPods, Lookup, PodReader, ProxyConfig, RedirectMode, ShortCut};
+pub use config::{
+    CapturedPod, LocalPods, Lookup, PodReader, ProxyConfig, RedirectMode, SockmapBypass,
+};
 pub use memory::TunnelMemory;
 pub use worker::{Command, Listeners, WorkerSetup, serve};

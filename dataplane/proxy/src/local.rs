@@ -94,8 +94,8 @@ pub(crate) fn relay_if(
                     &one
                 }
             };
-            let short_cut = alive.context().short_cut();
-            relay::client_to_server(client, server, records, Some(&watch), short_cut).await
+            let sockmap = alive.context().sockmap();
+            relay::client_to_server(client, server, records, Some(&watch), sockmap).await
         };
         let error = result.as_ref().err();
         let shown = error.map(|error| error as &dyn fmt::Display);

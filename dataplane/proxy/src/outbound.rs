@@ -163,8 +163,8 @@ impl Connection<'_> {
                 let Self { client, alive, .. } = self;
                 rt::spawn(async move {
                     let records = [&record];
-                    let short_cut = alive.context().short_cut();
-                    let relay = relay::client_to_server(client, server, &records, None, short_cut);
+                    let sockmap = alive.context().sockmap();
+                    let relay = relay::client_to_server(client, server, &records, None, sockmap);
                     let result = relay.await;
                     relay::finish(record, result);
                 });

@@ -20,7 +20,7 @@ use rt::buf::Buf;
 use rt::net::{Placement, ReadHalf, Splice, Spliced, TcpStream, WriteHalf};
 use telemetry::{ConnectionRecord, ResponseFlags};
 
-use crate::config::ShortCut;
+use crate::config::SockmapBypass;
 use crate::error::ProxyError;
 use crate::tunnel::TunnelStream;
 use crate::watch::Watch;
@@ -103,13 +103,13 @@ pub(crate) async fn tunnel_to_server(
 }
 
 /// Plain: both are sockets. Counted on every one of `records`; ended by `watch`, if there is one.
-/// They may take `short_cut`.
+/// They may take `sockmap`.
 pub(crate) async fn client_to_server(
     client: TcpStream,
     server: TcpStream,
     records: &[&ConnectionRecord],
     watch: Option<&Watch>,
-    short_cut: Option<&dyn ShortCut>,
+    sockmap: Option<&dyn SockmapBypass>,
 ) -> Result<(), ProxyError> {
     let sides = [
         Side::Socket(client.observer(), Who::Client),
@@ -121,18 +121,8 @@ pub(crate) async fn client_to_server(
         let (up, down) = (Flow::default(), Flow::default());
         let request = Books(records, Way::Request, &up);
         let response = Books(records, Way::Response, &down);
-        let upload = pin!(copy(
-            &mut client_read,
-            &mut server_write,
-            request,
-            short_cut
-        ));
-        let download = pin!(copy(
-            &mut server_read,
-            &mut client_write,
-            response,
-            short_cut
-        ));
+        let upload = pin!(copy(&mut client_read, &mut server_write, request, sockmap));
+        let download = pin!(copy(&mut server_read, &mut client_write, response, sockmap));
         let mut relay = pin!(both(upload, download, [&up, &down], sides));
         match watch {
             Some(watch) => watch.while_allowed(relay).await.flatten(),
@@ -244,33 +234,33 @@ impl Books<'_> {
 /// four system calls at most.
 const ASK_EVERY_BYTES: usize = 1 << 20;
 
-/// Decides when a direction may be spliced: once both of its sockets have left the short-cut, which
+/// Decides when a direction may be spliced: once both of its sockets have left the sockmap, which
 /// bulk does by itself.
 struct Gate<'a> {
     /// None: both are plain.
-    short_cut: Option<&'a dyn ShortCut>,
+    sockmap: Option<&'a dyn SockmapBypass>,
     copied: usize,
 }
 
 impl<'a> Gate<'a> {
-    fn new(short_cut: Option<&'a dyn ShortCut>) -> Self {
+    fn new(sockmap: Option<&'a dyn SockmapBypass>) -> Self {
         Self {
-            short_cut,
+            sockmap,
             copied: ASK_EVERY_BYTES,
         }
     }
 
     fn is_open(&mut self, from: &ReadHalf, to: &WriteHalf) -> bool {
-        let Some(short_cut) = self.short_cut else {
+        let Some(sockmap) = self.sockmap else {
             return true;
         };
         if self.copied < ASK_EVERY_BYTES {
             return false;
         }
         self.copied = 0;
-        let plain = short_cut.is_plain(from.as_fd()) && short_cut.is_plain(to.as_fd());
+        let plain = sockmap.is_plain(from.as_fd()) && sockmap.is_plain(to.as_fd());
         if plain {
-            self.short_cut = None;
+            self.sockmap = None;
         }
         plain
     }
@@ -285,11 +275,11 @@ async fn copy(
     from: &mut ReadHalf,
     to: &mut WriteHalf,
     books: Books<'_>,
-    short_cut: Option<&dyn ShortCut>,
+    sockmap: Option<&dyn SockmapBypass>,
 ) -> Result<(), ProxyError> {
     let mut bufs = VecDeque::new();
     let (mut pipe, mut may_splice) = (None, true);
-    let mut gate = Gate::new(short_cut);
+    let mut gate = Gate::new(sockmap);
     let flow = books.2;
     loop {
         if may_splice && Splice::is_possible(from) && gate.is_open(from, to) {

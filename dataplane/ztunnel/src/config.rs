@@ -13,7 +13,7 @@ use tls::RecordPath;
 
 use crate::environment::{BadSetting, Environment};
 use crate::pod_table::PodTablePath;
-use crate::short_cut::ShortCut;
+use crate::sockmap::Sockmap;
 
 /// Why the settings cannot be used. `Display` is one line.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +69,8 @@ pub(crate) struct Settings {
     pub(crate) backend: Backend,
     /// How long a worker polls for work before it sleeps; zero: not at all.
     pub(crate) busy_poll: Duration,
-    /// What asks for the node agent's sockmap short-cut, if it is to be used.
-    pub(crate) short_cut: Option<Arc<ShortCut>>,
+    /// What asks for the node agent's sockmap, if it is to be used.
+    pub(crate) sockmap: Option<Arc<Sockmap>>,
     pub(crate) listener_map: Option<PathBuf>,
     pub(crate) ipv6: bool,
     pub(crate) drain: Duration,
@@ -120,9 +120,9 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
     let dedicated_to = dedicated_to(environment)?;
     let cpus = rt::available_cpus().map_or(1, |cpus| cpus.len());
     let listener_map = environment.text("ZTUNNEL_LISTENER_MAP").map(PathBuf::from);
-    let short_cut = short_cut(environment, listener_map.as_deref())?;
+    let sockmap = sockmap(environment, listener_map.as_deref())?;
     let proxy = ProxyConfig {
-        short_cut: short_cut.clone().map(|short_cut| short_cut as _),
+        sockmap: sockmap.clone().map(|sockmap| sockmap as _),
         ..proxy_config(environment, dedicated_to.clone())?
     };
     Ok(Settings {
@@ -141,7 +141,7 @@ pub(crate) fn read(environment: &Environment<'_>) -> Result<Settings, ConfigErro
                 .number("ZTUNNEL_BUSY_POLL_US", 0..=1_000)?
                 .unwrap_or(0),
         ),
-        short_cut,
+        sockmap,
         listener_map,
         ipv6: environment.boolean("IPV6_ENABLED")?.unwrap_or(true),
         drain: drain(environment)?,
@@ -181,22 +181,22 @@ fn refuse_unsupported(environment: &Environment<'_>) -> Result<(), ConfigError> 
     Ok(())
 }
 
-/// The node agent's short-cut (`SOCKMAP=on`): its maps are pinned beside the listener map.
-fn short_cut(
+/// The node agent's sockmap (`SOCKMAP=on`): its maps are pinned beside the listener map.
+fn sockmap(
     environment: &Environment<'_>,
     listener_map: Option<&Path>,
-) -> Result<Option<Arc<ShortCut>>, ConfigError> {
+) -> Result<Option<Arc<Sockmap>>, ConfigError> {
     let switch = [("off", false), ("on", true)];
     if environment.one_of("SOCKMAP", &switch)? != Some(true) {
         return Ok(None);
     }
     let node = environment.text("REDIRECT_MODE").as_deref() == Some("node");
     match listener_map.filter(|_| node) {
-        Some(map) => Ok(Some(Arc::new(ShortCut::new(map)))),
+        Some(map) => Ok(Some(Arc::new(Sockmap::new(map)))),
         None => Err(ConfigError::Unsupported {
             name: "SOCKMAP",
             value: "on".to_owned(),
-            instead: "the short-cut is for REDIRECT_MODE=node with ZTUNNEL_LISTENER_MAP; use off",
+            instead: "sockmap is for REDIRECT_MODE=node with ZTUNNEL_LISTENER_MAP; use off",
         }),
     }
 }
@@ -314,7 +314,7 @@ fn proxy_config(
     Ok(ProxyConfig {
         node,
         mode,
-        short_cut: None,
+        sockmap: None,
         original_source: environment.boolean("ENABLE_ORIG_SRC")?.unwrap_or(true),
         same_node_tunnel: same_node_tunnel(environment, mode)?,
         pods: pods(environment, mode)?,
@@ -574,11 +574,11 @@ mod tests {
         assert!(with(&[("XDS_ADDRESS", ""), ("SOCKMAP", "off")]).is_ok());
         let node = ("REDIRECT_MODE", "node");
         let map = ("ZTUNNEL_LISTENER_MAP", "/sys/fs/bpf/listeners");
-        let short_cut = with(&[node, map, ("SOCKMAP", "on")]).unwrap();
-        assert!(short_cut.proxy.short_cut.is_some());
-        assert!(!short_cut.proxy.same_node_tunnel);
+        let sockmap = with(&[node, map, ("SOCKMAP", "on")]).unwrap();
+        assert!(sockmap.proxy.sockmap.is_some());
+        assert!(!sockmap.proxy.same_node_tunnel);
         let plain = with(&[node, map]).unwrap();
-        assert!(plain.proxy.short_cut.is_none());
+        assert!(plain.proxy.sockmap.is_none());
         let lacking = with(&[node, ("SOCKMAP", "on")]).unwrap_err().to_string();
         assert!(lacking.contains("ZTUNNEL_LISTENER_MAP"), "{lacking}");
         let tunnel = with(&[("REDIRECT_MODE", "node"), ("SAME_NODE_TUNNEL", "true")]);

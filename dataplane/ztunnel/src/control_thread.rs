@@ -69,8 +69,8 @@ pub(crate) fn run() -> Result<(), RunError> {
     )?;
     let steering = match &settings.listener_map {
         Some(path) => {
-            let short_cut = settings.short_cut.clone();
-            let steering = Steering::new(path, &sockets, &cpus, short_cut, &neighbours);
+            let sockmap = settings.sockmap.clone();
+            let steering = Steering::new(path, &sockets, &cpus, sockmap, &neighbours);
             Some(steering.map_err(|error| RunError::Io("cannot duplicate listeners", error))?)
         }
         None => None,

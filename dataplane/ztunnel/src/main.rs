@@ -15,7 +15,7 @@ mod key_file;
 mod limits;
 mod listeners;
 mod pod_table;
-mod short_cut;
+mod sockmap;
 mod steering;
 mod workers;
 

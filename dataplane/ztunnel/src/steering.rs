@@ -4,7 +4,7 @@
 //! the agent has replaced the map. A younger ztunnel of the same namespace takes the slots of the
 //! elder. Until it has succeeded once the process is not ready. While
 //! packets go to a ztunnel in another network namespace (one takes over from the other), nothing is
-//! registered: the map is that one's. Where the agent's short-cut between sockets is asked for, the
+//! registered: the map is that one's. Where the agent's sockmap between sockets is asked for, the
 //! listeners ask for it here, too.
 
 use std::fs;
@@ -21,7 +21,7 @@ use redirect::{ListenerMap, Role};
 use telemetry::PendingTask;
 
 use crate::handover::Neighbours;
-use crate::short_cut::ShortCut;
+use crate::sockmap::Sockmap;
 
 /// How often the pinned map is looked at.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -32,7 +32,7 @@ pub(crate) struct Steering {
     path: PathBuf,
     listeners: Vec<[(Role, TcpListener); 3]>,
     cpus: Vec<u32>,
-    short_cut: Option<Arc<ShortCut>>,
+    sockmap: Option<Arc<Sockmap>>,
     neighbours: Neighbours,
 }
 
@@ -42,7 +42,7 @@ impl Steering {
         path: &Path,
         listeners: &[Listeners],
         cpus: &[u32],
-        short_cut: Option<Arc<ShortCut>>,
+        sockmap: Option<Arc<Sockmap>>,
         neighbours: &Neighbours,
     ) -> io::Result<Self> {
         let listeners = listeners
@@ -59,7 +59,7 @@ impl Steering {
             path: path.to_owned(),
             listeners,
             cpus: cpus.to_owned(),
-            short_cut,
+            sockmap,
             neighbours: neighbours.clone(),
         })
     }
@@ -75,9 +75,9 @@ impl Steering {
             if std::mem::replace(&mut accompanied, self.neighbours.are_there()) && !accompanied {
                 registered = None;
             }
-            if let Some(short_cut) = &self.short_cut {
+            if let Some(sockmap) = &self.sockmap {
                 let listeners = self.listeners.iter().flatten();
-                short_cut.follow(listeners.map(|(_, listener)| listener.as_fd()));
+                sockmap.follow(listeners.map(|(_, listener)| listener.as_fd()));
             }
             let current = fs::metadata(&self.path)
                 .map(|pin| (pin.dev(), pin.ino()))

@@ -279,7 +279,7 @@ impl Redirection for Ebpf {
         inventory::take(&self.settings, &self.journal, &self.node()?)
     }
 
-    fn tidy(&mut self) -> Result<()> {
+    fn expire(&mut self) -> Result<()> {
         entries::forget_ended(&self.settings.back_end.bpffs, self.journal.pods())
     }
 

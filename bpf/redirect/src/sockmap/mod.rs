@@ -1,11 +1,11 @@
-//! The sockmap short-cut between the applications of a node and its ztunnel: data moves from
+//! The sockmap between the applications of a node and its ztunnel: data moves from
 //! socket to socket within the kernel, connections and their checks stay as they are.
 //!
 //! `bpf/src/sockmap.bpf.c` says how and by which rules. This module loads it, tells it which pods
 //! and which ztunnel there are, and takes sockets out again (`reaper.rs`). Everything is pinned
 //! and works on without this process, except that demoted sockets then stay in the maps.
 //!
-//! Limits: 65,536 sockets and pods; more get no short-cut. Kernel 6.13 or later, where unread
+//! Limits: 65,536 sockets and pods; more are not in it. Kernel 6.13 or later, where unread
 //! redirected data is charged to its receiver, or an older one with that repaired, as Debian's 6.1
 //! is; others are found out by trying (`probe.rs`) and refused, and then everything uses TCP.
 //! Connections older than the installation use TCP.
@@ -66,7 +66,7 @@ pub struct Settings {
     pub memory_max: Option<u64>,
 }
 
-/// State of the short-cut.
+/// State of the sockmap.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
     /// Whether new connections get it.
@@ -79,9 +79,9 @@ pub struct Status {
     pub counters: BTreeMap<String, u64>,
 }
 
-/// The installed short-cut. Dropping it leaves it installed.
+/// The installed sockmap. Dropping it leaves it installed.
 #[derive(Debug)]
-pub struct Shortcut {
+pub struct Sockmap {
     pins: PathBuf,
     ztunnel: Netns,
     /// Of the pods' namespaces, by path and inode.
@@ -91,7 +91,7 @@ pub struct Shortcut {
     _reaper: Reaper,
 }
 
-impl Shortcut {
+impl Sockmap {
     /// Tries the kernel out, loads, attaches and enables, or adopts what is there.
     ///
     /// # Errors
@@ -158,7 +158,7 @@ impl Shortcut {
         Ok(())
     }
 
-    /// New connections of exactly these pods get the short-cut. Every pod is tried.
+    /// New connections of exactly these pods use the sockmap. Every pod is tried.
     ///
     /// # Errors
     /// The first network namespace that cannot be entered, or if the map cannot be written.
@@ -226,7 +226,7 @@ fn senders(map: MapData) -> Result<Senders> {
     Senders::try_from(Map::HashMap(map)).map_err(failed)
 }
 
-/// Root of the cgroup2 hierarchy, which holds every process: where the short-cut is attached if
+/// Root of the cgroup2 hierarchy, which holds every process: where the sockmap is attached if
 /// nothing narrower is known.
 #[must_use]
 pub fn root_cgroup() -> Option<PathBuf> {
@@ -238,7 +238,7 @@ pub fn root_cgroup() -> Option<PathBuf> {
     })
 }
 
-/// Tries out whether this kernel can have the short-cut at all, with [`Settings::force`] if need
+/// Tries out whether this kernel can have the sockmap at all, with [`Settings::force`] if need
 /// be.
 ///
 /// # Errors
@@ -483,7 +483,7 @@ fn absent(name: &str) -> Error {
 fn unsupported(reason: &str) -> Error {
     Error::Bpf {
         action: "use",
-        name: "the sockmap short-cut".to_owned(),
+        name: "sockmap".to_owned(),
         reason: reason.to_owned(),
     }
 }

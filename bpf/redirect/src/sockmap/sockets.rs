@@ -1,8 +1,8 @@
-//! ztunnel's side of the short-cut: which of its sockets may take it, and which are plain TCP
+//! ztunnel's side of the sockmap: which of its sockets may take it, and which are plain TCP
 //! sockets.
 //!
 //! A mark on a socket says that its owner knows what a socket in a sockmap is like. The programs
-//! enter no other socket of ztunnel, so that one that does not ask for the short-cut cannot be
+//! enter no other socket of ztunnel, so that one that does not ask for the sockmap cannot be
 //! harmed by it. They note on the mark where they entered a socket, so that its owner can look
 //! whether it still is there. A socket that has left does not come back: splice(2) may be used on
 //! it, which neither sees what was redirected nor passes by the programs.
@@ -48,7 +48,7 @@ impl std::fmt::Debug for Maps {
 }
 
 impl Sockets {
-    /// For the short-cut of the node agent that pins its listener map at `listener_map`. Opens
+    /// For the sockmap of the node agent that pins its listener map at `listener_map`. Opens
     /// nothing yet: see [`Sockets::follow`].
     #[must_use]
     pub fn new(listener_map: &Path) -> Self {
@@ -59,11 +59,11 @@ impl Sockets {
         }
     }
 
-    /// Marks `listeners` if there is a short-cut now and they are not marked for it yet: what they
+    /// Marks `listeners` if there is a sockmap now and they are not marked for it yet: what they
     /// accept from then on may take it. Returns whether it has; to be called now and then.
     ///
     /// # Errors
-    /// If maps cannot be opened or written. Nothing new takes the short-cut then.
+    /// If maps cannot be opened or written. Nothing new uses the sockmap then.
     pub fn follow<'a>(&self, listeners: impl IntoIterator<Item = BorrowedFd<'a>>) -> Result<bool> {
         let pin = fs::metadata(self.pins.join(layout::MARKS)).map(|pin| (pin.dev(), pin.ino()));
         // An agent may be about to pin them.
@@ -78,7 +78,7 @@ impl Sockets {
             return Err(Error::Bpf {
                 action: "open map",
                 name: layout::MARKS.to_owned(),
-                reason: format!("was replaced {MAPS_MAX} times: restart to use the short-cut"),
+                reason: format!("was replaced {MAPS_MAX} times: restart to use sockmap"),
             });
         }
         let mut maps = Maps::open(&self.pins, pin)?;
@@ -89,7 +89,7 @@ impl Sockets {
         Ok(true)
     }
 
-    /// Lets `socket`, which is not connected yet, take the short-cut, if there is one.
+    /// Lets `socket`, which is not connected yet, use the sockmap, if there is one.
     ///
     /// # Errors
     /// If it cannot be marked: it uses TCP then.

@@ -12,11 +12,10 @@ const SO_NETNS_COOKIE: libc::c_int = 71;
 /// `SK_MEMINFO_VARS` of `linux/sock_diag.h`; the first is what is unread.
 const MEMINFO_WORDS: usize = 9;
 
-/// `T` must be plain integers: the kernel fills it with any bytes.
 fn get<T: Integers>(socket: BorrowedFd<'_>, option: libc::c_int, mut value: T) -> io::Result<T> {
     let mut length = size_of::<T>() as libc::socklen_t;
-    // SAFETY: `value` is valid for writes of `length` bytes while the call lasts, and of a type
-    // for which every bit pattern is valid.
+    // SAFETY: `value` is valid for writes of `length` bytes while the call lasts, and `Integers`
+    // promises that every bit pattern is one of its values: the kernel fills it with any bytes.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -33,9 +32,16 @@ fn get<T: Integers>(socket: BorrowedFd<'_>, option: libc::c_int, mut value: T) -
     }
 }
 
-trait Integers: Copy {}
-impl Integers for u64 {}
-impl Integers for [u32; MEMINFO_WORDS] {}
+/// Plain integers.
+///
+/// # Safety
+/// Every bit pattern must be a value of the type.
+unsafe trait Integers: Copy {}
+
+// SAFETY: an integer.
+unsafe impl Integers for u64 {}
+// SAFETY: integers, with nothing between them.
+unsafe impl Integers for [u32; MEMINFO_WORDS] {}
 
 /// What the kernel knows the socket's network namespace by, for ever.
 pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {

@@ -19,7 +19,7 @@ fn older_connections(redirection: &dyn Redirection) -> usize {
 
 fn older(topology: &Topology) -> usize {
     EBPF.on_node(topology, |redirection| {
-        redirection.tidy().unwrap();
+        redirection.expire().unwrap();
         older_connections(redirection)
     })
 }

@@ -1,4 +1,4 @@
-//! What takes the short-cut and what does not.
+//! What uses the sockmap and what does not.
 
 use std::net::IpAddr;
 use std::thread;
@@ -9,8 +9,8 @@ use redirect::sockmap;
 use crate::support::{Net, Peer, ZTUNNEL, ZTUNNEL6, can_run, connect, eventually, exchange};
 
 #[test]
-fn both_directions_of_both_families_take_the_short_cut() {
-    if !can_run("both_directions_of_both_families_take_the_short_cut") {
+fn both_directions_of_both_families_take_the_sockmap() {
+    if !can_run("both_directions_of_both_families_take_the_sockmap") {
         return;
     }
     let net = Net::up();
@@ -55,7 +55,7 @@ fn strangers_and_blocking_applications_use_tcp() {
     let mut app = Peer(net.on("pod", || connect(to, false)));
     let mut other = Peer(own.accept().unwrap().0);
     exchange(&mut app, &mut other, b"private");
-    net.shortcut.as_mut().unwrap().set_pods(&[]).unwrap();
+    net.sockmap.as_mut().unwrap().set_pods(&[]).unwrap();
     let (mut app, mut zt) = net.connect(&listener);
     exchange(&mut app, &mut zt, b"no pod of ours");
     let counters = net.status().counters;
@@ -73,7 +73,7 @@ fn a_connection_is_given_back_to_tcp_with_its_data_whole() {
     exchange(&mut app, &mut zt, b"question");
     exchange(&mut zt, &mut app, b"answer");
     assert_eq!(net.sockets_in_maps(), 2);
-    // Unread short-cut data, then more than the budget, which goes by TCP, in this order.
+    // Unread sockmap data, then more than the budget, which goes by TCP, in this order.
     app.write_all(b"unread ").unwrap();
     let bulk = vec![9; 1 << 20];
     thread::scope(|scope| {
@@ -95,8 +95,8 @@ fn a_connection_is_given_back_to_tcp_with_its_data_whole() {
 }
 
 #[test]
-fn removing_the_short_cut_loses_nothing() {
-    if !can_run("removing_the_short_cut_loses_nothing") {
+fn removing_the_sockmap_loses_nothing() {
+    if !can_run("removing_the_sockmap_loses_nothing") {
         return;
     }
     let mut net = Net::up();
@@ -105,7 +105,7 @@ fn removing_the_short_cut_loses_nothing() {
     exchange(&mut app, &mut zt, b"question");
     exchange(&mut zt, &mut app, b"answer");
     app.write_all(b"unread ").unwrap();
-    drop(net.shortcut.take());
+    drop(net.sockmap.take());
     sockmap::remove(&net.bpffs()).unwrap();
     // What has unread data keeps its pin.
     assert!(sockmap::status(&net.bpffs()).unwrap().is_none());
@@ -136,7 +136,7 @@ fn installing_again_adopts_what_is_there() {
     let (mut app, mut zt) = net.pair();
     exchange(&mut app, &mut zt, b"question");
     app.write_all(b"unread ").unwrap();
-    drop(net.shortcut.take());
+    drop(net.sockmap.take());
     let net = net.install();
     app.write_all(b"and this").unwrap();
     zt.expect(b"unread and this");
@@ -154,13 +154,13 @@ fn maps_of_another_version_turn_it_off() {
         return;
     }
     let mut net = Net::up();
-    drop(net.shortcut.take());
+    drop(net.sockmap.take());
     let pins = net.bpffs().join("sockmap");
     let [senders, targets, kept] =
         ["shortcut_senders", "shortcut_targets", "kept"].map(|name| pins.join(name));
     std::fs::rename(&senders, &kept).unwrap();
     std::fs::hard_link(&targets, &senders).unwrap(); // four-byte values
-    let error = sockmap::Shortcut::install(&net.settings()).unwrap_err();
+    let error = sockmap::Sockmap::install(&net.settings()).unwrap_err();
     assert!(error.to_string().contains("another version"), "{error}");
     assert!(!net.status().enabled);
     let before = net.counter("sockets");
@@ -172,7 +172,7 @@ fn maps_of_another_version_turn_it_off() {
 }
 
 /// Somebody removes all pins while data is on its way: it arrives, and new connections get the
-/// short-cut again.
+/// sockmap again.
 #[test]
 fn removed_pins_come_back_and_nothing_is_lost() {
     if !can_run("removed_pins_come_back_and_nothing_is_lost") {
@@ -182,16 +182,16 @@ fn removed_pins_come_back_and_nothing_is_lost() {
     let (mut app, mut zt) = net.pair();
     exchange(&mut app, &mut zt, b"question");
     app.write_all(b"unread ").unwrap();
-    let shortcut = net.shortcut.take().unwrap();
-    assert!(shortcut.is_current());
+    let sockmap = net.sockmap.take().unwrap();
+    assert!(sockmap.is_current());
     for entry in std::fs::read_dir(net.bpffs().join("sockmap")).unwrap() {
         std::fs::remove_file(entry.unwrap().path()).unwrap();
     }
-    assert!(!shortcut.is_current());
-    shortcut.pin_again().unwrap();
-    drop(shortcut);
+    assert!(!sockmap.is_current());
+    sockmap.pin_again().unwrap();
+    drop(sockmap);
     let net = net.install();
-    assert!(net.shortcut.as_ref().unwrap().is_current());
+    assert!(net.sockmap.as_ref().unwrap().is_current());
     app.write_all(b"and this").unwrap();
     zt.expect(b"unread and this");
     let before = net.counter("to_ztunnel_bytes");

@@ -120,7 +120,7 @@ fn at_the_bound_of_memory_connections_go_on_by_tcp() {
     assert_eq!(net.counter("bypassed_bytes"), 0);
     // More than the kernel keeps in reserve without counting it.
     let hoard = hoard(&net, 4096);
-    drop(net.shortcut.take());
+    drop(net.sockmap.take());
     net.memory_max = Some(4 << 20);
     let net = net.install();
     assert_eq!(net.status().memory_max, Some(4 << 20));

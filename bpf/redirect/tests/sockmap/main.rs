@@ -1,4 +1,4 @@
-//! The sockmap short-cut on real sockets in network namespaces: each trap of the mechanism has a
+//! The sockmap on real sockets in network namespaces: each trap of the mechanism has a
 //! test, and a torture test checks every byte. Needs root; skips by name without.
 
 #![allow(

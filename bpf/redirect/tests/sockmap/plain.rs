@@ -1,4 +1,4 @@
-//! What ztunnel is told of its sockets: those that may take the short-cut, and those that have left
+//! What ztunnel is told of its sockets: those that may use the sockmap, and those that have left
 //! it, so that it may splice. Its relay is rebuilt here with every byte checked.
 
 use std::io;
@@ -46,7 +46,7 @@ fn a_socket_is_plain_once_it_has_left_the_maps() {
         assert!(!is_plain(&net, &zt), "it has just been entered");
         exchange(&mut app, &mut zt, b"question");
         exchange(&mut zt, &mut app, b"answer");
-        assert!(!is_plain(&net, &zt), "it takes the short-cut");
+        assert!(!is_plain(&net, &zt), "it is in the sockmap");
         overfill(&mut app, &mut zt);
         eventually("it is plain", || {
             exchange(&mut app, &mut zt, b"question");
@@ -150,7 +150,7 @@ fn sockets_are_followed_from_maps_to_maps() {
     exchange(&mut app, &mut zt, b"question");
     app.write_all(b"unread ").unwrap();
     // The old sockets stay in their map; new ones are not entered there any more.
-    drop(net.shortcut.take());
+    drop(net.sockmap.take());
     let hidden = net.bpffs().with_file_name("hidden");
     std::fs::rename(net.bpffs(), &hidden).unwrap();
     std::fs::remove_file(hidden.join("sockmap/shortcut_sockets")).unwrap();
@@ -160,7 +160,7 @@ fn sockets_are_followed_from_maps_to_maps() {
     assert!(!sockets.is_plain(zt.0.as_fd()), "it is in the old map");
     zt.expect(b"unread ");
     // The kernel lets go of the old program a little after its link, and a socket has room for one.
-    eventually("new connections take the new short-cut", || {
+    eventually("new connections take the new sockmap", || {
         let (mut app, mut zt) = net.connect(&listener);
         exchange(&mut app, &mut zt, b"question");
         assert!(!sockets.is_plain(zt.0.as_fd()));
@@ -256,10 +256,10 @@ fn chain(net: &Net, listener: &TcpListener, server: &TcpListener) -> [TcpStream;
     [client.0, near.0, far, accepted]
 }
 
-/// From the short-cut to TCP to splice, in both directions at once, whichever ends first.
+/// From the sockmap to TCP to splice, in both directions at once, whichever ends first.
 #[test]
-fn every_byte_arrives_in_order_from_the_short_cut_to_splice() {
-    if !can_run("every_byte_arrives_in_order_from_the_short_cut_to_splice") {
+fn every_byte_arrives_in_order_from_the_sockmap_to_splice() {
+    if !can_run("every_byte_arrives_in_order_from_the_sockmap_to_splice") {
         return;
     }
     let net = Net::up();

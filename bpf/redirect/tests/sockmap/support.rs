@@ -15,7 +15,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use redirect::Pod;
-use redirect::sockmap::{self, Settings, Shortcut, Sockets, Status};
+use redirect::sockmap::{self, Settings, Sockets, Sockmap, Status};
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub(crate) const POD: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 11);
@@ -87,11 +87,11 @@ impl Drop for Turn {
     }
 }
 
-/// Both namespaces and the installed short-cut; removed when dropped.
+/// Both namespaces and the installed sockmap; removed when dropped.
 pub(crate) struct Net {
     name: String,
     directory: tempfile::TempDir,
-    pub(crate) shortcut: Option<Shortcut>,
+    pub(crate) sockmap: Option<Sockmap>,
     /// As in [`Settings`], for the next installation.
     pub(crate) memory_max: Option<u64>,
     /// ztunnel's.
@@ -110,7 +110,7 @@ impl Net {
         Self::made(true).install()
     }
 
-    /// Without the short-cut, for a test that fills memory.
+    /// Without the sockmap, for a test that fills memory.
     pub(crate) fn alone() -> Self {
         Self::made(true)
     }
@@ -124,7 +124,7 @@ impl Net {
             sockets: Sockets::new(&directory.path().join("pins/listeners")),
             directory,
             name,
-            shortcut: None,
+            sockmap: None,
             memory_max: None,
             _turn: turn,
         };
@@ -152,10 +152,10 @@ impl Net {
     }
 
     pub(crate) fn install(mut self) -> Self {
-        let mut shortcut = Shortcut::install(&self.settings()).unwrap();
-        shortcut.set_pods(&[self.pod()]).unwrap();
+        let mut sockmap = Sockmap::install(&self.settings()).unwrap();
+        sockmap.set_pods(&[self.pod()]).unwrap();
         self.sockets.follow([]).unwrap();
-        self.shortcut = Some(shortcut);
+        self.sockmap = Some(sockmap);
         self
     }
 
@@ -230,14 +230,14 @@ impl Net {
         self.listener_at((ztunnel, 0).into())
     }
 
-    /// A listener of ztunnel's, that asks for the short-cut.
+    /// A listener of ztunnel's, that asks for the sockmap.
     pub(crate) fn listener_at(&self, address: SocketAddr) -> TcpListener {
         let listener = self.on("zt", || TcpListener::bind(address).unwrap());
         self.sockets.mark(listener.as_fd()).unwrap();
         listener
     }
 
-    /// Connects from ztunnel's namespace and asks for the short-cut.
+    /// Connects from ztunnel's namespace and asks for the sockmap.
     pub(crate) fn dial(&self, to: SocketAddr) -> TcpStream {
         let mark = |socket: BorrowedFd<'_>| self.sockets.mark(socket).unwrap();
         self.on("zt", || connect_with(None, to, false, mark))
@@ -259,7 +259,7 @@ impl Net {
 
 impl Drop for Net {
     fn drop(&mut self) {
-        drop(self.shortcut.take());
+        drop(self.sockmap.take());
         let removed = sockmap::remove(&self.bpffs());
         for host in ["pod", "zt"] {
             let _ = Command::new("ip")

@@ -325,7 +325,7 @@ fn a_thousand_connections_share_the_maps_within_bounds() {
     let counters = net.status().counters;
     assert_eq!(counters["bypassed_bytes"], 0, "{counters:?}");
     assert_eq!(counters["sockets"], 2000, "{counters:?}");
-    // None reads, all send without end: what the short-cut takes is bounded for each of them.
+    // None reads, all send without end: what the sockmap takes is bounded for each of them.
     let piece = vec![1; 32 * 1024];
     for (app, _) in &mut pairs {
         while app.0.write(&piece).is_ok_and(|n| n == piece.len()) {

@@ -10,7 +10,7 @@ use socket2::SockRef;
 
 use crate::support::{Net, POD, Peer, ZTUNNEL, can_run, exchange, free_memory, unread};
 
-/// Both directions are on the short-cut.
+/// Both directions are in the sockmap.
 fn warm(net: &Net) -> (Peer, Peer) {
     let (mut app, mut zt) = net.pair();
     exchange(&mut app, &mut zt, b"question");
@@ -168,8 +168,8 @@ fn a_kernel_with_wrong_fionread_is_refused_unless_forced() {
 fn refused_unless_forced(mut net: Net) -> bool {
     let mut settings = net.settings();
     settings.force = false;
-    drop(net.shortcut.take());
-    let refused = redirect::sockmap::Shortcut::install(&settings).err();
+    drop(net.sockmap.take());
+    let refused = redirect::sockmap::Sockmap::install(&settings).err();
     refused.is_some_and(|error| error.to_string().contains("FIONREAD"))
 }
 
@@ -262,7 +262,7 @@ fn an_application_that_accepts_late_gets_all_in_order() {
     let listener = net.on("pod", || TcpListener::bind((IpAddr::V4(POD), 0)).unwrap());
     let to = listener.local_addr().unwrap();
     let mut zt = Peer(net.dial(to));
-    // Not accepted: TCP. Then accepted and not read: TCP. Then read: the short-cut.
+    // Not accepted: TCP. Then accepted and not read: TCP. Then read: by the sockmap.
     zt.write_all(b"one ").unwrap();
     let mut app = Peer(listener.accept().unwrap().0);
     app.0.set_nonblocking(true).unwrap();
@@ -276,8 +276,8 @@ fn an_application_that_accepts_late_gets_all_in_order() {
 }
 
 #[test]
-fn a_full_queue_of_the_kernel_costs_the_short_cut_not_the_data() {
-    if !can_run("a_full_queue_of_the_kernel_costs_the_short_cut_not_the_data") {
+fn a_full_queue_of_the_kernel_costs_the_sockmap_not_the_data() {
+    if !can_run("a_full_queue_of_the_kernel_costs_the_sockmap_not_the_data") {
         return;
     }
     let net = Net::up();

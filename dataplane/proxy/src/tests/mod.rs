@@ -18,7 +18,7 @@ mod queueing;
 mod readers;
 mod records;
 mod relays;
-mod short_cut;
+mod sockmap;
 mod streams;
 mod violations;
 mod whole_tunnels;
@@ -371,7 +371,7 @@ fn config(change: impl FnOnce(&mut ProxyConfig)) -> Arc<ProxyConfig> {
         original_source: false,
         same_node_tunnel: false,
         pods: None,
-        short_cut: None,
+        sockmap: None,
         mark: None,
         keepalive: None,
         connect_timeout: Duration::from_secs(5),

@@ -1,4 +1,4 @@
-//! The node agent's short-cut between pods' sockets and ztunnel's (`SOCKMAP=on`): ztunnel marks the
+//! The node agent's sockmap between pods' sockets and ztunnel's (`SOCKMAP=on`): ztunnel marks the
 //! sockets that may take it, and asks whether they have left it before it splices. Sockets without
 //! a mark never take it.
 
@@ -10,13 +10,13 @@ use redirect::sockmap::Sockets;
 
 /// Marks sockets; what fails costs only speed.
 #[derive(Debug)]
-pub(crate) struct ShortCut {
+pub(crate) struct Sockmap {
     sockets: Sockets,
     /// What was said of the last failure to follow.
     reported: Mutex<String>,
 }
 
-impl ShortCut {
+impl Sockmap {
     /// The one whose maps are pinned beside `listener_map`.
     pub(crate) fn new(listener_map: &Path) -> Self {
         Self {
@@ -25,11 +25,11 @@ impl ShortCut {
         }
     }
 
-    /// Marks the listeners whenever the short-cut is another one.
+    /// Marks the listeners whenever the sockmap is another one.
     pub(crate) fn follow<'a>(&self, listeners: impl IntoIterator<Item = BorrowedFd<'a>>) {
         let text = match self.sockets.follow(listeners) {
             Ok(true) => {
-                tracing::info!("sockmap short-cut: new connections may take it");
+                tracing::info!("sockmap: new connections may take it");
                 String::new()
             }
             Ok(false) => String::new(),
@@ -37,16 +37,16 @@ impl ShortCut {
         };
         let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
         if *reported != text && !text.is_empty() {
-            tracing::warn!("sockmap short-cut, new connections use TCP: {text}");
+            tracing::warn!("sockmap, new connections use TCP: {text}");
         }
         *reported = text;
     }
 }
 
-impl proxy::ShortCut for ShortCut {
+impl proxy::SockmapBypass for Sockmap {
     fn offer(&self, socket: BorrowedFd<'_>) {
         if let Err(error) = self.sockets.mark(socket) {
-            tracing::debug!("sockmap short-cut, a connection uses TCP: {error}");
+            tracing::debug!("sockmap, a connection uses TCP: {error}");
         }
     }
 

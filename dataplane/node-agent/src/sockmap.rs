@@ -1,8 +1,8 @@
-//! The sockmap short-cut beside the redirection: installed and kept up to date if the
+//! The sockmap beside the redirection: installed and kept up to date if the
 //! configuration asks for it, removed if not. What fails is logged and costs only speed.
 
 use redirect::Pod;
-use redirect::sockmap::{self, Settings, Shortcut};
+use redirect::sockmap::{self, Settings, Sockmap};
 
 use crate::config::Config;
 use crate::error::Result;
@@ -10,7 +10,7 @@ use crate::error::Result;
 /// What the agent keeps of it.
 #[derive(Debug, Default)]
 pub(crate) struct Owner {
-    installed: Option<(Settings, Shortcut)>,
+    installed: Option<(Settings, Sockmap)>,
     /// For which settings and pods it was last tried: what failed is not tried again and again.
     tried: Option<(Option<Settings>, Vec<Pod>)>,
     complaint: Option<String>,
@@ -24,13 +24,13 @@ impl Owner {
         if let Some(text) = &text
             && self.complaint.as_ref() != Some(text)
         {
-            tracing::warn!("sockmap short-cut, connections use TCP: {text}");
+            tracing::warn!("sockmap, connections use TCP: {text}");
         }
         self.complaint = text;
     }
 
     fn apply(&mut self, config: &Config, pods: &[Pod]) -> Result<()> {
-        let wanted = config.shortcut();
+        let wanted = config.sockmap();
         let Some(settings) = wanted else {
             self.installed = None;
             return self.remove_once(config);
@@ -38,23 +38,23 @@ impl Owner {
         let current = self
             .installed
             .as_ref()
-            .is_some_and(|(known, shortcut)| *known == settings && shortcut.is_current());
+            .is_some_and(|(known, sockmap)| *known == settings && sockmap.is_current());
         let state = (Some(settings.clone()), pods.to_vec());
         if !current {
-            if let Some((_, shortcut)) = &self.installed {
-                shortcut.pin_again()?;
+            if let Some((_, sockmap)) = &self.installed {
+                sockmap.pin_again()?;
             }
             self.installed = None; // its thread ends before another begins
             if self.tried.as_ref() == Some(&state) && self.complaint.is_some() {
                 return Ok(());
             }
             self.tried = Some(state);
-            let shortcut = Shortcut::install(&settings)?;
-            tracing::info!(cgroup = %settings.cgroup.display(), "sockmap short-cut installed");
-            self.installed = Some((settings, shortcut));
+            let sockmap = Sockmap::install(&settings)?;
+            tracing::info!(cgroup = %settings.cgroup.display(), "sockmap installed");
+            self.installed = Some((settings, sockmap));
         }
         match &mut self.installed {
-            Some((_, shortcut)) => Ok(shortcut.set_pods(pods)?),
+            Some((_, sockmap)) => Ok(sockmap.set_pods(pods)?),
             None => Ok(()),
         }
     }

@@ -1,4 +1,4 @@
-//! When a relay between two sockets splices where a short-cut may be at work.
+//! When a relay between two sockets splices where a sockmap may be at work.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,7 +11,7 @@ use rt::{Runtime, RuntimeConfig};
 use telemetry::{ConnectionInfo, Reporter};
 
 use super::{HANG, listen, pattern, registry};
-use crate::config::ShortCut;
+use crate::config::SockmapBypass;
 use crate::relay;
 
 /// Bytes each way.
@@ -24,7 +24,7 @@ struct Fake {
     plain_after: usize,
 }
 
-impl ShortCut for Fake {
+impl SockmapBypass for Fake {
     fn offer(&self, _: BorrowedFd<'_>) {}
 
     fn is_plain(&self, _: BorrowedFd<'_>) -> bool {
@@ -33,7 +33,7 @@ impl ShortCut for Fake {
 }
 
 /// Relays [`BYTES`] to an echo server and back; returns how many were spliced.
-fn relayed(short_cut: Option<&Fake>) -> u64 {
+fn relayed(sockmap: Option<&Fake>) -> u64 {
     let (server, target) = listen();
     let echo = thread::spawn(move || {
         let (mut from, _) = server.accept().unwrap();
@@ -61,8 +61,8 @@ fn relayed(short_cut: Option<&Fake>) -> u64 {
         let client = Listener::from_std(listener).accept().await.unwrap();
         let server = connect(target, &ConnectOptions::default()).await.unwrap();
         let record = registry().opened(ConnectionInfo::new(Reporter::Source, addr, target));
-        let short_cut = short_cut.map(|fake| fake as &dyn ShortCut);
-        relay::client_to_server(client, server, &[&record], None, short_cut)
+        let sockmap = sockmap.map(|fake| fake as &dyn SockmapBypass);
+        relay::client_to_server(client, server, &[&record], None, sockmap)
             .await
             .unwrap();
         rt::next_turn().await; // counters are told once per turn
@@ -95,6 +95,6 @@ fn nothing_is_spliced_before_both_sockets_are_plain() {
 }
 
 #[test]
-fn without_a_short_cut_nobody_is_asked() {
+fn without_a_sockmap_nobody_is_asked() {
     assert!(relayed(None) > 0);
 }
