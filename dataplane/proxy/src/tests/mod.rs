@@ -353,7 +353,9 @@ fn snapshot(yaml: &str) -> Arc<Snapshot> {
 }
 
 fn registry() -> WorkerTelemetry {
-    Registry::new("test").worker(access_log())
+    // One sink a thread: each has a writer of its own, and a fuzzer makes worlds by the thousand.
+    thread_local!(static LOG: AccessLog = access_log());
+    Registry::new("test").worker(LOG.with(AccessLog::clone))
 }
 
 fn access_log() -> AccessLog {
