@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::pacing::Pacing;
+use crate::report::Report;
 use crate::rr;
 use crate::serve::{self, Mode, Server};
+use crate::size::Sizes;
 use crate::worker::Client;
 
 const CLOCK_READINGS: u32 = 20_000;
@@ -55,7 +57,7 @@ impl Calibration {
         client.connect_timeout = Duration::from_millis(200);
         let report = rr::run(&rr::Options {
             client,
-            size: 64,
+            sizes: Sizes::Fixed(64),
             pacing: Pacing::Closed,
             verify: false,
         });
@@ -70,7 +72,12 @@ impl Calibration {
         })
     }
 
-    pub(crate) fn json(&self) -> Value {
+    /// Says in a report what the generator itself costs.
+    pub fn note_in(&self, report: &mut Report) {
+        report.set_floor(self.json(), self.to_string());
+    }
+
+    fn json(&self) -> Value {
         json!({
             "clock_ns": self.clock_ns,
             "floor_p50_us": self.floor_p50_us,

@@ -202,10 +202,6 @@ pub(crate) struct RrArgs {
 }
 
 impl RrArgs {
-    pub(crate) fn sizes(&self) -> &Sizes {
-        &self.size
-    }
-
     pub(crate) fn common(&self) -> &Common {
         &self.common
     }
@@ -228,7 +224,7 @@ impl RrArgs {
         };
         rr::Options {
             client,
-            size: self.size.max(),
+            sizes: self.size.clone(),
             pacing,
             verify: self.verify,
         }

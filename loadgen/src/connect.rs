@@ -13,8 +13,8 @@ use crate::error::Error;
 use crate::net::{self, Progress};
 use crate::outcome::Kind;
 use crate::payload::Requests;
-use crate::report::{self, Report};
-use crate::worker::{self, Client, Window, Worker};
+use crate::report::{Description, Report};
+use crate::worker::{self, Client, Outcome, Window, Worker};
 
 /// Pause of a slot after a failure, in ns: a refused connection must not become a busy loop.
 const PAUSE: u64 = 10_000_000;
@@ -57,7 +57,27 @@ pub fn run(options: &Options) -> Result<Report, Error> {
         };
         Loop::new(worker, &requests, options.verify, window).run()
     })?;
-    Ok(report::connect(options, &outcome))
+    Ok(Report::of(options, &outcome))
+}
+
+impl Description for Options {
+    const COMMAND: &'static str = "connect";
+
+    fn client(&self) -> &Client {
+        &self.client
+    }
+
+    fn describe(&self, outcome: &Outcome, report: &mut Report) {
+        let tally = &outcome.tally;
+        report.set_loop("closed");
+        report.set_setting("size_bytes", self.size);
+        report.set_setting("verify", self.verify);
+        report.set_rate("connections_per_s", tally.completed);
+        report.set_latency("", &tally.latency);
+        report.set("unfinished", tally.unfinished as f64);
+        report.set_latency("connect_", &tally.connecting);
+        report.set_distribution(&tally.latency);
+    }
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -8,8 +8,8 @@ use mio::net::TcpStream;
 use crate::error::Error;
 use crate::net::{self, Progress};
 use crate::outcome::Kind;
-use crate::report::{self, Report};
-use crate::worker::{self, Client, Worker};
+use crate::report::{Description, Report};
+use crate::worker::{self, Client, Outcome, Worker};
 
 /// Reads per event.
 const READS: usize = 16;
@@ -33,7 +33,22 @@ pub fn run(options: &Options) -> Result<Report, Error> {
         let streams = worker.establish()?;
         hold(worker, streams)
     })?;
-    Ok(report::idle(&options, &outcome))
+    Ok(Report::of(&options, &outcome))
+}
+
+impl Description for Options {
+    const COMMAND: &'static str = "idle";
+
+    fn client(&self) -> &Client {
+        &self.client
+    }
+
+    fn describe(&self, outcome: &Outcome, report: &mut Report) {
+        let tally = &outcome.tally;
+        report.set("established", outcome.established as f64);
+        report.set("held", tally.ok as f64);
+        report.set_latency("connect_", &tally.connecting);
+    }
 }
 
 fn hold(worker: &mut Worker<'_>, mut streams: Vec<Option<TcpStream>>) -> io::Result<()> {

@@ -49,7 +49,7 @@ fn measure(
     let calibration = common.calibrate();
     let mut report = run()?;
     if let Some(calibration) = calibration {
-        report.set_calibration(calibration);
+        calibration.note_in(&mut report);
     }
     show(&report, output)
 }
@@ -57,12 +57,10 @@ fn measure(
 fn request(args: &RrArgs, stop: &Arc<AtomicBool>) -> Result<Report, Error> {
     let options = args.options(watch(stop));
     match args.search() {
-        None => rr::run_sized(&options, args.sizes()),
-        Some((objective, arrivals)) => {
-            search::run(&options, args.sizes(), arrivals, objective, |step| {
-                eprintln!("{step}");
-            })
-        }
+        None => rr::run(&options),
+        Some((objective, arrivals)) => search::run(&options, arrivals, objective, |step| {
+            eprintln!("{step}");
+        }),
     }
 }
 

@@ -9,6 +9,16 @@ pub enum Arrivals {
     Poisson,
 }
 
+impl Arrivals {
+    /// The name in results.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Constant => "constant",
+            Self::Poisson => "poisson",
+        }
+    }
+}
+
 /// The loop a run uses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pacing {

@@ -6,21 +6,26 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::calibration::Calibration;
 use crate::error::Error;
-use crate::pacing::{Arrivals, Pacing};
-use crate::size::Sizes;
 use crate::stats::Latency;
 use crate::worker::{Client, Outcome};
-use crate::{connect, idle, rr, stream};
 
 /// Version of the JSON layout; grows when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
 
-/// A share of the schedule that may go unsent before a run counts as saturated.
-const SKIPPED_TOLERATED: f64 = 0.01;
-
 const QUANTILES: [(f64, &str); 4] = [(0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p999")];
+
+/// What a workload says of itself in a report. Implemented by the workloads' options.
+pub(crate) trait Description {
+    /// Its command.
+    const COMMAND: &'static str;
+
+    /// The settings that all workloads have.
+    fn client(&self) -> &Client;
+
+    /// Adds its own settings, and its figures.
+    fn describe(&self, outcome: &Outcome, report: &mut Report);
+}
 
 /// What a client command measured.
 #[derive(Clone, Debug)]
@@ -42,7 +47,8 @@ pub struct Report {
     latency: Option<Latency>,
     service: Option<Latency>,
     generator_cpu_s: f64,
-    calibration: Option<Calibration>,
+    /// What the generator itself costs: for the document, and in a line.
+    floor: Option<(Value, String)>,
     search: Option<Value>,
 }
 
@@ -103,9 +109,9 @@ impl Report {
         Some(self.generator_cpu_s * 1e6 / requests)
     }
 
-    /// Adds what the generator itself costs.
-    pub fn set_calibration(&mut self, calibration: Calibration) {
-        self.calibration = Some(calibration);
+    /// Adds what the generator itself costs: for the document, and in a line.
+    pub(crate) fn set_floor(&mut self, document: Value, line: String) {
+        self.floor = Some((document, line));
     }
 
     /// Adds the steps of a search and the rate it found.
@@ -134,8 +140,8 @@ impl Report {
             "measured_s": self.measured_s,
             "generator": {"cpu_s": self.generator_cpu_s},
         });
-        if let Some(calibration) = &self.calibration {
-            document["generator"]["calibration"] = calibration.json();
+        if let Some((floor, _)) = &self.floor {
+            document["generator"]["calibration"] = floor.clone();
         }
         if let Some(search) = &self.search {
             document["search"] = search.clone();
@@ -243,8 +249,8 @@ impl fmt::Display for Report {
                 None => writeln!(f, "  no rate was sustained at {objective}")?,
             }
         }
-        if let Some(calibration) = &self.calibration {
-            writeln!(f, "  {calibration}")?;
+        if let Some((_, floor)) = &self.floor {
+            writeln!(f, "  {floor}")?;
         }
         if self.interrupted {
             writeln!(f, "  interrupted: results up to then")?;
@@ -305,36 +311,65 @@ fn workload(client: &Client) -> Value {
     })
 }
 
-fn base(command: &'static str, client: &Client, outcome: &Outcome) -> Report {
-    let tally = &outcome.tally;
-    Report {
-        command,
-        loop_kind: "",
-        workload: workload(client),
-        metrics: BTreeMap::new(),
-        ok: tally.ok,
-        errors: tally.failures.by_kind(),
-        saturated: false,
-        skipped: tally.skipped,
-        interrupted: outcome.interrupted,
-        measured_s: outcome.measured_s,
-        established: tally.connected,
-        bytes_total: tally.sent_total + tally.received_total,
-        latency: None,
-        service: None,
-        generator_cpu_s: outcome.cpu_s,
-        calibration: None,
-        search: None,
-    }
-}
-
 impl Report {
-    fn set(&mut self, name: &str, value: f64) {
+    /// The report of a run with `options`.
+    pub(crate) fn of<D: Description>(options: &D, outcome: &Outcome) -> Self {
+        let tally = &outcome.tally;
+        let mut report = Self {
+            command: D::COMMAND,
+            loop_kind: "",
+            workload: workload(options.client()),
+            metrics: BTreeMap::new(),
+            ok: tally.ok,
+            errors: tally.failures.by_kind(),
+            saturated: false,
+            skipped: tally.skipped,
+            interrupted: outcome.interrupted,
+            measured_s: outcome.measured_s,
+            established: tally.connected,
+            bytes_total: tally.sent_total + tally.received_total,
+            latency: None,
+            service: None,
+            generator_cpu_s: outcome.cpu_s,
+            floor: None,
+            search: None,
+        };
+        options.describe(outcome, &mut report);
+        report
+    }
+
+    /// Says which loop it was: `closed` or `open`.
+    pub(crate) fn set_loop(&mut self, kind: &'static str) {
+        self.loop_kind = kind;
+    }
+
+    /// Says that a set rate was not kept.
+    pub(crate) fn set_saturated(&mut self, saturated: bool) {
+        self.saturated = saturated;
+    }
+
+    /// Adds a setting of the workload.
+    pub(crate) fn set_setting(&mut self, name: &str, value: impl Into<Value>) {
+        self.workload[name] = value.into();
+    }
+
+    /// Sets what histogram and spectrum are of.
+    pub(crate) fn set_distribution(&mut self, latency: &Latency) {
+        self.latency = Some(latency.clone());
+    }
+
+    /// The same of latencies from when requests were sent.
+    pub(crate) fn set_service_distribution(&mut self, service: &Latency) {
+        self.service = Some(service.clone());
+    }
+
+    /// Sets a metric.
+    pub(crate) fn set(&mut self, name: &str, value: f64) {
         self.metrics.insert(name.to_owned(), value);
     }
 
     /// Sets a rate over the measured window; 0 if the window was interrupted before it began.
-    fn set_rate(&mut self, name: &str, count: u64) {
+    pub(crate) fn set_rate(&mut self, name: &str, count: u64) {
         let rate = if self.measured_s > 0.0 {
             count as f64 / self.measured_s
         } else {
@@ -344,7 +379,7 @@ impl Report {
     }
 
     /// Sets the latency metrics, their names beginning with `prefix`.
-    fn set_latency(&mut self, prefix: &str, latency: &Latency) {
+    pub(crate) fn set_latency(&mut self, prefix: &str, latency: &Latency) {
         if latency.count() == 0 {
             return;
         }
@@ -357,74 +392,4 @@ impl Report {
         self.set(&format!("{prefix}sd_us"), latency.sd_us());
         self.set(&format!("{prefix}count"), latency.count() as f64);
     }
-}
-
-pub(crate) fn rr(options: &rr::Options, sizes: &Sizes, outcome: &Outcome) -> Report {
-    let tally = &outcome.tally;
-    let mut report = base("rr", &options.client, outcome);
-    report.loop_kind = options.pacing.label();
-    report.workload["size_bytes"] = match sizes {
-        Sizes::Fixed(size) => json!(size),
-        sizes => json!(sizes.mean()),
-    };
-    report.workload["sizes"] = json!(sizes.to_string());
-    report.workload["verify"] = json!(options.verify);
-    report.set("requests_total", tally.completed_total as f64);
-    report.set_rate("requests_per_s", tally.completed);
-    report.set_rate("bytes_per_s", tally.sent + tally.received);
-    report.set("reconnects", tally.reconnects as f64);
-    report.set_latency("", &tally.latency);
-    report.set("unfinished", tally.unfinished as f64);
-    if let Pacing::Open { rate, arrivals } = options.pacing {
-        report.workload["rate"] = json!(rate);
-        report.workload["arrivals"] = json!(match arrivals {
-            Arrivals::Constant => "constant",
-            Arrivals::Poisson => "poisson",
-        });
-        report.set_latency("service_", &tally.service);
-        report.set("scheduled", tally.scheduled as f64);
-        report.set("late", tally.late as f64);
-        report.service = Some(tally.service.clone());
-        let tolerated = tally.scheduled as f64 * SKIPPED_TOLERATED;
-        report.saturated = tally.skipped as f64 > tolerated;
-    }
-    report.latency = Some(tally.latency.clone());
-    report
-}
-
-pub(crate) fn connect(options: &connect::Options, outcome: &Outcome) -> Report {
-    let tally = &outcome.tally;
-    let mut report = base("connect", &options.client, outcome);
-    report.loop_kind = "closed";
-    report.workload["size_bytes"] = json!(options.size);
-    report.workload["verify"] = json!(options.verify);
-    report.set_rate("connections_per_s", tally.completed);
-    report.set_latency("", &tally.latency);
-    report.set("unfinished", tally.unfinished as f64);
-    report.set_latency("connect_", &tally.connecting);
-    report.latency = Some(tally.latency.clone());
-    report
-}
-
-pub(crate) fn stream(options: &stream::Options, outcome: &Outcome) -> Report {
-    let tally = &outcome.tally;
-    let mut report = base("stream", &options.client, outcome);
-    report.workload["direction"] = json!(options.direction.name());
-    report.workload["verify"] = json!(options.verify);
-    report.set_rate("bytes_per_s", tally.sent + tally.received);
-    report.set_rate("bytes_up_per_s", tally.sent);
-    report.set_rate("bytes_down_per_s", tally.received);
-    report.set("bytes_sent_total", tally.sent_total as f64);
-    report.set("bytes_received_total", tally.received_total as f64);
-    report.set("bytes_measured", (tally.sent + tally.received) as f64);
-    report
-}
-
-pub(crate) fn idle(options: &idle::Options, outcome: &Outcome) -> Report {
-    let tally = &outcome.tally;
-    let mut report = base("idle", &options.client, outcome);
-    report.set("established", outcome.established as f64);
-    report.set("held", tally.ok as f64);
-    report.set_latency("connect_", &tally.connecting);
-    report
 }

@@ -17,10 +17,10 @@ use crate::net::{self, Progress};
 use crate::outcome::Kind;
 use crate::pacing::{Pacing, Schedule};
 use crate::payload::Requests;
-use crate::report::{self, Report};
+use crate::report::{Description, Report};
 use crate::size::{Random, Sizes};
 use crate::timer::Timer;
-use crate::worker::{self, Client, Window, Worker};
+use crate::worker::{self, Client, Outcome, Window, Worker};
 
 /// Pause before a broken connection is dialled again, in ns.
 const REDIAL_AFTER: u64 = 100_000_000;
@@ -28,6 +28,8 @@ const REDIAL_AFTER: u64 = 100_000_000;
 const SWEEP_EVERY: u64 = 100_000_000;
 /// An open-loop request sent later than this after its time counts as late, in ns.
 const LATE_AFTER: u64 = 1_000_000;
+/// A share of the schedule that may go unsent before a run counts as saturated.
+const SKIPPED_TOLERATED: f64 = 0.01;
 const MAX_SIZE: usize = 64 << 20;
 const TIMER: Token = Token(usize::MAX);
 
@@ -36,9 +38,8 @@ const TIMER: Token = Token(usize::MAX);
 pub struct Options {
     /// Connections, times and placement.
     pub client: Client,
-    /// Bytes per request and per response, 1 to 67,108,864; for sizes that differ see
-    /// [`run_sized`].
-    pub size: usize,
+    /// Bytes per request and per response, 1 to 67,108,864.
+    pub sizes: Sizes,
     /// Closed or open loop.
     pub pacing: Pacing,
     /// Compare every response with the request, byte by byte.
@@ -52,15 +53,7 @@ pub struct Options {
 /// A setting out of range, or an event loop that cannot run. Requests that fail are not errors
 /// here but counted in the report.
 pub fn run(options: &Options) -> Result<Report, Error> {
-    run_sized(options, &Sizes::Fixed(options.size))
-}
-
-/// Runs the workload with requests of `sizes`, whatever the options' size is.
-///
-/// # Errors
-///
-/// As [`run`].
-pub fn run_sized(options: &Options, sizes: &Sizes) -> Result<Report, Error> {
+    let sizes = &options.sizes;
     if sizes.min() < 1 || sizes.max() > MAX_SIZE {
         return Err(Error::Setting {
             name: "--size",
@@ -85,9 +78,45 @@ pub fn run_sized(options: &Options, sizes: &Sizes) -> Result<Report, Error> {
         let Some(window) = worker.begin(established) else {
             return Ok(());
         };
-        Loop::new(worker, options, (&requests, sizes), streams, window)?.run()
+        Loop::new(worker, options, &requests, streams, window)?.run()
     })?;
-    Ok(report::rr(options, sizes, &outcome))
+    Ok(Report::of(options, &outcome))
+}
+
+impl Description for Options {
+    const COMMAND: &'static str = "rr";
+
+    fn client(&self) -> &Client {
+        &self.client
+    }
+
+    fn describe(&self, outcome: &Outcome, report: &mut Report) {
+        let tally = &outcome.tally;
+        report.set_loop(self.pacing.label());
+        match &self.sizes {
+            Sizes::Fixed(size) => report.set_setting("size_bytes", *size),
+            sizes => report.set_setting("size_bytes", sizes.mean()),
+        }
+        report.set_setting("sizes", self.sizes.to_string());
+        report.set_setting("verify", self.verify);
+        report.set("requests_total", tally.completed_total as f64);
+        report.set_rate("requests_per_s", tally.completed);
+        report.set_rate("bytes_per_s", tally.sent + tally.received);
+        report.set("reconnects", tally.reconnects as f64);
+        report.set_latency("", &tally.latency);
+        report.set("unfinished", tally.unfinished as f64);
+        if let Pacing::Open { rate, arrivals } = self.pacing {
+            report.set_setting("rate", rate);
+            report.set_setting("arrivals", arrivals.name());
+            report.set_latency("service_", &tally.service);
+            report.set("scheduled", tally.scheduled as f64);
+            report.set("late", tally.late as f64);
+            report.set_service_distribution(&tally.service);
+            let tolerated = tally.scheduled as f64 * SKIPPED_TOLERATED;
+            report.set_saturated(tally.skipped as f64 > tolerated);
+        }
+        report.set_distribution(&tally.latency);
+    }
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -143,8 +172,8 @@ struct Loop<'w, 'r> {
 impl<'w, 'r> Loop<'w, 'r> {
     fn new(
         worker: &'w mut Worker<'r>,
-        options: &Options,
-        (requests, sizes): (&'w Requests, &'w Sizes),
+        options: &'w Options,
+        requests: &'w Requests,
         streams: Vec<Option<TcpStream>>,
         window: Window,
     ) -> io::Result<Self> {
@@ -183,7 +212,7 @@ impl<'w, 'r> Loop<'w, 'r> {
         };
         Ok(Self {
             requests,
-            sizes,
+            sizes: &options.sizes,
             verify: options.verify,
             window,
             first,

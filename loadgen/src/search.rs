@@ -14,7 +14,6 @@ use crate::error::Error;
 use crate::pacing::{Arrivals, Pacing};
 use crate::report::Report;
 use crate::rr;
-use crate::size::Sizes;
 
 /// The span ends when its ends differ by less than this factor.
 const PRECISION: f64 = 1.03;
@@ -77,7 +76,7 @@ impl Objective {
 /// A rate and what a run at it came to.
 type Step = (f64, Report);
 
-/// Searches with runs of `options` and `sizes`. The pacing of the options does not matter. Returns
+/// Searches with runs of `options`. The pacing of the options does not matter. Returns
 /// the report of the highest rate that held with the search's steps in it; of the lowest one tried
 /// if none did. `tell` is told of each step.
 ///
@@ -86,14 +85,13 @@ type Step = (f64, Report);
 /// As [`rr::run`].
 pub fn run(
     options: &rr::Options,
-    sizes: &Sizes,
     arrivals: Arrivals,
     objective: &Objective,
     mut tell: impl FnMut(&str),
 ) -> Result<Report, Error> {
     let mut options = options.clone();
     options.pacing = Pacing::Closed;
-    let closed = rr::run_sized(&options, sizes)?;
+    let closed = rr::run(&options)?;
     let highest = closed.metric("requests_per_s").unwrap_or(0.0);
     tell(&format!("closed loop: {highest:.0} requests/s"));
     if closed.ok() == 0 {
@@ -104,7 +102,7 @@ pub fn run(
     let mut rate = (highest * 0.7).max(LEAST_RATE);
     while steps.len() < PROBES_MAX && !options.client.stop.load(Ordering::Relaxed) {
         options.pacing = Pacing::Open { rate, arrivals };
-        let report = rr::run_sized(&options, sizes)?;
+        let report = rr::run(&options)?;
         if options.client.stop.load(Ordering::Relaxed) && !steps.is_empty() {
             // A step that was cut short proves nothing.
             break;

@@ -14,8 +14,8 @@ use crate::error::Error;
 use crate::net::{self, Progress};
 use crate::outcome::Kind;
 use crate::payload::{self, STREAM_PATTERN};
-use crate::report::{self, Report};
-use crate::worker::{self, Client, Window, Worker};
+use crate::report::{Description, Report};
+use crate::worker::{self, Client, Outcome, Window, Worker};
 
 /// System calls one direction of a connection gets in a row, so that none starves the others.
 const TURNS: usize = 8;
@@ -68,7 +68,27 @@ pub fn run(options: &Options) -> Result<Report, Error> {
         };
         Loop::new(worker, options, &pattern, streams, window).run()
     })?;
-    Ok(report::stream(options, &outcome))
+    Ok(Report::of(options, &outcome))
+}
+
+impl Description for Options {
+    const COMMAND: &'static str = "stream";
+
+    fn client(&self) -> &Client {
+        &self.client
+    }
+
+    fn describe(&self, outcome: &Outcome, report: &mut Report) {
+        let tally = &outcome.tally;
+        report.set_setting("direction", self.direction.name());
+        report.set_setting("verify", self.verify);
+        report.set_rate("bytes_per_s", tally.sent + tally.received);
+        report.set_rate("bytes_up_per_s", tally.sent);
+        report.set_rate("bytes_down_per_s", tally.received);
+        report.set("bytes_sent_total", tally.sent_total as f64);
+        report.set("bytes_received_total", tally.received_total as f64);
+        report.set("bytes_measured", (tally.sent + tally.received) as f64);
+    }
 }
 
 #[derive(Debug)]

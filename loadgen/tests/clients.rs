@@ -41,7 +41,7 @@ fn client(to: SocketAddr, connections: usize) -> Client {
 fn rr(client: Client, size: usize) -> rr::Options {
     rr::Options {
         client,
-        size,
+        sizes: Sizes::Fixed(size),
         pacing: Pacing::Closed,
         verify: true,
     }
@@ -430,8 +430,8 @@ fn requests_of_many_sizes_come_back_whole_and_in_their_shares() {
     let server = server(Mode::Echo);
     let mut options = rr(client(server.address(), 8), 1);
     options.verify = true;
-    let sizes: Sizes = "100:3,10000:1".parse().unwrap();
-    let report = rr::run_sized(&options, &sizes).unwrap();
+    options.sizes = "100:3,10000:1".parse().unwrap();
+    let report = rr::run(&options).unwrap();
     assert!(
         report.errors_by_kind().is_empty(),
         "{:?}",
@@ -440,9 +440,9 @@ fn requests_of_many_sizes_come_back_whole_and_in_their_shares() {
     let totals = server.stop().unwrap();
     let mean = totals.received_bytes as f64 / metric(&report, "requests_total");
     assert!(
-        (mean / sizes.mean() - 1.0).abs() < 0.15,
+        (mean / options.sizes.mean() - 1.0).abs() < 0.15,
         "{mean} of {}",
-        sizes.mean()
+        options.sizes.mean()
     );
 }
 
@@ -457,7 +457,6 @@ fn the_search_finds_what_a_server_can_serve() {
         let mut told = 0;
         let report = search::run(
             &options,
-            &Sizes::Fixed(64),
             Arrivals::Constant,
             &"p90<100ms".parse().unwrap(),
             |_| told += 1,
@@ -469,7 +468,6 @@ fn the_search_finds_what_a_server_can_serve() {
         assert!((100.0..600.0).contains(&rate), "{rate}");
         let none = search::run(
             &options,
-            &Sizes::Fixed(64),
             Arrivals::Constant,
             &"p50<1us".parse().unwrap(),
             |_| {},

@@ -11,6 +11,7 @@ use benches::relay::{self, Backend, process};
 use clap::{Parser, Subcommand};
 use loadgen::pacing::Pacing;
 use loadgen::serve::{self, Mode, Server};
+use loadgen::size::Sizes;
 use loadgen::stream::Direction;
 use loadgen::worker::Client;
 use loadgen::{connect, idle, rr, stream};
@@ -110,7 +111,7 @@ fn load(kind: &str, mut client: Client) -> Result<()> {
     let report = match kind {
         "rr" => rr::run(&rr::Options {
             client,
-            size,
+            sizes: Sizes::Fixed(size),
             pacing: Pacing::Closed,
             verify,
         }),
