@@ -10,10 +10,11 @@ use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
+use crate::kinds::Redirect;
 use crate::mesh_file::NAMESPACE;
 use crate::network::namespace::HostCommand;
 use crate::network::{has_ipv6, netns_path};
-use crate::state::{Redirect, State, directory};
+use crate::state::{State, directory};
 use crate::topology::{Host, Node, OUTSIDE_INTERFACE, Role, UNDERLAY_INTERFACE};
 
 /// How long installing a redirection may take.
@@ -175,7 +176,7 @@ mod tests {
 
     #[test]
     fn only_mesh_pods_are_enrolled() {
-        let state = State::example(crate::peers::ProxyKind::Shared);
+        let state = State::example(crate::kinds::ProxyKind::Shared);
         let config = config(&state, Node::B);
         let uids: Vec<_> = config["pods"]
             .as_array()

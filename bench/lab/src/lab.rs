@@ -14,13 +14,13 @@ use crate::agent;
 use crate::ca::CertificateAuthority;
 use crate::daemon::{Daemon, workspace_binary};
 use crate::error::{Error, Result};
+use crate::kinds::{ProxyKind, Redirect, Services, Variant};
 use crate::lock::Lock;
 use crate::mesh_file::{TRUST_DOMAIN, default_mesh};
 use crate::network::namespace::HostCommand;
 use crate::network::{self, namespace, netns_path};
-use crate::peers::ProxyKind;
-use crate::services::{self, Services};
-use crate::state::{Phase, Redirect, State, Variant, check_name, directory};
+use crate::services;
+use crate::state::{Phase, State, ca_paths, check_name, directory, mesh_path};
 use crate::status::{self, Status};
 use crate::steering;
 use crate::teardown;
@@ -245,7 +245,7 @@ impl Lab {
     /// # Errors
     /// As [`CertificateAuthority::load`].
     pub fn certificate_authority(&self) -> Result<CertificateAuthority> {
-        let (certificate, key) = ztunnel::ca_paths(self.name());
+        let (certificate, key) = ca_paths(self.name());
         CertificateAuthority::load(&certificate, &key)
     }
 
@@ -350,13 +350,13 @@ impl Lab {
 
     /// Certificates, mesh file, agent configurations and the BPF file system.
     fn write_files(&self, options: &LabOptions) -> Result<()> {
-        let (certificate, key) = ztunnel::ca_paths(self.name());
+        let (certificate, key) = ca_paths(self.name());
         CertificateAuthority::generate(TRUST_DOMAIN)?.write(&certificate, &key)?;
         let mesh = match &options.mesh {
             Some(path) => fs::read_to_string(path).map_err(Error::io("reading", path))?,
             None => default_mesh(),
         };
-        let path = ztunnel::mesh_path(self.name());
+        let path = mesh_path(self.name());
         fs::write(&path, mesh).map_err(Error::io("writing", path))?;
         if self.state.redirect == Redirect::Ebpf {
             mount_bpffs(&agent::bpffs(self.name()))?;

@@ -3,98 +3,28 @@
 //! Written before the first thing is created and after every process started, by rename, so that
 //! whatever kills `up`, the next command knows what there is to remove.
 
-use std::fmt;
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::kinds::{ProxyKind, Redirect, Services, Variant};
 use crate::lock::ROOT;
-use crate::peers::ProxyKind;
 use crate::process::Process;
-use crate::services::Services;
 
-/// Which path captured traffic takes to ztunnel.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Redirect {
-    /// No ztunnel and no redirection: plain forwarding.
-    None,
-    /// iptables marks, policy routes and a tunnel, as Istio 1.17 to 1.20.
-    Tunnel,
-    /// tc programs and sk_lookup.
-    #[default]
-    Ebpf,
+/// The lab's root certificate and its key.
+pub(crate) fn ca_paths(lab: &str) -> (PathBuf, PathBuf) {
+    (
+        directory(lab).join("ca.pem"),
+        directory(lab).join("ca-key.pem"),
+    )
 }
 
-impl Redirect {
-    /// The name on the command line and in reports.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Tunnel => "tunnel",
-            Self::Ebpf => "ebpf",
-        }
-    }
-}
-
-impl fmt::Display for Redirect {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Redirect {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        [Self::None, Self::Tunnel, Self::Ebpf]
-            .into_iter()
-            .find(|redirect| redirect.name() == text)
-            .ok_or_else(|| {
-                Error::Options(format!("redirect `{text}` is none of none, tunnel, ebpf"))
-            })
-    }
-}
-
-/// Rule set of the `tunnel` path.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Variant {
-    /// Istio 1.20's, with its four defects that lose connections: resets of node-local ones, leaked
-    /// TIME_WAIT answers, SYN cookies refused, the path's errors and its MTU unheard.
-    Faithful,
-    /// The same path with the defects fixed.
-    #[default]
-    Hardened,
-}
-
-impl Variant {
-    /// The name in the node agent's configuration.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Faithful => "faithful",
-            Self::Hardened => "hardened",
-        }
-    }
-}
-
-impl FromStr for Variant {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        [Self::Faithful, Self::Hardened]
-            .into_iter()
-            .find(|variant| variant.name() == text)
-            .ok_or_else(|| {
-                Error::Options(format!("variant `{text}` is neither faithful nor hardened"))
-            })
-    }
+/// The mesh file that ztunnels read.
+pub(crate) fn mesh_path(lab: &str) -> PathBuf {
+    directory(lab).join("mesh.yaml")
 }
 
 /// How far `up` came.
@@ -229,21 +159,5 @@ mod tests {
         ] {
             assert!(check_name(bad).is_err(), "{bad:?} was accepted");
         }
-    }
-
-    #[test]
-    fn redirect_and_variant_names_parse_back() {
-        for redirect in [Redirect::None, Redirect::Tunnel, Redirect::Ebpf] {
-            assert_eq!(redirect.name().parse::<Redirect>().unwrap(), redirect);
-        }
-        assert!(
-            "geneve"
-                .parse::<Redirect>()
-                .unwrap_err()
-                .to_string()
-                .contains("tunnel")
-        );
-        assert_eq!("faithful".parse::<Variant>().unwrap(), Variant::Faithful);
-        assert!("fast".parse::<Variant>().is_err());
     }
 }

@@ -5,10 +5,10 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
+use crate::kinds::{Redirect, Services};
 use crate::network::{has_ipv6, namespace, netns_path};
 use crate::process;
-use crate::services::Services;
-use crate::state::{Redirect, State};
+use crate::state::State;
 use crate::topology::{Host, Node, Role};
 use crate::ztunnel;
 

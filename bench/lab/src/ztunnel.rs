@@ -12,11 +12,12 @@ use crate::agent::{listener_map, pod_table};
 use crate::daemon::{Daemon, last_words};
 use crate::error::{Error, Result};
 use crate::http::http_get;
+use crate::kinds::{ProxyKind, Redirect};
 use crate::network::namespace::{HostCommand, in_namespace};
 use crate::network::netns_path;
-use crate::peers::{self, ProxyKind};
+use crate::peers;
 use crate::process::Process;
-use crate::state::{Redirect, State, directory};
+use crate::state::{State, ca_paths, directory, mesh_path};
 use crate::topology::{Host, Node};
 
 /// How long a ztunnel may take to become ready.
@@ -33,19 +34,6 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// ztunnel's readiness port.
 pub(crate) const READINESS_PORT: u16 = 15021;
-
-/// The lab's root certificate and its key.
-pub(crate) fn ca_paths(lab: &str) -> (PathBuf, PathBuf) {
-    (
-        directory(lab).join("ca.pem"),
-        directory(lab).join("ca-key.pem"),
-    )
-}
-
-/// The mesh file that ztunnels read.
-pub(crate) fn mesh_path(lab: &str) -> PathBuf {
-    directory(lab).join("mesh.yaml")
-}
 
 /// The log of `node`'s ztunnel.
 pub(crate) fn log_path(lab: &str, node: Node) -> PathBuf {

@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::http::http_get;
 use crate::lab::Lab;
 use crate::mesh_file;
+use crate::state::mesh_path;
 use crate::topology::{Host, Node};
 use crate::ztunnel;
 
@@ -185,7 +186,7 @@ impl Arena {
         }
         mesh.clone_into(&mut current);
         let marks = self.log_lengths();
-        fs::write(ztunnel::mesh_path(self.lab.name()), mesh)?;
+        fs::write(mesh_path(self.lab.name()), mesh)?;
         for (path, mark) in marks {
             eventually(&format!("{} takes the mesh file", path.display()), || {
                 log_since(&path, mark).is_ok_and(|text| text.contains("mesh configuration loaded"))

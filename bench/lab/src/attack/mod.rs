@@ -39,8 +39,8 @@ use catalog::{Attack, Finding};
 use gauge::{Honest, Prober, Watch};
 use judge::{Figures, judge, of_tries, table};
 
+use crate::kinds::Redirect;
 use crate::lab::{Lab, LabOptions};
-use crate::state::Redirect;
 
 pub use catalog::KNOWN_TO_SUCCEED;
 pub use judge::{Row, Verdict};

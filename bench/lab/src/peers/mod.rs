@@ -10,79 +10,26 @@ pub mod envoy;
 pub mod haproxy;
 
 use std::env;
-use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::thread;
-
-use serde::{Deserialize, Serialize};
 
 use crate::ca::CertificateAuthority;
 use crate::daemon::workspace_binary;
 use crate::error::{Error, Result};
+pub use crate::kinds::ProxyKind;
 use crate::mesh_file::TRUST_DOMAIN;
 use crate::network::namespace::HostCommand;
 use crate::network::netns_path;
-use crate::state::{State, directory};
+use crate::state::{State, ca_paths, directory};
 use crate::topology::{Host, Node};
-use crate::ztunnel;
 
 /// Version of Envoy that `make setup PEERS=1` installs.
 pub const ENVOY_VERSION: &str = "1.40.0";
 /// What to do about a peer that is not there.
 pub const REMEDY: &str = "run `make setup PEERS=1`";
 
-/// What stands in ztunnel's place, and so how it is run.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ProxyKind {
-    /// A ztunnel that takes this project's environment: all pods of the node, registering its
-    /// listeners where redirection asks for it.
-    #[default]
-    Shared,
-    /// Nothing of a proxy: a server that answers by itself what is redirected to it.
-    Listener,
-    /// Any ztunnel, in upstream's `dedicated` mode for the node's main pod.
-    Dedicated,
-    /// Envoy: TCP proxies, each connection with a TLS session of its own to the other node.
-    EnvoyTcp,
-    /// Envoy: HBONE, streams of shared HTTP/2 connections.
-    EnvoyHbone,
-    /// HAProxy: TCP proxies, each connection with a TLS session of its own to the other node.
-    Haproxy,
-}
-
 impl ProxyKind {
-    /// Every kind.
-    pub const ALL: [Self; 6] = [
-        Self::Shared,
-        Self::Listener,
-        Self::Dedicated,
-        Self::EnvoyTcp,
-        Self::EnvoyHbone,
-        Self::Haproxy,
-    ];
-
-    /// The name in reports and on the command line.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Shared => "shared",
-            Self::Listener => "listener",
-            Self::Dedicated => "dedicated",
-            Self::EnvoyTcp => "envoy-tcp",
-            Self::EnvoyHbone => "envoy-hbone",
-            Self::Haproxy => "haproxy",
-        }
-    }
-
-    /// Whether it registers its listeners with the eBPF redirection.
-    #[must_use]
-    pub fn registers_listeners(self) -> bool {
-        matches!(self, Self::Shared | Self::Listener)
-    }
-
     /// The program of this kind that is installed.
     ///
     /// # Errors
@@ -104,26 +51,6 @@ impl ProxyKind {
                 Err("no ztunnel of this name is known: give NAME=PATH".to_owned())
             }
         }
-    }
-}
-
-impl fmt::Display for ProxyKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for ProxyKind {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|kind| kind.name() == text)
-            .ok_or_else(|| {
-                let names = Self::ALL.map(Self::name).join(", ");
-                Error::Options(format!("proxy `{text}` is none of {names}"))
-            })
     }
 }
 
@@ -175,7 +102,7 @@ fn identity(pod: Host) -> String {
 /// Writes what a foreign proxy on `node` needs and returns the command that runs it.
 pub(crate) fn command(state: &State, binary: &Path, node: Node) -> Result<HostCommand> {
     let directory = directory(&state.name).join(format!("{}-proxy", node.name()));
-    let (certificate, key) = ztunnel::ca_paths(&state.name);
+    let (certificate, key) = ca_paths(&state.name);
     let authority = CertificateAuthority::load(&certificate, &key)?;
     let place = Place {
         node,

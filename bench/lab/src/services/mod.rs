@@ -11,79 +11,17 @@
 mod iptables;
 mod nftables;
 
-use std::fmt;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
-use std::str::FromStr;
-
-use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+pub use crate::kinds::Services;
 use crate::mesh_file::PORTS;
 use crate::network::namespace::HostCommand;
 use crate::network::{has_ipv6, netns_path};
 use crate::state::directory;
 use crate::topology::{Host, Node, OUTSIDE_INTERFACE, service_v6};
-
-/// Whose rules for services a lab's nodes have.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Services {
-    /// None: nodes only forward, without conntrack.
-    #[default]
-    None,
-    /// kube-proxy's in iptables mode.
-    Iptables,
-    /// kube-proxy's in nftables mode.
-    Nftables,
-}
-
-impl Services {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::None, Self::Iptables, Self::Nftables];
-
-    /// The name on the command line and in reports.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Iptables => "iptables",
-            Self::Nftables => "nftables",
-        }
-    }
-
-    /// The programs that install them, and the Debian packages that hold those.
-    pub(crate) fn programs(self) -> impl Iterator<Item = (&'static str, &'static str)> {
-        let program = match self {
-            Self::None => None,
-            Self::Iptables => Some(("iptables-restore", "iptables")),
-            Self::Nftables => Some(("nft", "nftables")),
-        };
-        program.into_iter()
-    }
-}
-
-impl fmt::Display for Services {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Services {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|services| services.name() == text)
-            .ok_or_else(|| {
-                Error::Options(format!(
-                    "services `{text}` is none of none, iptables, nftables"
-                ))
-            })
-    }
-}
 
 /// One port of a service.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

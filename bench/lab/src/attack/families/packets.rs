@@ -16,8 +16,8 @@ use super::{Attack, got, small};
 use crate::attack::arena::{ATTACKER, Arena, eventually};
 use crate::attack::catalog::{Failure, Finding};
 use crate::error::Error;
+use crate::kinds::Redirect;
 use crate::lab::Lab;
-use crate::state::Redirect;
 
 const FAMILY: &str = "packets";
 /// The pod that writes packets.
