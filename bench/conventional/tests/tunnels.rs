@@ -199,9 +199,10 @@ impl Ca {
 /// The proxy this one is compared with.
 mod ours {
     use super::{Arc, Ca, Duration, NodeContext, Snapshot, Sockets, io, thread};
+    use identity::{LocalIssuer, Manager};
     use proxy::{Listeners, ProxyConfig, RedirectMode, TunnelMemory, WorkerSetup};
     use telemetry::{AccessLevel, AccessLog, LogFormat, LogSink, Registry};
-    use tls::{Authority, CertificateStore, LocalIssuer};
+    use tls::Authority;
     use tracing::level_filters::LevelFilter;
 
     pub(super) fn start(
@@ -236,6 +237,13 @@ mod ours {
         };
         let sink = LogSink::new(LogFormat::Plain, 1 << 16, io::sink()).unwrap();
         let log = AccessLog::new(&sink, AccessLevel::new(LevelFilter::INFO));
+        let mut manager = Manager::new(Arc::new(issuer));
+        let certificates = manager.feed();
+        thread::spawn(move || {
+            let mut control = tokio::runtime::Builder::new_current_thread();
+            let control = control.enable_all().build().unwrap();
+            control.block_on(manager.run());
+        });
         thread::spawn(move || {
             let (commands, receiver) = rt::mailbox::channel(1);
             let (later, snapshots) = rt::mailbox::latest();
@@ -247,7 +255,7 @@ mod ours {
                     inbound_hbone,
                 },
                 snapshot: Arc::new(snapshot),
-                certificates: Arc::new(CertificateStore::new(Arc::new(issuer))),
+                certificates,
                 telemetry: Registry::new("test").worker(log),
                 snapshots,
                 commands: receiver,

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use crate::issuer::Issuer;
 use crate::published::{
-    CertificateStatus, Found, NoCertificate, Published, WorkloadTls, find, statuses,
+    CertificateStatus, Found, NoCertificate, Published, Request, WorkloadTls, find, statuses,
 };
 use crate::schedule::{Now, Schedule, Span, Wanted};
 use crate::worker::CertificateFeed;
@@ -22,14 +22,6 @@ pub const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Requests of all workers that the control thread has not looked at, at most. A worker sends one
 /// for each identity that connections wait for.
 const REQUESTS_MAX: usize = 4096;
-
-/// Somebody waits for a certificate.
-#[derive(Debug)]
-pub(crate) struct Request {
-    pub(crate) identity: Identity,
-    /// The number of the one that is of no use to them, or 0.
-    pub(crate) useless: u64,
-}
 
 /// Asks for certificates, renews them, and hands them to workers.
 #[derive(Debug)]
@@ -218,11 +210,11 @@ impl Manager {
         if !std::mem::take(&mut self.changed) {
             return;
         }
-        self.published.send_replace(Arc::clone(&self.newest));
         let newest = &self.newest;
-        // One that has drained takes nothing more.
+        // One that has drained takes nothing more. What the control thread sees, workers have.
         self.workers
             .retain(|worker| worker.send(Arc::clone(newest)).is_ok());
+        self.published.send_replace(Arc::clone(newest));
     }
 }
 

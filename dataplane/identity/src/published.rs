@@ -1,5 +1,5 @@
 //! What the control thread tells workers: the newest certificate of each identity, or why there is
-//! none.
+//! none; and what they ask it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -87,6 +87,14 @@ pub(crate) struct Known {
 
 /// All that is known. Immutable where it is shared.
 pub(crate) type Published = HashMap<Identity, Known>;
+
+/// Somebody waits for a certificate.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) identity: Identity,
+    /// The number of the one that is of no use to them, or 0.
+    pub(crate) useless: u64,
+}
 
 /// What a connection finds.
 #[derive(Debug)]

@@ -3,8 +3,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::SystemTime;
 
 use mesh::Identity;
@@ -13,8 +15,7 @@ use rt::sync::Broadcast;
 use tls::Clock;
 use tokio::sync::mpsc;
 
-use crate::manager::Request;
-use crate::published::{Found, NoCertificate, Published, WorkloadTls, find};
+use crate::published::{Found, NoCertificate, Published, Request, WorkloadTls, find};
 
 /// Connections of one worker that may wait for certificates.
 const WAITING_MAX: usize = 4096;
@@ -40,8 +41,14 @@ impl CertificateFeed {
             requests,
             clock,
         } = self;
+        // What is there already need not be waited for.
+        let mut cx = Context::from_waker(Waker::noop());
+        let first = match pin!(newest.recv()).poll(&mut cx) {
+            Poll::Ready(first) => first,
+            Poll::Pending => Arc::default(),
+        };
         let certificates = Rc::new(Certificates {
-            newest: RefCell::default(),
+            newest: RefCell::new(first),
             waiting: RefCell::default(),
             waiters: Cell::new(0),
             requests,

@@ -5,14 +5,14 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hbone::Role;
-use mesh::{Snapshot, Workload};
+use identity::{Certificates, NoCertificate, WorkloadTls};
+use mesh::{Identity, Snapshot, Workload};
 use rt::net::{ConnectOptions, Listener, TcpStream};
 use rt::sync::Broadcast;
 use telemetry::WorkerTelemetry;
-use tls::CertificateStore;
 
 use crate::config::{ProxyConfig, RedirectMode, SockmapBypass};
 use crate::error::ProxyError;
@@ -26,7 +26,7 @@ use crate::watch::Watches;
 /// One worker's state.
 pub(crate) struct Context {
     pub(crate) config: Arc<ProxyConfig>,
-    pub(crate) certificates: Arc<CertificateStore>,
+    pub(crate) certificates: Rc<Certificates>,
     pub(crate) telemetry: WorkerTelemetry,
     pub(crate) pool: Pool,
     pub(crate) handshakes: Handshakes,
@@ -78,7 +78,7 @@ impl Drop for Alive {
 impl Context {
     pub(crate) fn new(
         config: Arc<ProxyConfig>,
-        certificates: Arc<CertificateStore>,
+        certificates: Rc<Certificates>,
         telemetry: WorkerTelemetry,
         snapshot: Arc<Snapshot>,
         seed: u64,
@@ -163,6 +163,30 @@ impl Context {
             return Err(ProxyError::Recursive(dst));
         }
         Ok(())
+    }
+
+    /// The certificate of `identity`, waited for until `deadline` where there is none yet.
+    pub(crate) async fn certificate(
+        &self,
+        identity: &Identity,
+        deadline: Instant,
+    ) -> Result<Arc<WorkloadTls>, ProxyError> {
+        if let Some(ready) = self.certificates.ready(identity) {
+            return Ok(ready);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        match rt::time::timeout(left, self.certificates.get(identity)).await {
+            Ok(found) => Ok(found?),
+            Err(_) => Err(ProxyError::Identity(NoCertificate {
+                identity: identity.clone(),
+                reason: "none has come in time: does the CA answer?".into(),
+            })),
+        }
+    }
+
+    /// When a handshake that begins now must have ended.
+    pub(crate) fn handshake_deadline(&self) -> Instant {
+        Instant::now() + self.config.handshake_timeout
     }
 
     /// Connects to `addr`, from `source` if one is given, within the time allowed.

@@ -122,7 +122,7 @@ pub(crate) enum ProxyError {
     },
     /// No certificate.
     #[error("identity error: {0}")]
-    Identity(#[from] tls::StoreError),
+    Identity(#[from] identity::NoCertificate),
     /// The next hop refused the CONNECT request.
     #[error("http status: {}", status_text(*.0))]
     Status(u16),

@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Instant;
 
 use hbone::{RequestHead, Role};
 use mesh::{Identity, Workload};
@@ -98,7 +99,8 @@ async fn accept(
         dst,
         workload,
     });
-    let tunnel = shake_hands(context, client, src, owner);
+    let deadline = context.handshake_deadline();
+    let tunnel = shake_hands(context, client, src, owner, deadline);
     match rt::time::timeout(context.config.handshake_timeout, tunnel).await {
         Ok(result) => result,
         Err(_) => Err(ProxyError::HandshakeTimeout { addr: src }),
@@ -111,6 +113,7 @@ async fn shake_hands(
     client: TcpStream,
     src: SocketAddr,
     owner: Box<Inbound>,
+    deadline: Instant,
 ) -> Result<Rc<Tunnel>, ProxyError> {
     let failed = |error: tunnel::SetupError| ProxyError::Setup { addr: src, error };
     let mut transport = Transport::from(client);
@@ -121,12 +124,20 @@ async fn shake_hands(
     hello
         .map_err(|displaced| failed(displaced.into()))?
         .map_err(failed)?;
+    // Before it takes a place: whoever waits here is in nobody's way.
+    let identity = owner.workload.identity_ref();
+    let tls = match context.certificate(identity, deadline).await {
+        Ok(tls) => tls,
+        Err(error) => {
+            transport.reset();
+            return Err(error);
+        }
+    };
     let Ok(place) = context.handshakes.incoming(src.ip()).await else {
         transport.reset();
         let max = context.config.handshakes_max;
         return Err(ProxyError::HandshakeOverload { addr: src, max });
     };
-    let tls = context.certificates.get(&owner.workload.identity())?;
     let handshake = Handshake::server(&tls.server).map_err(|error| failed(error.into()))?;
     let setup = context.tunnel_setup(Role::Server, &place);
     let tunnel = tunnel::run(transport, src, handshake, &setup, owner);

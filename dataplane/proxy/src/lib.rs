@@ -1,10 +1,12 @@
 //! The data path of the node proxy: what happens to a connection between accept and close.
 //!
 //! A connection lives its whole life on the worker that accepted it. Each worker has its own
-//! listeners ([`Listeners`]), HBONE tunnels, counters and copy of the configuration. Bytes of an
-//! established connection meet no lock and no other core. Setting one up may: certificates are in a
-//! store all workers share (`tls::CertificateStore`), and the first tunnel of an identity makes its
-//! key and has its certificate signed there, on the worker and with the lock held.
+//! listeners ([`Listeners`]), HBONE tunnels, counters and copy of the configuration. Nothing here
+//! takes a lock, signs, or waits for another core. What other threads have to say arrives in
+//! mailboxes ([`rt::mailbox`], whose locks are held while a pointer moves): the newest
+//! configuration, the newest certificates, orders. A connection that needs a certificate which
+//! nobody has yet asks the control thread for it and waits as a task
+//! ([`identity::Certificates`]); its neighbours do not.
 //!
 //! * outbound (15001): captured from a local pod; tunnelled, sent plain, or passed through;
 //! * inbound HBONE (15008): tunnels from other nodes, authorized and connected to the local pod;

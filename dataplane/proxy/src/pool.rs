@@ -146,7 +146,8 @@ impl Pool {
 
 async fn establish(context: &Rc<Context>, key: &Key) -> Result<Rc<Tunnel>, ProxyError> {
     let addr = key.gateway;
-    let workload = context.certificates.get(&key.identity)?;
+    let deadline = context.handshake_deadline();
+    let workload = context.certificate(&key.identity, deadline).await?;
     let expected = ExpectedPeers::new(Arc::clone(&key.expected), Arc::clone(&key.names));
     let failed = |error: tunnel::SetupError| ProxyError::Setup { addr, error };
     let handshake =

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use identity::CertificateFeed;
 use mesh::Snapshot;
 use rt::mailbox::{LatestReceiver, Receiver};
 use rt::net::TcpStream;
 use telemetry::WorkerTelemetry;
-use tls::CertificateStore;
 
 use crate::config::ProxyConfig;
 use crate::context::{Alive, Context};
@@ -64,7 +64,7 @@ pub struct WorkerSetup {
     /// The first configuration.
     pub snapshot: Arc<Snapshot>,
     /// Certificates of local workloads.
-    pub certificates: Arc<CertificateStore>,
+    pub certificates: CertificateFeed,
     /// Its counters and log.
     pub telemetry: WorkerTelemetry,
     /// Every later configuration: the newest counts.
@@ -111,6 +111,8 @@ pub async fn serve(setup: WorkerSetup) {
         mut commands,
         seed,
     } = setup;
+    let (certificates, follow_certificates) = certificates.open();
+    rt::spawn(follow_certificates);
     let context = Rc::new(Context::new(
         config,
         certificates,

@@ -1,20 +1,20 @@
 //! The JSON of `/config_dump`.
 
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use control::ConfigSource;
+use identity::CertificateStatus;
 use proxy::{ProxyConfig, RedirectMode};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tls::{CertificateStatus, CertificateStore, Validity};
+use tls::Validity;
 
 /// Model, certificates and state of the configuration, in upstream's shape; of the settings, how
 /// traffic gets here and what that means for pods of this node.
 pub(crate) fn config_dump(
     source: &ConfigSource,
-    certificates: &Arc<CertificateStore>,
+    certificates: &identity::Handle,
     proxy: &ProxyConfig,
 ) -> Value {
     let mut dump = control::dump::config_dump(&source.snapshot());

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use control::{ConfigSource, Watcher};
+use identity::LocalIssuer;
+use mesh::{NodeContext, Protocol, Snapshot};
 use proxy::{Command, Listeners, RedirectMode};
 use telemetry::{Admin, HttpLimits, Logging, LoggingError, MetricKind, Ready, Registry, Shutdown};
-use tls::{Authority, AuthorityError, CertificateStore, LocalIssuer};
+use tls::{Authority, AuthorityError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 
@@ -53,7 +55,7 @@ pub(crate) fn run() -> Result<(), RunError> {
     limits::raise_open_files();
     let settings = config::read(&environment)?;
     let (source, watcher) = control::watch::open(&settings.source)?;
-    let certificates = certificates(&settings)?;
+    let mut certificates = certificates(&settings)?;
     if settings.backend == rt::Backend::IoUring {
         rt::probe::check()?;
     }
@@ -79,7 +81,6 @@ pub(crate) fn run() -> Result<(), RunError> {
     export_dropped_lines(&registry, &logging);
     let common = Common {
         config: Arc::clone(&settings.proxy),
-        certificates: Arc::clone(&certificates),
         registry: registry.clone(),
         logging: logging.clone(),
     };
@@ -91,7 +92,7 @@ pub(crate) fn run() -> Result<(), RunError> {
     }
     listeners::listen(&sockets)?;
     let (first, runtime) = (source.snapshot(), settings.runtime());
-    let workers = workers::start(&common, &first, sockets, &cpus, runtime)?;
+    let workers = workers::start(&common, &first, &mut certificates, sockets, &cpus, runtime)?;
     drop(first); // nothing but the workers and its source keeps it
     tracing::info!(
         "version {}, {} workers on CPUs {:?}, {:?} mode",
@@ -119,10 +120,21 @@ pub(crate) fn run() -> Result<(), RunError> {
 }
 
 /// Certificates of this node's workloads, issued in process.
-fn certificates(settings: &Settings) -> Result<Arc<CertificateStore>, RunError> {
+fn certificates(settings: &Settings) -> Result<identity::Manager, RunError> {
     let issuer = LocalIssuer::new(authority(&settings.authority)?, settings.certificate_ttl);
-    let store = CertificateStore::new(Arc::new(issuer)).with_records(settings.tls_records);
-    Ok(Arc::new(store))
+    Ok(identity::Manager::new(Arc::new(issuer)).with_records(settings.tls_records))
+}
+
+/// The identities of this node's workloads. Certificates of those that speak HBONE are fetched
+/// before the first connection; what else there is may be asked for.
+fn identities(snapshot: &Snapshot, node: &NodeContext) -> identity::Wanted {
+    let mut wanted = identity::Wanted::new();
+    let local = snapshot.workloads().iter();
+    for workload in local.filter(|workload| node.is_local(workload)) {
+        let ahead = workload.protocol == Protocol::Hbone || workload.native_tunnel;
+        *wanted.entry(workload.identity()).or_default() |= ahead;
+    }
+    wanted
 }
 
 /// Who listens where these sockets will, and is not this process.
@@ -208,7 +220,7 @@ struct Control {
     settings: Settings,
     source: ConfigSource,
     watcher: Option<Watcher>,
-    certificates: Arc<CertificateStore>,
+    certificates: identity::Manager,
     registry: Registry,
     logging: Logging,
     endpoints: Endpoints,
@@ -294,7 +306,8 @@ impl Control {
         let readiness = spawn_endpoint("readiness", readiness, move |listener| {
             telemetry::serve_readiness(listener, answer, limits)
         });
-        let (source, certificates) = (self.source, self.certificates);
+        let (source, certificates) = (self.source, self.certificates.handle());
+        tokio::spawn(self.certificates.run());
         let proxy = Arc::clone(&self.settings.proxy);
         let descriptors_max = proxy.descriptors_max;
         let dump = move || crate::admin::config_dump(&source, &certificates, &proxy);
@@ -339,11 +352,16 @@ impl Control {
 
     fn publish_to_workers(&self) {
         let workers = self.workers.snapshots();
-        self.source.on_change(Box::new(move |snapshot| {
+        let (certificates, proxy) = (self.certificates.handle(), Arc::clone(&self.settings.proxy));
+        let publish = move |snapshot: Arc<Snapshot>| {
+            certificates.want(identities(&snapshot, &proxy.node));
             for worker in &workers {
                 let _ = worker.send(Arc::clone(&snapshot)); // fails for one that has drained
             }
-        }));
+        };
+        let first = self.source.on_change(Box::new(publish));
+        let handle = self.certificates.handle();
+        handle.want(identities(&first, &self.settings.proxy.node));
     }
 }
 

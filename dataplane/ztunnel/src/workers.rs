@@ -5,12 +5,12 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use identity::{CertificateFeed, Manager};
 use mesh::Snapshot;
 use proxy::{Command, Listeners, ProxyConfig, TunnelMemory, WorkerSetup};
 use rt::mailbox::{self, LatestReceiver, LatestSender, Sender};
 use rt::{Backend, Runtime, RuntimeConfig, RuntimeError, SharedCounters};
 use telemetry::{Logging, MetricKind, Registry};
-use tls::CertificateStore;
 
 /// Why the workers could not start. `Display` is one line.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +27,6 @@ pub(crate) enum StartError {
 #[derive(Debug, Clone)]
 pub(crate) struct Common {
     pub(crate) config: Arc<ProxyConfig>,
-    pub(crate) certificates: Arc<CertificateStore>,
     pub(crate) registry: Registry,
     pub(crate) logging: Logging,
 }
@@ -47,6 +46,7 @@ const MAILBOX: usize = 4;
 pub(crate) fn start(
     common: &Common,
     snapshot: &Arc<Snapshot>,
+    certificates: &mut Manager,
     listeners: Vec<Listeners>,
     cpus: &[u32],
     runtime: RuntimeConfig,
@@ -71,6 +71,7 @@ pub(crate) fn start(
         let inbox = Inbox {
             snapshot: Arc::clone(snapshot),
             snapshots,
+            certificates: certificates.feed(),
             commands,
         };
         let body = move || run(&place, &common, listeners, inbox, &started);
@@ -102,6 +103,7 @@ struct Inbox {
     /// The first configuration. Nothing else may keep it: it is freed when there is another.
     snapshot: Arc<Snapshot>,
     snapshots: LatestReceiver<Arc<Snapshot>>,
+    certificates: CertificateFeed,
     commands: mailbox::Receiver<Command>,
 }
 
@@ -131,7 +133,7 @@ fn run(
         config: Arc::clone(&common.config),
         listeners,
         snapshot: inbox.snapshot,
-        certificates: Arc::clone(&common.certificates),
+        certificates: inbox.certificates,
         telemetry: common.registry.worker(common.logging.access_log()),
         snapshots: inbox.snapshots,
         commands: inbox.commands,

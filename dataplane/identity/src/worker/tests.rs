@@ -131,7 +131,7 @@ fn who_waits_in_vain_is_told_why_and_others_are_told_at_once() {
         let first = certificates.get(&identity).await.unwrap_err();
         assert_eq!(&*first.reason, "the CA is on holiday");
         let mut again = std::pin::pin!(certificates.get(&identity));
-        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut cx = Context::from_waker(Waker::noop());
         assert!(again.as_mut().poll(&mut cx).is_ready());
     });
 }
@@ -142,7 +142,7 @@ fn waits_are_bounded_and_leave_nothing_behind() {
     let mut manager = Manager::new(Arc::new(crate::LocalIssuer::new(authority(), HANG)));
     let feed = manager.feed(); // and nobody runs it
     work(feed, |certificates| async move {
-        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut cx = Context::from_waker(Waker::noop());
         let identities = [identity(0), identity(1)];
         let waits = (0..WAITING_MAX).map(|number| {
             let mut wait = Box::pin(certificates.get(&identities[number % 2]));

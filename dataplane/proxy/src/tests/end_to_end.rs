@@ -12,8 +12,8 @@ use mesh::Snapshot;
 use rt::mailbox::{LatestSender, Sender};
 use rt::{Backend, Runtime, RuntimeConfig};
 use telemetry::{Exposition, Registry};
-use tls::CertificateStore;
 
+use super::store::Store;
 use super::{HANG, access_log, config, context, identity, listen, pattern, request, run, snapshot};
 use crate::config::{ProxyConfig, RedirectMode};
 use crate::error::ProxyError;
@@ -56,7 +56,7 @@ pub(super) struct Worker {
     pub(super) hbone: u16,
     pub(super) commands: Sender<Command>,
     pub(super) snapshots: LatestSender<Arc<Snapshot>>,
-    pub(super) certificates: Arc<CertificateStore>,
+    pub(super) certificates: Arc<Store>,
     metrics: Registry,
     thread: thread::JoinHandle<()>,
 }
@@ -70,7 +70,7 @@ pub(super) fn worker_via(
     server: u16,
     policies: &'static str,
     gateway: Option<u16>,
-    store: &Arc<CertificateStore>,
+    store: &Arc<Store>,
 ) -> Worker {
     let change = move |config: &mut ProxyConfig| {
         if let Some(gateway) = gateway {
@@ -84,7 +84,7 @@ pub(super) fn worker_via(
 pub(super) fn worker_with(
     server: u16,
     policies: &'static str,
-    store: &Arc<CertificateStore>,
+    store: &Arc<Store>,
     change: impl FnOnce(&mut ProxyConfig) + Send + 'static,
 ) -> Worker {
     let mesh = move |outbound| mesh(outbound, server, policies);
@@ -95,7 +95,7 @@ pub(super) fn worker_with(
 pub(super) fn worker_on(
     backend: Backend,
     mesh: impl FnOnce(u16) -> String + Send + 'static,
-    store: &Arc<CertificateStore>,
+    store: &Arc<Store>,
     change: impl FnOnce(&mut ProxyConfig) + Send + 'static,
 ) -> Worker {
     let certificates = Arc::clone(store);
@@ -112,7 +112,7 @@ pub(super) fn worker_on(
     let (snapshots, cell) = rt::mailbox::latest();
     let metrics = Registry::new("test");
     let thread = thread::spawn({
-        let (certificates, metrics) = (Arc::clone(&certificates), metrics.clone());
+        let (certificates, metrics) = (store.feed(), metrics.clone());
         move || {
             let setup = WorkerSetup {
                 config: config(|config: &mut ProxyConfig| {
@@ -179,6 +179,10 @@ impl Worker {
             assert!(started.elapsed() < HANG, "{name} is {}", self.metric(name));
             thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    pub(super) fn thread_id(&self) -> thread::ThreadId {
+        self.thread.thread().id()
     }
 
     /// Waits for its end, which it has been asked for.

@@ -14,9 +14,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use tls::CertificateStore;
 
 use super::end_to_end::{CLIENT, ONLY_CLIENT, echo, exchange, worker_via};
+use super::store::Store;
 use super::{Ca, HANG, identity, pattern};
 
 /// Where the program is, or why the test is skipped.
@@ -171,10 +171,10 @@ fn client(hbone: u16, app: u16) -> String {
     )
 }
 
-fn mesh() -> (Ca, Arc<CertificateStore>) {
+fn mesh() -> (Ca, Arc<Store>) {
     let ca = Ca::new();
-    let store = CertificateStore::new(Arc::new(ca.issuer()));
-    (ca, Arc::new(store))
+    let store = Store::new(ca.issuer());
+    (ca, store)
 }
 
 /// Exact bytes of every size through `connect`, many connections at once, both kinds of half-close.

@@ -3,12 +3,12 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 
-use tls::{ClientSettings, Handshake, Issuer as _};
+use tls::{ClientSettings, Handshake};
 
 use super::HANG;
 use super::end_to_end::{CLIENT, Worker, echo, exchange, worker, worker_with};
 use super::peer::{Peer, Received};
-use super::{identity, issuer, store};
+use super::{Ca, identity, store};
 
 /// A client whose certificate is refused learns so by an alert, although it has sent more by then.
 #[test]
@@ -18,7 +18,7 @@ fn a_refusal_of_a_certificate_arrives_before_the_close() {
     // Another mesh's certificate; the server's is fine for it.
     let roots = worker.certificates.get(&identity("app")).unwrap();
     let roots = roots.certificate().roots().to_vec();
-    let foreign = issuer().issue(&identity("app")).unwrap();
+    let foreign = Ca::new().authority().issue(&identity("app"), HANG).unwrap();
     let foreign = foreign.with_roots(roots).unwrap();
     let settings = ClientSettings::new(&foreign).unwrap();
     for _ in 0..20 {

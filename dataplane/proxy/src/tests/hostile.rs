@@ -9,9 +9,9 @@ use std::thread;
 use std::time::Duration;
 
 use hbone::{Config, Connection, Role};
+use identity::WorkloadTls;
 use rt::net::Listener;
 use telemetry::Happening;
-use tls::WorkloadTls;
 
 use super::peer::{Peer, Received, frame};
 use super::{bufs, certificate, listen, pair, registry, request, run, serve, serve_with, store};

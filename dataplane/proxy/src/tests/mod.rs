@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
 
 mod authorization;
+mod certificates;
 mod credit;
 mod end_to_end;
 mod ends;
@@ -19,6 +20,7 @@ mod readers;
 mod records;
 mod relays;
 mod sockmap;
+mod store;
 mod streams;
 mod violations;
 mod whole_tunnels;
@@ -32,6 +34,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hbone::{Config, ConnectRequest, RequestHead, Role};
+use identity::{LocalIssuer, WorkloadTls};
 use mesh::{Identity, NodeContext, Snapshot};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType};
 use rt::buf::Buf;
@@ -39,12 +42,14 @@ use rt::net::{ConnectOptions, Listener, TcpStream};
 use rt::sync::Signal;
 use rt::{Runtime, RuntimeConfig};
 use telemetry::{AccessLevel, AccessLog, LogFormat, LogSink, Registry, WorkerTelemetry};
-use tls::{Authority, CertificateStore, Handshake, LocalIssuer, WorkloadTls};
+use tls::{Authority, Handshake};
 
 use crate::config::{ProxyConfig, RedirectMode};
 use crate::context::Context;
 use crate::gate::Cpu;
 use crate::memory::{TunnelMemory, WorkerMemory};
+
+use store::Store;
 
 use crate::tunnel::{self, ClientSide, Setup, Tunnel, TunnelOwner, TunnelStream};
 
@@ -60,12 +65,8 @@ pub(crate) fn run<T>(main: impl Future<Output = T>) -> T {
         .expect("the test hangs")
 }
 
-fn store() -> Arc<CertificateStore> {
-    Arc::new(CertificateStore::new(Arc::new(issuer())))
-}
-
-fn issuer() -> LocalIssuer {
-    Ca::new().issuer()
+fn store() -> Arc<Store> {
+    Store::new(Ca::new().issuer())
 }
 
 /// A certificate authority whose certificates other programs can use as well.
@@ -93,10 +94,13 @@ impl Ca {
         self.certificate.pem()
     }
 
-    fn issuer(&self) -> LocalIssuer {
+    fn authority(&self) -> Authority {
         let key = self.key.serialize_pem();
-        let authority = Authority::from_pem(self.pem().as_bytes(), key.as_bytes()).unwrap();
-        LocalIssuer::new(authority, Duration::from_secs(3600))
+        Authority::from_pem(self.pem().as_bytes(), key.as_bytes()).unwrap()
+    }
+
+    fn issuer(&self) -> LocalIssuer {
+        LocalIssuer::new(self.authority(), Duration::from_secs(3600))
     }
 
     /// Certificate and key of a workload, as PEM.
@@ -115,7 +119,7 @@ fn identity(account: &str) -> Identity {
     Identity::new("cluster.local", "default", account).unwrap()
 }
 
-fn certificate(store: &CertificateStore) -> Arc<WorkloadTls> {
+fn certificate(store: &Store) -> Arc<WorkloadTls> {
     store.get(&identity("app")).unwrap()
 }
 
@@ -344,8 +348,8 @@ fn bufs(pool: &rt::buf::Pool, bytes: &[u8]) -> VecDeque<Buf> {
 fn context(yaml: &str, change: impl FnOnce(&mut ProxyConfig)) -> Rc<Context> {
     let setup = (config(change), snapshot(yaml));
     let registry = registry();
-    let store = store();
-    Rc::new(Context::new(setup.0, store, registry, setup.1, 1))
+    let certificates = store().certificates(&["app", "client", "server", "stranger"]);
+    Rc::new(Context::new(setup.0, certificates, registry, setup.1, 1))
 }
 
 fn snapshot(yaml: &str) -> Arc<Snapshot> {

@@ -5,7 +5,8 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use tls::{Handshake, Opened, Session, WorkloadTls};
+use identity::WorkloadTls;
+use tls::{Handshake, Opened, Session};
 
 use super::identity;
 

@@ -7,8 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use hbone::{Config, Connection, ErrorCode, Event, Role, StreamId};
+use identity::WorkloadTls;
 use telemetry::{Fault, Happening};
-use tls::WorkloadTls;
 
 use super::end_to_end::key;
 use super::peer::{Peer, Received};
@@ -84,7 +84,7 @@ pub(super) fn against<T>(
     near: impl AsyncFnOnce(Rc<Context>, SocketAddr) -> T,
 ) -> T {
     let context = context("workloads: []", change);
-    let tls = context.certificates.get(&identity("server")).unwrap();
+    let tls = context.certificates.ready(&identity("server")).unwrap();
     let (listener, addr) = listen();
     let far = Arc::new(far);
     thread::spawn(move || {

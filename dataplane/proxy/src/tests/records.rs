@@ -2,18 +2,18 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::sync::Arc;
 use std::thread;
 
-use tls::{CertificateStore, RecordPath};
+use tls::RecordPath;
 
 use super::end_to_end::{CLIENT, echo, worker_via};
+use super::store::Store;
 use super::{Ca, pattern};
 
 /// Traffic from a worker of `near` to one of `far`: small messages, then bulk, then the end.
 fn carry(near: RecordPath, far: RecordPath) {
     let ca = Ca::new();
-    let store = |path| Arc::new(CertificateStore::new(Arc::new(ca.issuer())).with_records(path));
+    let store = |path| Store::with_records(ca.issuer(), path);
     let (server, _) = echo();
     let gateway = worker_via(server, "", None, &store(far));
     let worker = worker_via(server, "", Some(gateway.hbone), &store(near));

@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use hbone::{Config, Connection, ErrorCode, Role};
+use identity::WorkloadTls;
 use rt::net::Listener;
 use telemetry::Fault;
-use tls::WorkloadTls;
 
 use super::peer::{Peer, Received, frame};
 use super::{certificate, listen, registry, request, run, serve_with, store};

@@ -20,9 +20,10 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hbone::{Config, Connection, ErrorCode, Role};
+use identity::WorkloadTls;
 use rt::net::{ConnectOptions, Listener, TcpStream};
 use rt::{Runtime, RuntimeConfig};
-use tls::{Handshake, WorkloadTls};
+use tls::Handshake;
 
 use super::peer::{Peer, frame};
 use super::{
