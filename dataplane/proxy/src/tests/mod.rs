@@ -13,6 +13,7 @@ mod handshakes;
 mod hostile;
 mod keepalive;
 mod peer;
+mod pinning;
 mod pods;
 mod pooling;
 mod queueing;
@@ -54,7 +55,7 @@ use store::Store;
 use crate::tunnel::{self, ClientSide, Setup, Tunnel, TunnelOwner, TunnelStream};
 
 /// A test that takes longer than this hangs.
-const HANG: Duration = Duration::from_secs(30);
+const HANG: Duration = Duration::from_secs(120);
 
 /// Runs `main` on a runtime of its own, for [`HANG`] at most.
 pub(crate) fn run<T>(main: impl Future<Output = T>) -> T {

@@ -3,12 +3,11 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
 
 use identity::WorkloadTls;
 use tls::{Handshake, Opened, Session};
 
-use super::identity;
+use super::{HANG, identity};
 
 /// A peer that has shaken hands.
 pub(super) struct Peer {
@@ -37,8 +36,7 @@ impl Peer {
     /// As [`connect`](Self::connect), over a connection that is there.
     pub(super) fn client(stream: TcpStream, tls: &WorkloadTls) -> Self {
         // A tunnel that does not end when it should fails the test and does not stop it.
-        let patience = Some(Duration::from_secs(20));
-        stream.set_read_timeout(patience).unwrap();
+        stream.set_read_timeout(Some(HANG)).unwrap();
         let handshake = Handshake::client(&tls.client, &identity("app"));
         Self::over(stream, handshake.unwrap())
     }

@@ -40,14 +40,14 @@ const AT_A_TIME: u64 = 96;
 /// Bounds on what tunnels hold, by turns: one is reached.
 const MEMORY: [usize; 2] = [64 << 20, 1 << 20];
 /// Everything ends within this.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
-fn number(name: &str) -> Option<u64> {
+pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
 /// Names the seed of a scenario that panics, whichever of its tasks does.
-struct Named(u64);
+pub(super) struct Named(pub(super) u64);
 
 impl Drop for Named {
     fn drop(&mut self) {
