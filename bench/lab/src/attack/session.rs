@@ -177,15 +177,21 @@ impl Session {
         &self.heard
     }
 
-    /// Reads until `enough` or `patience` is over; returns what was heard in all.
+    /// Reads until `enough` or `patience` is over, without patience what is there; returns what was
+    /// heard in all.
     pub(super) fn hear(
         &mut self,
         patience: Duration,
         mut enough: impl FnMut(&Heard) -> bool,
     ) -> &Heard {
+        let at_once = patience.is_zero();
         let deadline = Instant::now() + patience;
         let mut buffer = vec![0; 64 << 10];
-        while self.heard.ended.is_none() && !enough(&self.heard) && Instant::now() < deadline {
+        // Fails, if ever, on a socket that the reads below fail on.
+        let _ = self.socket.set_nonblocking(at_once);
+        while self.heard.ended.is_none()
+            && (at_once || !enough(&self.heard) && Instant::now() < deadline)
+        {
             match self.read(&mut buffer) {
                 Ok(0) => self.heard.ended = Some("closed".to_owned()),
                 Ok(n) => {
@@ -193,6 +199,7 @@ impl Session {
                     self.take_frames();
                 }
                 Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock if at_once => break,
                     io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {}
                     io::ErrorKind::Interrupted => {}
                     io::ErrorKind::UnexpectedEof => {
@@ -205,6 +212,7 @@ impl Session {
                 },
             }
         }
+        let _ = self.socket.set_nonblocking(false);
         &self.heard
     }
 

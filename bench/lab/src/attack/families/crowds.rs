@@ -1,18 +1,15 @@
-//! Many at once: connections to a cold destination, peers that say nothing, idle connections to the
-//! endpoints and of a pod.
+//! Many at once: connections to a cold destination, idle connections to the endpoints and of a pod.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::resets::gets_in;
+use super::own_lab::with_small_ztunnels;
 use super::{Attack, Failure, got, small};
 use crate::attack::arena::{
-    ATTACKER, Arena, HBONE, PATIENCE, VICTIM, address, echoes, eventually, log_since, victim,
+    ATTACKER, Arena, PATIENCE, VICTIM, address, echoes, eventually, log_since,
 };
 use crate::attack::catalog::{Bounds, Finding, took};
-use crate::attack::who::Who;
-use crate::lab::{Lab, LabOptions};
 use crate::topology::Node;
 use crate::ztunnel;
 
@@ -34,27 +31,6 @@ pub(super) fn attacks() -> Vec<Attack> {
             Box::new(cold_destination),
         )
     }];
-    for (name, first) in [
-        ("silent-crowd", &[][..]),
-        (
-            "half-hello-crowd",
-            &[22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3][..],
-        ),
-    ] {
-        attacks.push(Attack {
-            bounds: Bounds {
-                descriptors: 12_000,
-                memory: 256 << 20,
-                log: 2 << 20,
-                ..Bounds::SMALL
-            },
-            ..alone(
-                name,
-                "every place for handshakes: the honest must get in",
-                Box::new(move |arena: &Arena| silent_crowd(arena, first)),
-            )
-        });
-    }
     let endpoints: [(&str, u16, &str); 2] = [
         ("idle-on-readiness", 15_021, "/healthz/ready"),
         ("idle-on-metrics", 15_020, "/metrics"),
@@ -151,40 +127,6 @@ fn crowd(arena: &Arena, (from, to): (&str, &str), count: usize) -> Result<Durati
     Ok(begun.elapsed())
 }
 
-/// More connections than all workers have places, without a ClientHello; then the honest come.
-fn silent_crowd(arena: &Arena, first: &[u8]) -> Finding {
-    let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let count = (2048 * workers + 200).min(9_000);
-    let target = victim(HBONE)?;
-    // Those that are hung up on meanwhile are as good as refused; the others stay.
-    let silent: Vec<_> = arena.lab.on(ATTACKER, || {
-        let connect = || {
-            let mut stream = TcpStream::connect_timeout(&target, PATIENCE).ok()?;
-            stream.write_all(first).ok()?;
-            Some(stream)
-        };
-        (0..count).filter_map(|_| connect()).collect()
-    })?;
-    let tries = 20;
-    let mut failed = Vec::new();
-    for _ in 0..tries {
-        let who = Who::Workload("waypoint-b");
-        if let Err(failure) = gets_in(arena, "waypoint-b", who) {
-            failed.push(format!("{failure:?}"));
-        }
-    }
-    drop(silent);
-    match failed.last() {
-        None => Ok(format!(
-            "{tries} honest handshakes beside {count} silent ones"
-        )),
-        Some(last) => got(format!(
-            "{} of {tries} honest handshakes failed: {last}",
-            failed.len()
-        )),
-    }
-}
-
 /// Idle connections to an endpoint, from a pod.
 fn idle_on(arena: &Arena, port: u16, path: &str, first: &[u8]) -> Finding {
     let count = 100;
@@ -246,31 +188,8 @@ fn admin_page(arena: &Arena) -> Finding {
 /// A lab whose ztunnels may have few descriptors, and a pod that takes them all.
 fn all_descriptors(arena: &Arena) -> Finding {
     const LIMIT: usize = 1_000;
-    if !arena.is_own() {
-        return Err(Failure::Skipped("brings up a lab of its own".to_owned()));
-    }
-    let directory = tempfile::tempdir()?;
-    let program = directory.path().join("ztunnel");
-    let binary = crate::daemon::workspace_binary("ztunnel")?;
-    let text = format!(
-        "#!/bin/sh\nulimit -n {LIMIT}\nexec '{}' \"$@\"\n",
-        binary.display()
-    );
-    std::fs::write(&program, text)?;
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&program, mode)?;
-    let name = format!("{}-fd", arena.lab.name());
-    let lab = Lab::up(&LabOptions {
-        name: name.clone(),
-        redirect: arena.lab.redirect(),
-        ztunnel: Some(program),
-        ..LabOptions::default()
-    })?;
-    let finding = Arena::new(lab, true, true)
-        .map_err(Failure::from)
-        .and_then(|few| take_all(&few, LIMIT * 3 / 2));
-    Lab::down(&name)?;
-    finding
+    let line = format!("ulimit -n {LIMIT}");
+    with_small_ztunnels(arena, "fd", &line, |few| take_all(few, LIMIT * 3 / 2))
 }
 
 fn take_all(few: &Arena, count: usize) -> Finding {

@@ -6,9 +6,11 @@ mod crowds;
 mod floods;
 mod handshakes;
 mod http2;
+mod own_lab;
 mod packets;
 mod records;
 mod resets;
+mod silence;
 mod slow;
 mod spending;
 
@@ -34,6 +36,7 @@ pub(super) fn all() -> Vec<Attack> {
         packets::attacks(),
         resets::attacks(),
         crowds::attacks(),
+        silence::attacks(),
         spending::attacks(),
     ]
     .concat_all()

@@ -11,7 +11,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::{Application, Attack, Expect, Failure, INSIDER, got, judge, small};
 use crate::attack::arena::{
-    Arena, HBONE, PATIENCE, VICTIM, accept_all, address, eventually, victim,
+    ATTACKER, Arena, HBONE, PATIENCE, VICTIM, accept_all, address, eventually, victim,
 };
 use crate::attack::catalog::{Bounds, Finding};
 use crate::attack::frames::{
@@ -56,6 +56,24 @@ pub(super) fn attacks() -> Vec<Attack> {
         "connections to the application that outlive stream and tunnel",
         Box::new(unread_application),
     ));
+    let complete = heavy(
+        "complete-requests-that-nobody-reads",
+        "more connections to the application than it may have streams",
+        Box::new(complete_and_reset),
+    );
+    attacks.push(Attack {
+        bounds: Bounds {
+            // 75 MiB are on their way, worth keeping, and the pool has them in blocks.
+            memory: 256 << 20,
+            ..complete.bounds
+        },
+        ..complete
+    });
+    attacks.push(heavy(
+        "application-that-vanishes",
+        "connections, of those who do not read, that outlive it",
+        Box::new(vanishing_application),
+    ));
     attacks
 }
 
@@ -99,8 +117,8 @@ fn rapid_reset(arena: &Arena, unit: fn(u32, &str) -> Vec<u8>) -> Finding {
             "{sent} streams on one tunnel, which goes on; {dialled} dialled"
         ));
     }
-    // The budget is some hundreds; this is far from thousands.
-    if dialled > 2_000 {
+    // Stream and end come in one record: when it is the request's turn its stream is gone.
+    if dialled > 16 {
         return got(format!("{dialled} connections to the application"));
     }
     Ok(format!(
@@ -313,6 +331,115 @@ fn unread_application(arena: &Arena) -> Finding {
         "{} of {streams} connections 60 s later",
         held.len()
     ))
+}
+
+/// Requests that are complete, reset at once, for an application that reads nothing of them: what
+/// is left is worth delivering, so each keeps its connection for long. A stream that is gone counts
+/// all the same, until then.
+fn complete_and_reset(arena: &Arena) -> Finding {
+    // Streams that a peer may have open, and some more.
+    const STREAMS_MAX: usize = 200;
+    const STREAMS: u32 = 240;
+    // Sure to be more than sockets take.
+    let pieces = (384 << 10) / (16 << 10);
+    let (listener, port) = unread_listener(arena)?;
+    let to = victim(port)?.to_string();
+    let mut session = arena.session(INSIDER)?;
+    session.send(&hello())?;
+    let mut held = Vec::new();
+    let piece = vec![7; 16 << 10];
+    for stream in (0..STREAMS).map(|i| 1 + 2 * i) {
+        session.send(&connect(stream, &to))?;
+        for _ in 1..pieces {
+            session.send(&data(stream, &piece))?;
+        }
+        session.send(&frame(0, 1, stream, &piece))?;
+        // What has not reached the application yet is not worth much.
+        let open = held.len();
+        let full = open >= STREAMS_MAX;
+        let patience = if full {
+            Duration::from_millis(20)
+        } else {
+            PATIENCE
+        };
+        let deadline = Instant::now() + patience;
+        while held.len() == open && Instant::now() < deadline && !session.heard().over() {
+            held.extend(accept_all(&listener)?);
+            session.hear(Duration::ZERO, |_| true);
+            thread::sleep(Duration::from_millis(1));
+        }
+        session.send(&reset(stream, CANCEL))?;
+    }
+    if !session.lives(PATIENCE) {
+        let words = session.heard().words();
+        return Err(Failure::Driver(format!("the tunnel is over: {words}")));
+    }
+    // Whatever is on its way arrives.
+    thread::sleep(Duration::from_millis(300));
+    held.extend(accept_all(&listener)?);
+    held.retain(|stream| matches!(stream.take_error(), Ok(None)));
+    let told = format!("{} connections for {STREAMS} requests", held.len());
+    if held.len() > STREAMS_MAX {
+        return got(told);
+    }
+    if held.len() < STREAMS_MAX / 2 {
+        return Err(Failure::Driver(format!("they were not kept: {told}")));
+    }
+    Ok(told)
+}
+
+/// An application that writes until nobody takes any more, and then is no more. Its clients, in a
+/// tunnel, in plain and captured, read nothing, so that every relay waits for them: they are to
+/// hear of it all the same.
+fn vanishing_application(arena: &Arena) -> Finding {
+    const EACH: usize = 4;
+    let (listener, port) = unread_listener(arena)?;
+    let mut session = arena.session(INSIDER)?;
+    session.send(&hello())?;
+    let mut clients = Vec::new();
+    for i in 0..EACH as u32 {
+        session.send(&connect(1 + 2 * i, &victim(port)?.to_string()))?;
+        clients.push(arena.dial(ATTACKER, victim(port)?)?);
+        clients.push(arena.dial("client-a", victim(port)?)?);
+    }
+    let mut servers = Vec::new();
+    eventually("every client reaches the application", || {
+        servers.extend(accept_all(&listener).unwrap_or_default());
+        session.hear(Duration::ZERO, |_| true);
+        servers.len() >= 3 * EACH
+    })?;
+    let piece = vec![7; 64 << 10];
+    let mut last = Instant::now();
+    for server in &servers {
+        server.set_nonblocking(true)?;
+    }
+    while last.elapsed() < Duration::from_millis(500) {
+        let took = |server: &TcpStream| std::io::Write::write(&mut &*server, &piece).is_ok();
+        if servers.iter().filter(|server| took(server)).count() > 0 {
+            last = Instant::now();
+        }
+    }
+    for server in servers.drain(..) {
+        socket2::SockRef::from(&server).set_linger(Some(Duration::ZERO))?;
+    }
+    let begun = Instant::now();
+    let mut left = usize::MAX;
+    while left > 0 && begun.elapsed() < Duration::from_secs(60) {
+        clients.retain(|client| matches!(client.take_error(), Ok(None)));
+        let resets = session
+            .hear(Duration::from_millis(50), Heard::over)
+            .resets
+            .len();
+        left = clients.len() + EACH.saturating_sub(resets);
+    }
+    if left > 0 {
+        let in_plain = clients.len();
+        return got(format!(
+            "{left} of {} connections 60 s later, {in_plain} of them outside the tunnel",
+            3 * EACH
+        ));
+    }
+    Ok(format!("{} connections reset", 3 * EACH))
 }
 
 /// A listener on the victim whose connections take little that is not read.

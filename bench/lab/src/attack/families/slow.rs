@@ -15,7 +15,7 @@ const HANDSHAKE_ENDS: Duration = Duration::from_secs(25);
 const TUNNEL_ENDS: Duration = Duration::from_secs(70);
 
 /// The beginning of a ClientHello of 512 bytes.
-const HALF_A_HELLO: [u8; 11] = [22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
+pub(super) const HALF_A_HELLO: [u8; 11] = [22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
 
 pub(super) fn attacks() -> Vec<Attack> {
     let must_not = "a place for longer than a handshake may take";

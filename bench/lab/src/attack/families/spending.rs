@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
 
+use super::own_lab::with_small_ztunnels;
 use super::resets::unread_listener;
 use super::{Application, Attack, Failure, INSIDER, got, small};
 use crate::attack::arena::{
@@ -22,12 +23,13 @@ const FAMILY: &str = "spending";
 const SMALL: usize = 100;
 
 pub(super) fn attacks() -> Vec<Attack> {
-    let memory = "memory far beyond the bytes it sends";
+    let bound = format!("ZTUNNEL_TUNNEL_MEMORY_BYTES={BOUND}");
     let log = "a line of log for each refusal, without limit";
     vec![
-        alone("small-data-unread", memory, Box::new(small_data)),
-        alone("small-data-not-connected", memory, Box::new(not_connected)),
-        alone("small-writes-of-a-pod", memory, Box::new(small_writes)),
+        fresh("small-data-unread", "", small_data),
+        fresh("small-data-not-connected", "", not_connected),
+        fresh("small-writes-of-a-pod", "", small_writes),
+        fresh("more-than-tunnels-may-keep", &bound, beyond_the_bound),
         Attack {
             bounds: Bounds {
                 // It is about work, which is compared with that of a twin; and 800 streams end.
@@ -62,6 +64,14 @@ pub(super) fn attacks() -> Vec<Attack> {
     ]
 }
 
+/// Against ztunnels of its own: what others have made one grow by would hide what this does.
+fn fresh(name: &str, more: &str, attack: fn(&Arena) -> Finding) -> Attack {
+    let line = format!("export ZTUNNEL_WORKER_THREADS=1 {more}");
+    let must_not = "memory far beyond the bytes it sends, or beyond the bound for all tunnels";
+    let run = move |arena: &Arena| with_small_ztunnels(arena, "mem", &line, attack);
+    alone(name, must_not, Box::new(run))
+}
+
 fn alone(name: &str, must_not: &str, run: super::Run) -> Attack {
     Attack {
         alone: true,
@@ -69,10 +79,26 @@ fn alone(name: &str, must_not: &str, run: super::Run) -> Attack {
     }
 }
 
+/// What ztunnels may grow by for each byte that they keep for a receiver, and besides.
+const KEPT_TIMES: u64 = 8;
+const BESIDES: u64 = 4 << 20;
+
+/// Compares what ztunnels have grown by while `send` sent so many bytes that nobody reads.
+fn in_proportion(few: &Arena, send: impl FnOnce() -> Result<(usize, String), Failure>) -> Finding {
+    let before = few.sample().rss_bytes;
+    let (sent, words) = send()?;
+    let grown = few.sample().rss_bytes.saturating_sub(before);
+    let told = format!("{} KiB grown for {} KiB {words}", grown >> 10, sent >> 10);
+    if grown > KEPT_TIMES * sent as u64 + BESIDES {
+        return got(format!("memory: {told}"));
+    }
+    Ok(told)
+}
+
 /// A stream to an application that does not read, in frames that are small, each in a record.
-fn small_data(arena: &Arena) -> Finding {
-    let (listener, port) = unread_listener(arena)?;
-    let mut session = arena.session(INSIDER)?;
+fn small_data(few: &Arena) -> Finding {
+    let (listener, port) = unread_listener(few)?;
+    let mut session = few.session(INSIDER)?;
     session.send(&hello())?;
     session.send(&connect(1, &victim(port)?.to_string()))?;
     let mut held = Vec::new();
@@ -80,17 +106,12 @@ fn small_data(arena: &Arena) -> Finding {
         held.extend(accept_all(&listener).unwrap_or_default());
         !held.is_empty()
     })?;
-    let sent = drip(arena, &mut session);
-    Ok(format!(
-        "{} KiB in {sent} frames: {}",
-        (sent * SMALL) >> 10,
-        session.heard().words()
-    ))
+    in_proportion(few, || Ok(drip(few, &mut session)))
 }
 
 /// The same to an application whose connection is not made yet.
-fn not_connected(arena: &Arena) -> Finding {
-    let full = arena.lab.on(VICTIM, || {
+fn not_connected(few: &Arena) -> Finding {
+    let full = few.lab.on(VICTIM, || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
         socket.bind(&std::net::SocketAddr::from(([0, 0, 0, 0], 0)).into())?;
         socket.listen(0)?;
@@ -98,25 +119,21 @@ fn not_connected(arena: &Arena) -> Finding {
     })??;
     let port = full.local_addr()?.port();
     // Nobody accepts: after these the kernel answers no more.
-    let filled: Vec<_> = arena.lab.on(VICTIM, || {
+    let filled: Vec<_> = few.lab.on(VICTIM, || {
         let to = std::net::SocketAddr::from(([127, 0, 0, 1], port));
         let connect = || TcpStream::connect_timeout(&to, Duration::from_millis(300));
         (0..4).map_while(|_| connect().ok()).collect()
     })?;
-    let mut session = arena.session(INSIDER)?;
+    let mut session = few.session(INSIDER)?;
     session.send(&hello())?;
     session.send(&connect(1, &victim(port)?.to_string()))?;
-    let sent = drip(arena, &mut session);
+    let finding = in_proportion(few, || Ok(drip(few, &mut session)));
     drop(filled);
-    Ok(format!(
-        "{} KiB in {sent} frames: {}",
-        (sent * SMALL) >> 10,
-        session.heard().words()
-    ))
+    finding
 }
 
-/// Small frames, as many as the windows take.
-fn drip(arena: &Arena, session: &mut Session) -> usize {
+/// Small frames, as many as the windows take: how many bytes, and what came back.
+fn drip(arena: &Arena, session: &mut Session) -> (usize, String) {
     let frame = data(1, &[7; SMALL]);
     let mut sent = 0;
     while sent < arena.count(24_000, 12_000) && session.send(&frame).is_ok() {
@@ -127,27 +144,94 @@ fn drip(arena: &Arena, session: &mut Session) -> usize {
             break;
         }
     }
-    sent
+    // It has all of them once it answers.
+    session.lives(PATIENCE);
+    let words = session.heard().words();
+    (sent * SMALL, format!("in {sent} frames: {words}"))
 }
 
 /// A pod without any certificate does the same through its own, honest ztunnel.
-fn small_writes(arena: &Arena) -> Finding {
-    let (listener, port) = unread_listener(arena)?;
-    let mut stream = arena.dial("client-a", victim(port)?)?;
+fn small_writes(few: &Arena) -> Finding {
+    let (listener, port) = unread_listener(few)?;
+    let mut stream = few.dial("client-a", victim(port)?)?;
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(Duration::from_secs(3)))?;
-    let mut sent = 0;
-    // It is stopped once the windows are full.
-    while sent < arena.count(24_000, 12_000) && stream.write_all(&[7; SMALL]).is_ok() {
-        thread::sleep(Duration::from_micros(30));
-        sent += 1;
+    let mut held = Vec::new();
+    eventually("the connection reaches the application", || {
+        held.extend(accept_all(&listener).unwrap_or_default());
+        !held.is_empty()
+    })?;
+    in_proportion(few, || {
+        let mut sent = 0;
+        // It is stopped once the windows are full.
+        while sent < few.count(24_000, 12_000) && stream.write_all(&[7; SMALL]).is_ok() {
+            thread::sleep(Duration::from_micros(30));
+            sent += 1;
+        }
+        Ok((sent * SMALL, format!("in {sent} writes")))
+    })
+}
+
+/// Bound of the process in [`beyond_the_bound`]: the least there is.
+const BOUND: u64 = 16 << 20;
+
+/// As much as the windows of some tunnels take, for applications that do not read: more than the
+/// process may keep for all of them.
+fn beyond_the_bound(few: &Arena) -> Finding {
+    const TUNNELS: usize = 5;
+    const STREAMS: u32 = 4;
+    const EACH: usize = 3 << 20;
+    let (listener, port) = unread_listener(few)?;
+    let to = victim(port)?.to_string();
+    let (mut held, mut sessions) = (Vec::new(), Vec::new());
+    for _ in 0..TUNNELS {
+        let mut session = few.session(INSIDER)?;
+        session.send(&hello())?;
+        for stream in 0..STREAMS {
+            session.send(&connect(1 + 2 * stream, &to))?;
+        }
+        sessions.push(session);
     }
-    let held = accept_all(&listener)?;
-    Ok(format!(
-        "{} KiB in {sent} writes, {} unread",
-        (sent * SMALL) >> 10,
-        held.len()
-    ))
+    eventually("every stream reaches the application", || {
+        held.extend(accept_all(&listener).unwrap_or_default());
+        held.len() >= TUNNELS * STREAMS as usize
+    })?;
+    let before = few.sample().rss_bytes;
+    let piece = vec![7; 16 << 10];
+    for session in &mut sessions {
+        for stream in 0..STREAMS {
+            let frame = data(1 + 2 * stream, &piece);
+            for _ in 0..EACH / piece.len() {
+                session.send(&frame)?;
+            }
+            session.hear(Duration::ZERO, |_| true);
+        }
+        session.lives(PATIENCE);
+    }
+    let grown = few.sample().rss_bytes.saturating_sub(before);
+    // Those who filled the rest are not those who are given up for it.
+    let mut reset = 0;
+    let told_so = eventually("a stream is given up", || {
+        for session in &mut sessions {
+            session.hear(Duration::ZERO, |_| true);
+        }
+        reset = sessions
+            .iter()
+            .map(|session| session.heard().resets.len())
+            .sum();
+        reset > 0
+    });
+    let told = format!(
+        "{} MiB grown for {} MiB, where {} are kept at most; {reset} streams given up",
+        grown >> 20,
+        (TUNNELS * STREAMS as usize * EACH) >> 20,
+        BOUND >> 20
+    );
+    if grown > 3 * BOUND {
+        return got(format!("memory: {told}"));
+    }
+    told_so?;
+    Ok(told)
 }
 
 /// SETTINGS with as many values as fit a small frame, on a tunnel with many streams. The twin sends
