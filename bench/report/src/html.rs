@@ -1,31 +1,16 @@
-//! `report.html`: one self-contained page, the result first, the details after it.
+//! `report.html`: one self-contained page, the answer first, the details folded after it.
 
 use std::fmt::Write as _;
 
 use anyhow::Result;
 
+use super::escape::escape;
 use super::metric::{Metric, Spender};
-use super::schema::{Cell, Document, Ratio, Row, Verdict, is_redirection_only};
+use super::schema::{Cell, Document, Ratio, Row, is_redirection_only};
 use super::units::Unit;
-use super::{alone, curve, plot, tally};
+use super::{alone, answer, curve, plot};
 
-const STYLE: &str = "
-:root{color-scheme:light}
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2026;max-width:1180px;margin:2rem auto;
-padding:0 1rem;background:#fff}
-h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}
-.about{color:#5a6069;margin:.1rem 0}
-table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e4e7ec;white-space:nowrap}
-th{color:#5a6069;font-weight:600}
-th:first-child,td:first-child,td.l,th.l{text-align:left}
-tr.first td{border-top:2px solid #cbd0d8}
-.better{color:#05704d;font-weight:600}.worse{color:#b42318;font-weight:600}.same{color:#5a6069}
-.key span{display:inline-block;margin-right:1.2rem}
-.key i{display:inline-block;width:.9em;height:.9em;margin-right:.35em;vertical-align:-.1em}
-.plots{display:flex;flex-wrap:wrap;gap:.6rem}svg{max-width:100%;height:auto}
-.wide{overflow-x:auto}li{margin:.2rem 0}.error{background:#fdecea}small{color:#5a6069}
-";
+const STYLE: &str = include_str!("style.css");
 
 /// The page.
 pub(super) fn page(document: &Document) -> Result<String> {
@@ -34,31 +19,71 @@ pub(super) fn page(document: &Document) -> Result<String> {
         html,
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
-         <title>Redirection paths compared</title><style>{STYLE}</style></head><body>\n"
+         <title>Redirection paths compared</title><style>\n{STYLE}</style></head><body>\n"
     );
     head(&mut html, document);
-    html.push_str("<h2>Result</h2>\n");
-    key(&mut html, document);
-    tallies(&mut html, document);
-    results(&mut html, document);
-    notes(&mut html, document);
-    throughput(&mut html, document)?;
-    load(&mut html, document)?;
-    spectra(&mut html, document)?;
-    cpu(&mut html, document)?;
-    ratios(&mut html, document);
-    figures(&mut html, document);
+    answer::write(&mut html, document);
+    html.push_str("<h2>Details</h2>\n");
+    let folded: [(&str, Part); 7] = [
+        ("All results", |html, document| {
+            results(html, document);
+            Ok(())
+        }),
+        ("To judge the numbers", |html, document| {
+            notes(html, document);
+            Ok(())
+        }),
+        ("Throughput", throughput),
+        ("Latency against load", load),
+        ("Latency by percentile", spectra),
+        ("CPU time", cpu),
+        ("Redirection alone", redirection_alone),
+    ];
+    for (name, part) in folded {
+        fold(&mut html, name, |html| part(html, document))?;
+    }
+    fold(&mut html, "CPU time by process", |html| {
+        processes(html, document);
+        Ok(())
+    })?;
+    fold(&mut html, "All ratios", |html| {
+        ratios(html, document);
+        Ok(())
+    })?;
+    fold(&mut html, "All figures", |html| {
+        figures(html, document);
+        Ok(())
+    })?;
     html.push_str("</body></html>\n");
     Ok(html)
+}
+
+/// Writes a part of the page; nothing if there is nothing of it.
+type Part = fn(&mut String, &Document) -> Result<()>;
+
+/// A part that is there for those who open it.
+fn fold(
+    html: &mut String,
+    name: &str,
+    write: impl FnOnce(&mut String) -> Result<()>,
+) -> Result<()> {
+    let mut part = String::new();
+    write(&mut part)?;
+    if !part.is_empty() {
+        let _ = write!(
+            html,
+            "<details><summary>{name}</summary>\n{part}</details>\n"
+        );
+    }
+    Ok(())
 }
 
 fn head(html: &mut String, document: &Document) {
     let (machine, git) = (&document.machine, &document.git);
     let _ = write!(
         html,
-        "<h1>Redirection paths compared: {}</h1>\n<p class=\"about\">{} · commit {}{} · {}, {} \
-         CPUs, {} of memory, Linux {}</p>\n<p class=\"about\"><code>{}</code></p>\n",
-        escape(&document.paths.join(", ")),
+        "<h1>Redirection paths compared</h1>\n<p class=\"about\">{} · commit {}{} · {}, {} \
+         CPUs, {} of memory, Linux {}</p>\n",
         escape(&document.when),
         escape(&git.sha),
         if git.dirty { " with changes" } else { "" },
@@ -66,14 +91,18 @@ fn head(html: &mut String, document: &Document) {
         machine.cores,
         Unit::Bytes.show(machine.memory_bytes as f64),
         escape(&machine.kernel),
-        escape(&document.command),
     );
+}
+
+/// How it was measured.
+fn method(html: &mut String, document: &Document) {
     let settings = &document.settings;
     let _ = writeln!(
         html,
-        "<p class=\"about\">{} rounds of {} s per trial after {} s of warm-up, paths interleaved, \
-         their order flipped every round. Rules for services on the nodes: {}. \
+        "<p><code>{}</code></p>\n<p>{} rounds of {} s per trial after {} s of warm-up, paths \
+         interleaved, their order flipped every round. Rules for services on the nodes: {}. \
          Noise threshold {:.1} %. Machine {:.1} % busy with all labs up and nothing measured.</p>",
+        escape(&document.command),
         settings.rounds,
         settings.duration_s,
         settings.warmup_s,
@@ -96,24 +125,17 @@ fn key(html: &mut String, document: &Document) {
     html.push_str("</p>\n");
 }
 
-/// One sentence per pair of paths: where the one is better.
-fn tallies(html: &mut String, document: &Document) {
-    for (of, to) in tally::pairs(document) {
-        let sentence = tally::sentence(document, of, to);
-        let (of, to) = (escape(of), escape(to));
-        let _ = writeln!(html, "<p><b>{of} against {to}</b>: {sentence}.</p>");
-    }
-}
-
-/// The table to read first: medians, and the verdict against the path before.
+/// Medians, and how the path that the comparison is about does against each.
 fn results(html: &mut String, document: &Document) {
     html.push_str(
         "<div class=\"wide\"><table class=\"main\"><tr><th class=\"l\">scope</th>\
          <th class=\"l\">workload</th><th class=\"l\">path</th><th>throughput</th>\
          <th>p50</th><th>p99</th><th>ztunnel CPU</th><th>machine CPU</th>\
          <th>ztunnel memory</th><th>errors</th>\
-         <th class=\"l\">throughput against</th></tr>\n",
+         <th class=\"l\">throughput of ",
     );
+    let subject = escape(answer::subject(document));
+    let _ = writeln!(html, "{subject} against it</th></tr>");
     // Open loops have a plot of their own.
     let closed = |cell: &Cell<'_>| cell.offered_per_s.is_none();
     for cell in document.cells().into_iter().filter(closed) {
@@ -157,40 +179,23 @@ fn result_row(html: &mut String, document: &Document, row: &Row, first: bool) {
         let text = value.map_or_else(|| "–".to_owned(), |v| metric.show(Some(v)));
         let _ = write!(html, "<td>{text}</td>");
     }
-    let against: Vec<String> = document
-        .ratios
-        .iter()
-        .filter(|r| {
-            r.of == row.path
-                && r.metric == Metric::throughput(&row.workload)
-                && r.cell() == row.cell()
-        })
-        // What the whole mesh costs is in the figures; this column is about rivals.
-        .filter(|r| r.is_of_rivals() || document.paths.len() == 2)
-        .map(|r| format!("{}: {}", escape(&r.to), verdict(r)))
-        .collect();
+    let against = answer::against(document, &row.path, &row.cell());
+    let against = against.map_or_else(String::new, verdict);
     let _ = writeln!(
         html,
         "<td>{errors:.0}</td><td class=\"l\">{}</td></tr>",
-        against.join("<br>")
+        against
     );
 }
 
 fn verdict(ratio: &Ratio) -> String {
-    let class = match ratio.verdict {
-        Verdict::Better => "better",
-        Verdict::Worse => "worse",
-        Verdict::NoDifference => "same",
-    };
-    format!(
-        "<span class=\"{class}\">×{:.2} {}</span>",
-        ratio.ratio,
-        ratio.verdict.name()
-    )
+    let (class, name) = (answer::class(ratio.verdict), ratio.verdict.name());
+    format!("<span class=\"{class}\">×{:.2} {name}</span>", ratio.ratio)
 }
 
 fn notes(html: &mut String, document: &Document) {
-    html.push_str("<h2>To judge the numbers</h2>\n<ul>\n");
+    method(html, document);
+    html.push_str("<ul>\n");
     for note in &document.notes {
         let _ = writeln!(html, "<li>{}</li>", escape(note));
     }
@@ -204,7 +209,6 @@ fn notes(html: &mut String, document: &Document) {
 }
 
 fn throughput(html: &mut String, document: &Document) -> Result<()> {
-    html.push_str("<h2>Throughput</h2>\n");
     key(html, document);
     let groups = [
         ("rr", ("thousand requests/s", 1e3)),
@@ -251,7 +255,6 @@ fn load(html: &mut String, document: &Document) -> Result<()> {
         }
     }
     if !plots.is_empty() {
-        html.push_str("<h2>Latency against load</h2>\n");
         key(html, document);
         let _ = writeln!(
             html,
@@ -272,7 +275,6 @@ fn spectra(html: &mut String, document: &Document) -> Result<()> {
         }
     }
     if !plots.is_empty() {
-        html.push_str("<h2>Latency by percentile</h2>\n");
         key(html, document);
         let _ = writeln!(
             html,
@@ -285,7 +287,6 @@ fn spectra(html: &mut String, document: &Document) -> Result<()> {
 }
 
 fn cpu(html: &mut String, document: &Document) -> Result<()> {
-    html.push_str("<h2>CPU time</h2>\n");
     key(html, document);
     html.push_str("<div class=\"plots\">\n");
     for (workload, unit) in [
@@ -314,8 +315,6 @@ fn cpu(html: &mut String, document: &Document) -> Result<()> {
         }
     }
     html.push_str("</div>\n");
-    redirection_alone(html, document)?;
-    processes(html, document);
     Ok(())
 }
 
@@ -323,7 +322,7 @@ fn redirection_alone(html: &mut String, document: &Document) -> Result<()> {
     let Some(table) = alone::Table::of(document) else {
         return Ok(());
     };
-    let _ = writeln!(html, "<h2>Redirection alone</h2>\n<p>{}</p>", alone::ABOUT);
+    let _ = writeln!(html, "<p>{}</p>", alone::ABOUT);
     key(html, document);
     html.push_str("<div class=\"plots\">\n");
     for (workload, unit) in [
@@ -357,7 +356,7 @@ fn processes(html: &mut String, document: &Document) {
         return;
     }
     html.push_str(
-        "<details><summary>By process</summary><div class=\"wide\"><table><tr>\
+        "<div class=\"wide\"><table><tr>\
          <th class=\"l\">scope</th><th class=\"l\">workload</th><th class=\"l\">path</th>\
          <th>client</th><th>ztunnel A</th><th>ztunnel B</th><th>server</th>\
          <th>soft interrupts</th><th>whole machine</th></tr>\n",
@@ -387,7 +386,7 @@ fn processes(html: &mut String, document: &Document) {
     html.push_str(
         "</table></div><p><small>Medians; per request, connection or GB. Soft interrupts that the \
          kernel runs while a process is on the CPU count for that process too; the whole machine \
-         has everything once.</small></p></details>\n",
+         has everything once.</small></p>\n",
     );
 }
 
@@ -396,8 +395,7 @@ fn ratios(html: &mut String, document: &Document) {
         return;
     }
     html.push_str(
-        "<h2>All ratios</h2>\n<details><summary>Every metric of every pair of paths</summary>\
-         <div class=\"wide\"><table><tr><th class=\"l\">scope</th><th class=\"l\">workload</th>\
+        "<div class=\"wide\"><table><tr><th class=\"l\">scope</th><th class=\"l\">workload</th>\
          <th class=\"l\">metric</th><th class=\"l\">of</th><th class=\"l\">to</th>\
          <th>ratio and verdict</th><th>95 % interval</th></tr>\n",
     );
@@ -416,13 +414,12 @@ fn ratios(html: &mut String, document: &Document) {
             ratio.ci95[1],
         );
     }
-    html.push_str("</table></div></details>\n");
+    html.push_str("</table></div>\n");
 }
 
 fn figures(html: &mut String, document: &Document) {
     html.push_str(
-        "<h2>All figures</h2>\n<details><summary>Every metric with its interval and its trials\
-         </summary><div class=\"wide\"><table><tr><th class=\"l\">scope</th>\
+        "<div class=\"wide\"><table><tr><th class=\"l\">scope</th>\
          <th class=\"l\">workload</th><th class=\"l\">path</th><th class=\"l\">metric</th>\
          <th>median</th><th>95 % interval</th><th>trials</th></tr>\n",
     );
@@ -433,7 +430,7 @@ fn figures(html: &mut String, document: &Document) {
             let _ = writeln!(
                 html,
                 "<tr><td>{}</td><td class=\"l\">{}</td><td class=\"l\">{}</td>\
-                 <td class=\"l\">{}</td><td>{}</td><td>{} to {}</td><td>{}</td></tr>",
+                 <td class=\"l\">{}</td><td>{}</td><td>{} to {}</td><td class=\"v\">{}</td></tr>",
                 row.scope,
                 row.cell().label(),
                 escape(&row.path),
@@ -445,19 +442,12 @@ fn figures(html: &mut String, document: &Document) {
             );
         }
     }
-    html.push_str("</table></div></details>\n");
-}
-
-/// Text in HTML.
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
+    html.push_str("</table></div>\n");
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::process::Command;
 
     use super::*;
@@ -471,62 +461,64 @@ mod tests {
             assert!(!html.contains(outside), "{outside}");
         }
         assert!(html.contains("×1.30 better"));
-        assert!(html.contains("throughput better in 1, worse in 0 of 1"));
+        assert!(html.contains("+1 −0<small> of 1</small>"));
         assert!(html.contains("A note."));
     }
 
     #[test]
     fn redirection_alone_has_a_part_of_its_own() {
         let html = page(&redirection_alone()).unwrap();
-        assert!(html.contains("<h2>Redirection alone</h2>"));
+        assert!(html.contains("<summary>Redirection alone</summary>"));
         assert!(html.contains("<td>0.70 [0.65, 0.75] better</td>"), "{html}");
-        // The sentence about the mesh leaves it out.
-        assert!(html.contains("throughput better in 1, worse in 0 of 1"));
+        // The counts of the mesh leave it out.
+        assert!(html.contains("+1 −0<small> of 1</small>"));
         assert!(!page(&example()).unwrap().contains("Redirection alone"));
+    }
+
+    fn browser() -> Option<&'static str> {
+        ["chromium", "chromium-browser", "google-chrome"]
+            .into_iter()
+            .find(|name| Command::new(name).arg("--version").output().is_ok())
+    }
+
+    /// What a browser prints of a file in `directory`; nothing on the page may complain.
+    fn run(browser: &str, directory: &Path, file: &str, what: &[&str]) -> String {
+        let data = directory.join("data");
+        let output = Command::new(browser)
+            .args([
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--enable-logging=stderr",
+            ])
+            .arg(format!("--user-data-dir={}", data.display()))
+            .args(what)
+            .arg(directory.join(file))
+            .current_dir(directory)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!log.contains("CONSOLE"), "{log}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     #[test]
     fn a_browser_shows_the_page_without_complaint() {
-        let browser = ["chromium", "chromium-browser", "google-chrome"]
-            .into_iter()
-            .find(|name| Command::new(name).arg("--version").output().is_ok());
-        let Some(browser) = browser else {
+        let Some(browser) = browser() else {
             eprintln!("skipped: a_browser_shows_the_page_without_complaint: no chromium");
             return;
         };
         let directory = tempfile::tempdir().unwrap();
         let (file, image) = ("report.html", "report.png");
-        std::fs::write(
-            directory.path().join(file),
-            page(&redirection_alone()).unwrap(),
-        )
-        .unwrap();
-        let run = |what: &[&str]| {
-            let output = Command::new(browser)
-                .args([
-                    "--headless",
-                    "--no-sandbox",
-                    "--disable-gpu",
-                    "--enable-logging=stderr",
-                ])
-                .arg(format!(
-                    "--user-data-dir={}",
-                    directory.path().join("data").display()
-                ))
-                .args(what)
-                .arg(directory.path().join(file))
-                .current_dir(directory.path())
-                .output()
-                .unwrap();
-            assert!(output.status.success(), "{output:?}");
-            let log = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(!log.contains("CONSOLE"), "{log}");
-            String::from_utf8_lossy(&output.stdout).into_owned()
-        };
-        let dom = run(&["--dump-dom"]);
+        let page = page(&redirection_alone()).unwrap();
+        std::fs::write(directory.path().join(file), page).unwrap();
+        let dom = run(browser, directory.path(), file, &["--dump-dom"]);
         let plots = dom.matches("<svg").count();
         assert!(plots >= 6, "{plots} plots");
-        run(&["--window-size=1240,2400", &format!("--screenshot={image}")]);
+        let screenshot = format!("--screenshot={image}");
+        let options = ["--window-size=1240,2400", &screenshot];
+        run(browser, directory.path(), file, &options);
         let bytes = std::fs::read(directory.path().join(image)).unwrap();
         // An empty page of this size is some 10 kB.
         assert!(
@@ -534,6 +526,57 @@ mod tests {
             "{} bytes",
             bytes.len()
         );
+    }
+
+    /// A page as wide as it says, that tells the page around it what does not fit: what reaches
+    /// beyond its right edge, and of what may scroll sideways whatever has to.
+    const PROBE: &str = r#"<script>
+        const width = document.documentElement.clientWidth, cut = [];
+        const scrolls = width > 700 ? '.wide, .plots' : '.wide:has(.matrix)';
+        for (const e of document.querySelectorAll('body *')) {
+            const inner = e.parentElement.closest('.wide, .plots');
+            if (!inner && e.getBoundingClientRect().right > width + 1) cut.push(e.outerHTML);
+            if (e.matches(scrolls) && e.scrollWidth > e.clientWidth + 1) cut.push(e.outerHTML);
+        }
+        const found = cut.map(html => html.slice(0, 150).replace(/[<>&]/g, ' '));
+        parent.postMessage(`looked ${width}: ${found.length} cut off ${found.slice(0, 5)}`, '*');
+        </script></body>"#;
+    const AROUND: &str = r#"<body><script>
+        addEventListener('message', e => document.body.append(e.data));
+        </script><iframe width=1400 height=900 style="border:0" src="page.html"></iframe>
+        <iframe width=390 height=900 style="border:0" src="page.html"></iframe></body>"#;
+
+    #[test]
+    fn nothing_is_cut_off_on_a_desk_or_on_a_phone() {
+        let Some(browser) = browser() else {
+            eprintln!("skipped: nothing_is_cut_off_on_a_desk_or_on_a_phone: no chromium");
+            return;
+        };
+        let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../results");
+        let committed = crate::readme::directories(&results).unwrap().into_iter();
+        let committed = committed.filter_map(|directory| crate::read(&directory).ok());
+        for document in committed.chain([redirection_alone()]) {
+            let directory = tempfile::tempdir().unwrap();
+            let page = page(&document).unwrap();
+            // What is folded must fit as well once it is open.
+            let page = page.replace("<details>", "<details open>");
+            let page = page.replace("</body>", PROBE);
+            std::fs::write(directory.path().join("page.html"), page).unwrap();
+            std::fs::write(directory.path().join("around.html"), AROUND).unwrap();
+            let options = [
+                "--virtual-time-budget=20000",
+                "--hide-scrollbars",
+                "--dump-dom",
+            ];
+            let dom = run(browser, directory.path(), "around.html", &options);
+            for width in ["1400", "390"] {
+                assert!(
+                    dom.contains(&format!("looked {width}: 0 cut off")),
+                    "{}: {dom}",
+                    document.command
+                );
+            }
+        }
     }
 
     #[test]

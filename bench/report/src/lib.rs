@@ -4,7 +4,9 @@
 #![forbid(unsafe_code)]
 
 mod alone;
+mod answer;
 mod curve;
+mod escape;
 mod html;
 pub mod metric;
 mod overview;
@@ -114,7 +116,8 @@ mod tests {
     use super::schema::{Estimate, Git, Machine, Ratio, Row, Settings, Verdict};
     use super::*;
 
-    fn estimate(median: f64) -> Estimate {
+    /// Of three trials that differ a little.
+    pub(super) fn estimate(median: f64) -> Estimate {
         let values = [0.97, 1.0, 1.02].map(|factor| factor * median).to_vec();
         Estimate {
             median,

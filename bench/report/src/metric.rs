@@ -65,6 +65,16 @@ impl Work {
         }
     }
 
+    /// In words: what costs are for each of.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Request => "request",
+            Self::Connection => "connection",
+            Self::Bytes => "GB",
+        }
+    }
+
     /// The one of the three that belongs to it.
     fn choose(self, [request, connection, bytes]: [&'static str; 3]) -> &'static str {
         match self {
