@@ -4,6 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+pub use redirect::Variant;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -27,8 +28,8 @@ impl Redirect {
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
-            Self::Tunnel => "tunnel",
-            Self::Ebpf => "ebpf",
+            Self::Tunnel => redirect::Redirect::Tunnel.name(),
+            Self::Ebpf => redirect::Redirect::Ebpf.name(),
         }
     }
 }
@@ -48,42 +49,6 @@ impl FromStr for Redirect {
             .find(|redirect| redirect.name() == text)
             .ok_or_else(|| {
                 Error::Options(format!("redirect `{text}` is none of none, tunnel, ebpf"))
-            })
-    }
-}
-
-/// Rule set of the `tunnel` path.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Variant {
-    /// Istio 1.20's, with its four defects that lose connections: resets of node-local ones, leaked
-    /// TIME_WAIT answers, SYN cookies refused, the path's errors and its MTU unheard.
-    Faithful,
-    /// The same path with the defects fixed.
-    #[default]
-    Hardened,
-}
-
-impl Variant {
-    /// The name in the node agent's configuration.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Faithful => "faithful",
-            Self::Hardened => "hardened",
-        }
-    }
-}
-
-impl FromStr for Variant {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        [Self::Faithful, Self::Hardened]
-            .into_iter()
-            .find(|variant| variant.name() == text)
-            .ok_or_else(|| {
-                Error::Options(format!("variant `{text}` is neither faithful nor hardened"))
             })
     }
 }

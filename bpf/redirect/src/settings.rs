@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -135,6 +136,30 @@ pub enum Variant {
     /// The same path with these defects fixed; TCP by IPv6 of captured pods is dropped.
     #[default]
     Hardened,
+}
+
+impl Variant {
+    /// Its name in the configuration and on command lines.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Faithful => "faithful",
+            Self::Hardened => "hardened",
+        }
+    }
+}
+
+impl FromStr for Variant {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut all = [Self::Faithful, Self::Hardened].into_iter();
+        let found = all.find(|variant| variant.name() == text);
+        found.map_or_else(
+            || setting("variant", &text, "is neither faithful nor hardened"),
+            Ok,
+        )
+    }
 }
 
 /// How programs are attached to interfaces.
