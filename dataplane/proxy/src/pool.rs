@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use hbone::{ConnectRequest, OpenError, Role};
 use mesh::Identity;
-use telemetry::Happening;
+use telemetry::Event;
 use tls::{ExpectedPeers, Handshake};
 
 use crate::context::Context;
@@ -71,7 +71,7 @@ impl Pool {
                 Ok(response) => return Err(ProxyError::Status(response.status)),
                 Err(failure) if failure.is_unprocessed() && !retried => {
                     retried = true;
-                    context.telemetry.happened(Happening::Retry);
+                    context.telemetry.count_event(Event::Retry);
                     let tunnel = Rc::clone(stream.tunnel());
                     drop(stream);
                     tunnel.note_refusal();

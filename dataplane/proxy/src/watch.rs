@@ -19,7 +19,7 @@ use std::task::Poll;
 
 use mesh::{ConnectionFacts, DenyReason, Identity, Snapshot, Verdict, Workload};
 use rt::sync::Signal;
-use telemetry::{Happening, WorkerTelemetry};
+use telemetry::{Event, WorkerTelemetry};
 
 use crate::error::ProxyError;
 
@@ -132,7 +132,7 @@ impl Watches {
                 let Some(revoked) = watches.recheck_some(at, &snapshot) else {
                     return;
                 };
-                (0..revoked).for_each(|_| telemetry.happened(Happening::Revoked));
+                (0..revoked).for_each(|_| telemetry.count_event(Event::Revoked));
                 at += AT_ONCE;
                 rt::next_turn().await;
             }

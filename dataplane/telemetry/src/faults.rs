@@ -97,7 +97,7 @@ impl Fault {
 
 /// Something worth counting that is no error of one connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Happening {
+pub enum Event {
     /// A CONNECT that the peer had not processed was sent again.
     Retry,
     /// A stream had data and no window.
@@ -106,7 +106,7 @@ pub enum Happening {
     Revoked,
 }
 
-impl Happening {
+impl Event {
     pub(crate) const COUNT: usize = 3;
 }
 
@@ -126,6 +126,6 @@ mod tests {
                 .enumerate()
                 .all(|(n, fault)| *fault as usize == n)
         );
-        assert_eq!(Happening::Revoked as usize + 1, Happening::COUNT);
+        assert_eq!(Event::Revoked as usize + 1, Event::COUNT);
     }
 }

@@ -30,7 +30,7 @@ mod worker;
 pub use access::{AccessLevel, AccessLog};
 pub use connection::{ConnectionInfo, HboneTarget, Reporter, ResponseFlags, Security};
 pub use endpoints::{Admin, Shutdown, serve_admin, serve_metrics, serve_readiness};
-pub use faults::{Fault, Happening};
+pub use faults::{Event, Fault};
 pub use httpd::{Exposition, HttpLimits, MetricKind, PendingTask, Ready};
 pub use logging::{FILTER_DEFAULT, Logging, LoggingError};
 pub use refusals::SUMMARY_EVERY as REFUSALS_EVERY;

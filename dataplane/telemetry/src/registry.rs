@@ -11,7 +11,7 @@ use httpd::{Exposition, MetricKind, Page, append_label, is_label_name, is_metric
 
 use crate::access::AccessLog;
 use crate::connection::{Reporter, ResponseFlags};
-use crate::faults::{Fault, Happening};
+use crate::faults::{Event, Fault};
 use crate::process;
 use crate::series::{LabelSet, Series, reporter_index};
 use crate::shared::{SharedLabels, WorkerShared, lock};
@@ -220,9 +220,9 @@ impl Registry {
             for (total, fault) in totals.faults.iter_mut().zip(&worker.shared.faults) {
                 *total += fault.get();
             }
-            let happenings = totals.happenings.iter_mut();
-            for (total, happening) in happenings.zip(&worker.shared.happenings) {
-                *total += happening.get();
+            let events = totals.events.iter_mut();
+            for (total, event) in events.zip(&worker.shared.events) {
+                *total += event.get();
             }
         }
         totals.label_sets = self.inner.labels.len() as u64;
@@ -334,19 +334,19 @@ const OWN: [OwnFamily; 14] = [
         name: "ztunnel_hbone_retries_total",
         help: "CONNECT requests sent again because the peer had not processed them",
         kind: MetricKind::Counter,
-        source: Source::Single(|t| t.happened(Happening::Retry)),
+        source: Source::Single(|t| t.events_of(Event::Retry)),
     },
     OwnFamily {
         name: "ztunnel_hbone_window_stalls_total",
         help: "Times a stream had data to send and waited for the peer to open a window",
         kind: MetricKind::Counter,
-        source: Source::Single(|t| t.happened(Happening::WindowStall)),
+        source: Source::Single(|t| t.events_of(Event::WindowStall)),
     },
     OwnFamily {
         name: "ztunnel_policy_revocations_total",
         help: "Connections closed because a later configuration does not allow them",
         kind: MetricKind::Counter,
-        source: Source::Single(|t| t.happened(Happening::Revoked)),
+        source: Source::Single(|t| t.events_of(Event::Revoked)),
     },
 ];
 
@@ -361,7 +361,7 @@ struct Totals {
     overflows: u64,
     label_sets: u64,
     faults: [u64; Fault::COUNT],
-    happenings: [u64; Happening::COUNT],
+    events: [u64; Event::COUNT],
 }
 
 struct Sums {
@@ -374,8 +374,8 @@ struct Sums {
 }
 
 impl Totals {
-    fn happened(&self, what: Happening) -> u64 {
-        self.happenings[what as usize]
+    fn events_of(&self, what: Event) -> u64 {
+        self.events[what as usize]
     }
 
     fn add(&mut self, series: &Series) {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::connection::{ConnectionInfo, ResponseFlags};
-use crate::faults::{Fault, Happening};
+use crate::faults::{Event, Fault};
 use crate::series::{LabelSet, LabelSets, Series, WorkerCounter};
 
 /// What one worker shares with the scraper.
@@ -21,8 +21,8 @@ pub(crate) struct WorkerShared {
     pub(crate) overflows: WorkerCounter,
     /// What peers of tunnels did wrong, in the order of [`Fault::ALL`].
     pub(crate) faults: [WorkerCounter; Fault::COUNT],
-    /// By number of the [`Happening`].
-    pub(crate) happenings: [WorkerCounter; Happening::COUNT],
+    /// By number of the [`Event`].
+    pub(crate) events: [WorkerCounter; Event::COUNT],
 }
 
 impl WorkerShared {

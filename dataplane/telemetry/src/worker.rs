@@ -21,7 +21,7 @@ use tracing::Level;
 
 use crate::access::{self, AccessLog, Outcome};
 use crate::connection::{ConnectionInfo, Reporter, ResponseFlags, Security};
-use crate::faults::{Fault, Happening};
+use crate::faults::{Event, Fault};
 use crate::line::LineBuffer;
 use crate::refusals::Refusals;
 use crate::series::{Series, reporter_index};
@@ -192,13 +192,13 @@ impl WorkerTelemetry {
     }
 
     /// Counts something that is no error of one connection.
-    pub fn happened(&self, what: Happening) {
-        self.inner.shared.happenings[what as usize].add(1);
+    pub fn count_event(&self, what: Event) {
+        self.inner.shared.events[what as usize].add(1);
     }
 
     /// How often [`Self::happened`] was told `what` on this worker.
-    pub fn happenings(&self, what: Happening) -> u64 {
-        self.inner.shared.happenings[what as usize].get()
+    pub fn events(&self, what: Event) -> u64 {
+        self.inner.shared.events[what as usize].get()
     }
 
     /// Lets go of the workloads and services of an older model. Counters stay.

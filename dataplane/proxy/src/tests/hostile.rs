@@ -11,7 +11,7 @@ use std::time::Duration;
 use hbone::{Config, Connection, Role};
 use identity::WorkloadTls;
 use rt::net::Listener;
-use telemetry::Happening;
+use telemetry::Event;
 
 use super::peer::{Peer, Received, frame};
 use super::{bufs, certificate, listen, pair, registry, request, run, serve, serve_with, store};
@@ -235,7 +235,7 @@ fn streams_without_a_window_stall_alone_in_bounded_memory() {
         let served = poured.pop().unwrap();
         assert!(served.get() + 16_000 > SERVED, "{}", served.get());
         assert!(poured.iter().all(|stalled| stalled.get() == 0));
-        let stalls = telemetry.happenings(Happening::WindowStall);
+        let stalls = telemetry.events(Event::WindowStall);
         assert!(stalls > STALLED as u64, "{stalls} stalls counted");
     });
     let by_stream = peer.join().unwrap();
@@ -284,7 +284,7 @@ fn a_connection_without_a_window_stalls_alone_in_bounded_memory() {
         for _ in 0..STREAMS {
             poured.push(pour(&tunnel, requests.accept().await));
         }
-        while telemetry.happenings(Happening::WindowStall) < STREAMS as u64 {
+        while telemetry.events(Event::WindowStall) < STREAMS as u64 {
             rt::time::sleep(Duration::from_millis(1)).await;
         }
         // Another tunnel of the same worker carries more than the stalled one ever may.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hbone::{Config, Connection, ErrorCode, Event, Role, StreamId};
 use identity::WorkloadTls;
-use telemetry::{Fault, Happening};
+use telemetry::Fault;
 
 use super::end_to_end::key;
 use super::peer::{Peer, Received};
@@ -122,7 +122,7 @@ fn a_refused_request_is_sent_once_more() {
         far,
         async |context, addr| {
             let stream = connect(&context, &key(addr)).await.unwrap();
-            assert_eq!(context.telemetry.happenings(Happening::Retry), 1);
+            assert_eq!(context.telemetry.events(telemetry::Event::Retry), 1);
             let open = |tunnel: &Rc<Tunnel>| tunnel.can_open();
             let usable = context.pool.tunnels().into_iter().filter(open).count();
             assert_eq!(usable, 1, "the one that refused is not used again");
@@ -153,7 +153,7 @@ fn a_request_behind_goaway_is_sent_once_more() {
         async |context, addr| {
             let kept = connect(&context, &key(addr)).await.unwrap();
             let moved = connect(&context, &key(addr)).await.unwrap();
-            assert_eq!(context.telemetry.happenings(Happening::Retry), 1);
+            assert_eq!(context.telemetry.events(telemetry::Event::Retry), 1);
             assert!(!Rc::ptr_eq(kept.tunnel(), moved.tunnel()));
             assert!(kept.tunnel().error().is_none(), "its stream goes on");
         },
@@ -175,7 +175,7 @@ fn other_failures_are_final() {
         refuses,
         async |context, addr| {
             assert!(connect(&context, &key(addr)).await.is_err());
-            assert_eq!(context.telemetry.happenings(Happening::Retry), 1);
+            assert_eq!(context.telemetry.events(telemetry::Event::Retry), 1);
         },
     );
     let dies = |_, mut far: Far| {
@@ -186,7 +186,7 @@ fn other_failures_are_final() {
         dies,
         async |context, addr| {
             assert!(connect(&context, &key(addr)).await.is_err());
-            assert_eq!(context.telemetry.happenings(Happening::Retry), 0);
+            assert_eq!(context.telemetry.events(telemetry::Event::Retry), 0);
             let ends =
                 [Fault::Truncated, Fault::Io].map(|fault| context.telemetry.hbone_errors(fault));
             assert_eq!(ends.iter().sum::<u64>(), 1);

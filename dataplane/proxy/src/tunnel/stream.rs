@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 
 use hbone::{ErrorCode, StreamId};
 use rt::buf::Buf;
-use telemetry::Happening;
+use telemetry::Event;
 
 use super::queue::{self, Packing};
 use super::{Tunnel, TunnelError};
@@ -329,7 +329,7 @@ impl TunnelStream {
             };
             if capacity == 0 {
                 if !self.stalled.replace(true) {
-                    self.tunnel.telemetry.happened(Happening::WindowStall);
+                    self.tunnel.telemetry.count_event(Event::WindowStall);
                 }
                 register(&self.shared.sender, cx);
                 bufs.push_front(buf);
