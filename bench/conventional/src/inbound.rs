@@ -177,7 +177,7 @@ impl Peer {
             return Err(Error::Method);
         }
         let authority = request.uri().authority().map_or("", |text| text.as_str());
-        let snapshot = self.proxy.source.snapshot();
+        let snapshot = self.proxy.publisher.snapshot();
         let workload = snapshot.current(&self.workload);
         let workload = workload.ok_or_else(|| Error::UnknownWorkload {
             ip: self.dst.ip(),
@@ -193,7 +193,7 @@ impl Peer {
             src: self.src.ip(),
             dst: target,
         };
-        let snapshot = self.proxy.source.snapshot();
+        let snapshot = self.proxy.publisher.snapshot();
         if let Verdict::Deny(reason) = snapshot.authorize(&self.workload, &facts) {
             return Err(Error::Denied(reason));
         }
@@ -232,7 +232,7 @@ pub(crate) async fn handle_plaintext(
             src: src.ip(),
             dst,
         };
-        if let Verdict::Deny(reason) = proxy.source.snapshot().authorize(&workload, &facts) {
+        if let Verdict::Deny(reason) = proxy.publisher.snapshot().authorize(&workload, &facts) {
             return Err(Error::Denied(reason));
         }
         Ok((connect(dst, proxy.source_for(src.ip())).await?, workload))

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let variable = |name: &str| std::env::var(name).ok();
     let settings = Settings::read(variable)?;
-    let (source, watcher) = control::watch::open(&settings.source)?;
+    let (publisher, watcher) = control::watch::open(&settings.source)?;
     let read = |path: &Path| {
         fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
     };
@@ -54,7 +54,7 @@ fn run() -> Result<()> {
         .collect::<io::Result<Vec<_>>>()?;
     let text = |name| variable(name).filter(|value| !value.is_empty());
     let logging = Logging::install(text("RUST_LOG").as_deref(), text("LOG_FORMAT").as_deref())?;
-    let proxy = Proxy::new(settings.proxy, source, certificates);
+    let proxy = Proxy::new(settings.proxy, publisher, certificates);
     let registry = Registry::new(env!("CARGO_PKG_VERSION"));
     proxy.stats().register(&registry)?;
     let data_path = data_path(settings.workers, &proxy, &sets)?;

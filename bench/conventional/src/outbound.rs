@@ -47,7 +47,10 @@ async fn serve(
     prepare(client)?;
     let source = &proxy.wait_for_workload(src.ip()).await?;
     let node = &proxy.config.node;
-    let route = proxy.source.snapshot().route(node, source, dst, random())?;
+    let route = proxy
+        .publisher
+        .snapshot()
+        .route(node, source, dst, random())?;
     let mut connection = Connection {
         proxy,
         client,
@@ -150,7 +153,7 @@ impl Connection<'_> {
             src: self.src.ip(),
             dst,
         };
-        match self.proxy.source.snapshot().authorize(workload, &facts) {
+        match self.proxy.publisher.snapshot().authorize(workload, &facts) {
             Verdict::Allow => Ok(()),
             Verdict::Deny(reason) => Err(Error::Denied(reason)),
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use control::ConfigSource;
+use control::SnapshotPublisher;
 use mesh::Workload;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
@@ -29,7 +29,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct Proxy {
     pub(crate) config: Config,
-    pub(crate) source: ConfigSource,
+    pub(crate) publisher: SnapshotPublisher,
     pub(crate) certificates: Certificates,
     pub(crate) pool: Pool,
     pub(crate) stats: Arc<Stats>,
@@ -53,14 +53,18 @@ impl Drop for Alive {
 }
 
 impl Proxy {
-    /// A proxy for the workloads of `config`'s node in `source`.
-    pub fn new(config: Config, source: ConfigSource, certificates: Certificates) -> Arc<Self> {
+    /// A proxy for the workloads of `config`'s node in `publisher`.
+    pub fn new(
+        config: Config,
+        publisher: SnapshotPublisher,
+        certificates: Certificates,
+    ) -> Arc<Self> {
         let changed = Arc::new(Notify::new());
         let notify = Arc::clone(&changed);
-        source.on_change(Box::new(move |_| notify.notify_waiters()));
+        publisher.on_change(Box::new(move |_| notify.notify_waiters()));
         Arc::new(Self {
             config,
-            source,
+            publisher,
             certificates,
             pool: Pool::default(),
             stats: Arc::default(),
@@ -114,7 +118,7 @@ impl Proxy {
 
     /// The workload with `ip`, anywhere in the mesh.
     pub(crate) fn workload(&self, ip: IpAddr) -> Option<Arc<Workload>> {
-        let snapshot = self.source.snapshot();
+        let snapshot = self.publisher.snapshot();
         let found = snapshot.workload_by_ip(&self.config.node.network, ip);
         found.cloned()
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use control::ConfigSource;
+use control::SnapshotPublisher;
 use conventional::{Certificates, Config, Proxy};
 use mesh::{NodeContext, Snapshot};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
@@ -158,8 +158,8 @@ fn start_conventional(
     (outbound, plaintext, hbone): Sockets,
 ) {
     let certificates = Certificates::from_pem(&ca.certificate, &ca.key).unwrap();
-    let source = ConfigSource::new(snapshot);
-    let proxy = Proxy::new(Config::new(context), source, certificates);
+    let publisher = SnapshotPublisher::new(snapshot);
+    let proxy = Proxy::new(Config::new(context), publisher, certificates);
     let listeners = conventional::Listeners {
         outbound,
         plaintext,

@@ -1,6 +1,6 @@
 //! Where the model of the mesh comes from, off the data path.
 //!
-//! [`ConfigSource`] publishes one immutable [`mesh::Snapshot`] after another. Whoever wants to know
+//! [`SnapshotPublisher`] publishes one immutable [`mesh::Snapshot`] after another. Whoever wants to know
 //! is called with each; ztunnel puts it into each worker's cell (`rt::mailbox::latest`), whose lock
 //! is held while a pointer moves. What feeds it is a module each:
 //!
@@ -11,15 +11,15 @@
 //!
 //! [`dump`] turns a snapshot into the JSON that `/config_dump` serves.
 //!
-//! Everything here runs on the control thread: nothing is fast, and nothing may take a lock
-//! that a worker waits for.
+//! Everything here runs on the control thread, and takes no lock that a worker waits for: a worker
+//! has its own copy of the newest snapshot.
 #![forbid(unsafe_code)]
 
 pub mod dump;
 pub mod local;
-pub mod source;
+pub mod publisher;
 pub mod watch;
 
 pub use local::{LoadError, LocalConfig};
-pub use source::{ConfigSource, Status};
+pub use publisher::{SnapshotPublisher, Status};
 pub use watch::Watcher;

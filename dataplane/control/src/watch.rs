@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::local::{LoadError, LocalConfig};
-use crate::source::ConfigSource;
+use crate::publisher::SnapshotPublisher;
 
 /// Time between two looks at the file.
 pub const INTERVAL: Duration = Duration::from_secs(1);
@@ -21,11 +21,11 @@ pub const INTERVAL: Duration = Duration::from_secs(1);
 /// Most doubts about one configuration that are logged.
 const WARNINGS_MAX: usize = 20;
 
-/// Follows one file for one [`ConfigSource`].
+/// Follows one file for one [`SnapshotPublisher`].
 #[derive(Debug)]
 pub struct Watcher {
     path: PathBuf,
-    source: ConfigSource,
+    publisher: SnapshotPublisher,
     interval: Duration,
     /// The file as last read, or found missing.
     read: Option<Stamp>,
@@ -48,25 +48,25 @@ struct Stamp {
 ///
 /// # Errors
 /// The configuration cannot be used; see [`LoadError`].
-pub fn open(config: &LocalConfig) -> Result<(ConfigSource, Option<Watcher>), LoadError> {
+pub fn open(config: &LocalConfig) -> Result<(SnapshotPublisher, Option<Watcher>), LoadError> {
     // Stamped before it is read: a change in between is noticed later.
     let stamp = match config {
         LocalConfig::File(path) => stamp(path).ok(),
         LocalConfig::Inline(_) => None,
     };
-    let source = ConfigSource::new(config.load()?);
-    log_loaded(&source);
+    let publisher = SnapshotPublisher::new(config.load()?);
+    log_loaded(&publisher);
     let watcher = match config {
         LocalConfig::File(path) => Some(Watcher {
             path: path.clone(),
-            source: source.clone(),
+            publisher: publisher.clone(),
             interval: INTERVAL,
             read: stamp,
             seen: stamp,
         }),
         LocalConfig::Inline(_) => None,
     };
-    Ok((source, watcher))
+    Ok((publisher, watcher))
 }
 
 impl Watcher {
@@ -83,7 +83,7 @@ impl Watcher {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            self.source.reclaim();
+            self.publisher.reclaim();
             if self.changed() {
                 let config = LocalConfig::File(self.path.clone());
                 let loaded = tokio::task::spawn_blocking(move || config.load()).await;
@@ -114,21 +114,21 @@ impl Watcher {
     fn take(&self, loaded: Result<mesh::Snapshot, LoadError>) {
         match loaded {
             Ok(snapshot) => {
-                self.source.publish(snapshot);
-                log_loaded(&self.source);
+                self.publisher.publish(snapshot);
+                log_loaded(&self.publisher);
             }
             Err(error) => {
                 tracing::warn!("{error}; the last good configuration stays in use");
-                self.source.refuse(&error);
+                self.publisher.refuse(&error);
             }
         }
     }
 }
 
-fn log_loaded(source: &ConfigSource) {
-    let snapshot = source.snapshot();
+fn log_loaded(publisher: &SnapshotPublisher) {
+    let snapshot = publisher.snapshot();
     tracing::info!(
-        generation = source.status().generation,
+        generation = publisher.status().generation,
         workloads = snapshot.workloads().len(),
         services = snapshot.services().len(),
         policies = snapshot.policies().len(),

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use control::ConfigSource;
+use control::SnapshotPublisher;
 use identity::CertificateStatus;
 use proxy::{ProxyConfig, RedirectMode};
 use serde_json::{Value, json};
@@ -13,12 +13,12 @@ use tls::Validity;
 /// Model, certificates and state of the configuration, in upstream's shape; of the settings, how
 /// traffic gets here and what that means for pods of this node.
 pub(crate) fn config_dump(
-    source: &ConfigSource,
+    publisher: &SnapshotPublisher,
     certificates: &identity::Handle,
     proxy: &ProxyConfig,
 ) -> Value {
-    let mut dump = control::dump::config_dump(&source.snapshot());
-    let status = source.status();
+    let mut dump = control::dump::config_dump(&publisher.snapshot());
+    let status = publisher.status();
     let certificates: Vec<Value> = certificates.list().iter().map(certificate).collect();
     if let Some(object) = dump.as_object_mut() {
         object.insert("certificates".into(), Value::Array(certificates));

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use control::{ConfigSource, Watcher};
+use control::{SnapshotPublisher, Watcher};
 use identity::LocalIssuer;
 use mesh::{NodeContext, Protocol, Snapshot};
 use proxy::{Command, Listeners, RedirectMode};
@@ -54,7 +54,7 @@ pub(crate) fn run() -> Result<(), RunError> {
     let environment = Environment::of_process();
     limits::raise_open_files();
     let settings = config::read(&environment)?;
-    let (source, watcher) = control::watch::open(&settings.source)?;
+    let (publisher, watcher) = control::watch::open(&settings.source)?;
     let mut certificates = certificates(&settings)?;
     if settings.backend == rt::Backend::IoUring {
         rt::probe::check()?;
@@ -91,9 +91,9 @@ pub(crate) fn run() -> Result<(), RunError> {
         handover::let_connections_move();
     }
     listeners::listen(&sockets)?;
-    let (first, runtime) = (source.snapshot(), settings.runtime());
+    let (first, runtime) = (publisher.snapshot(), settings.runtime());
     let workers = workers::start(&common, &first, &mut certificates, sockets, &cpus, runtime)?;
-    drop(first); // nothing but the workers and its source keeps it
+    drop(first); // nothing but the workers and its publisher keeps it
     tracing::info!(
         "version {}, {} workers on CPUs {:?}, {:?} mode",
         env!("CARGO_PKG_VERSION"),
@@ -101,10 +101,10 @@ pub(crate) fn run() -> Result<(), RunError> {
         &cpus[..settings.workers.min(cpus.len())],
         settings.proxy.mode,
     );
-    warn_of_clients(&settings, &source);
+    warn_of_clients(&settings, &publisher);
     let control = Control {
         settings,
-        source,
+        publisher,
         watcher,
         certificates,
         registry,
@@ -175,7 +175,7 @@ fn authority(source: &AuthoritySource) -> Result<Authority, RunError> {
 }
 
 /// Says what an operator must know of whom is served.
-fn warn_of_clients(settings: &Settings, source: &ConfigSource) {
+fn warn_of_clients(settings: &Settings, publisher: &SnapshotPublisher) {
     if let AuthoritySource::Files(_, key) = &settings.authority
         && let Ok(Some(warning)) = key_file::check(key)
     {
@@ -191,7 +191,7 @@ fn warn_of_clients(settings: &Settings, source: &ConfigSource) {
     let (namespace, account) = (&name.namespace, &name.service_account);
     tracing::info!("dedicated to {namespace}/{}/{account}", name.name);
     let node = &settings.proxy.node;
-    if !source
+    if !publisher
         .snapshot()
         .workloads()
         .iter()
@@ -218,7 +218,7 @@ fn warn_of_missing_table(settings: &Settings) {
 
 struct Control {
     settings: Settings,
-    source: ConfigSource,
+    publisher: SnapshotPublisher,
     watcher: Option<Watcher>,
     certificates: identity::Manager,
     registry: Registry,
@@ -306,11 +306,11 @@ impl Control {
         let readiness = spawn_endpoint("readiness", readiness, move |listener| {
             telemetry::serve_readiness(listener, answer, limits)
         });
-        let (source, certificates) = (self.source, self.certificates.handle());
+        let (publisher, certificates) = (self.publisher, self.certificates.handle());
         tokio::spawn(self.certificates.run());
         let proxy = Arc::clone(&self.settings.proxy);
         let descriptors_max = proxy.descriptors_max;
-        let dump = move || crate::admin::config_dump(&source, &certificates, &proxy);
+        let dump = move || crate::admin::config_dump(&publisher, &certificates, &proxy);
         let admin_state = Admin {
             config_dump: Box::new(dump),
             limits: Box::new(move || {
@@ -359,7 +359,7 @@ impl Control {
                 let _ = worker.send(Arc::clone(&snapshot)); // fails for one that has drained
             }
         };
-        let first = self.source.on_change(Box::new(publish));
+        let first = self.publisher.on_change(Box::new(publish));
         let handle = self.certificates.handle();
         handle.want(identities(&first, &self.settings.proxy.node));
     }

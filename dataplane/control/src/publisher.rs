@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mesh::Snapshot;
 
 /// Called with every new snapshot. Must return quickly (put it into a cell) and must not call
-/// back into the [`ConfigSource`].
+/// back into the [`SnapshotPublisher`].
 pub type OnChange = Box<dyn Fn(Arc<Snapshot>) + Send>;
 
 /// How the configuration is doing, for the admin endpoint.
@@ -28,7 +28,7 @@ pub struct Status {
 
 /// Publishes snapshots. Clones share everything.
 #[derive(Clone)]
-pub struct ConfigSource {
+pub struct SnapshotPublisher {
     shared: Arc<Mutex<Shared>>,
 }
 
@@ -40,7 +40,7 @@ struct Shared {
     replaced: Vec<Arc<Snapshot>>,
 }
 
-impl ConfigSource {
+impl SnapshotPublisher {
     /// Publishes `first` as generation 1.
     pub fn new(first: Snapshot) -> Self {
         let status = Status {
@@ -111,9 +111,9 @@ impl ConfigSource {
     }
 }
 
-impl fmt::Debug for ConfigSource {
+impl fmt::Debug for SnapshotPublisher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ConfigSource")
+        f.debug_struct("SnapshotPublisher")
             .field("status", &self.status())
             .finish_non_exhaustive()
     }
@@ -125,37 +125,37 @@ mod tests {
 
     #[test]
     fn publications_arrive_in_order() {
-        let source = ConfigSource::new(Snapshot::empty());
+        let publisher = SnapshotPublisher::new(Snapshot::empty());
         let seen: Arc<Mutex<Vec<Arc<Snapshot>>>> = Arc::default();
         let sink = seen.clone();
-        let at_start = source.on_change(Box::new(move |s| sink.lock().unwrap().push(s)));
-        assert!(Arc::ptr_eq(&at_start, &source.snapshot()));
-        assert_eq!(source.publish(Snapshot::empty()), 2);
-        assert_eq!(source.publish(Snapshot::empty()), 3);
+        let at_start = publisher.on_change(Box::new(move |s| sink.lock().unwrap().push(s)));
+        assert!(Arc::ptr_eq(&at_start, &publisher.snapshot()));
+        assert_eq!(publisher.publish(Snapshot::empty()), 2);
+        assert_eq!(publisher.publish(Snapshot::empty()), 3);
         let seen = seen.lock().unwrap();
         assert_eq!(seen.len(), 2);
         assert!(!Arc::ptr_eq(&seen[0], &seen[1]));
-        assert!(Arc::ptr_eq(&seen[1], &source.snapshot()));
+        assert!(Arc::ptr_eq(&seen[1], &publisher.snapshot()));
     }
 
     #[test]
     fn a_refusal_keeps_the_snapshot_and_is_forgotten_by_the_next_one() {
-        let source = ConfigSource::new(Snapshot::empty());
-        let before = source.snapshot();
-        source.refuse(&"line 3 is wrong");
-        assert!(Arc::ptr_eq(&before, &source.snapshot()));
+        let publisher = SnapshotPublisher::new(Snapshot::empty());
+        let before = publisher.snapshot();
+        publisher.refuse(&"line 3 is wrong");
+        assert!(Arc::ptr_eq(&before, &publisher.snapshot()));
         let last_error = Some("line 3 is wrong".to_owned());
         assert_eq!(
-            source.status(),
+            publisher.status(),
             Status {
                 generation: 1,
                 last_error,
                 errors: 1
             }
         );
-        source.publish(Snapshot::empty());
+        publisher.publish(Snapshot::empty());
         assert_eq!(
-            source.status(),
+            publisher.status(),
             Status {
                 generation: 2,
                 last_error: None,
@@ -166,39 +166,39 @@ mod tests {
 
     #[test]
     fn replaced_snapshots_are_freed_here_and_not_where_they_were_used() {
-        let source = ConfigSource::new(Snapshot::empty());
-        let in_use = source.snapshot();
+        let publisher = SnapshotPublisher::new(Snapshot::empty());
+        let in_use = publisher.snapshot();
         let freed = Arc::downgrade(&in_use);
-        source.publish(Snapshot::empty());
-        source.reclaim();
+        publisher.publish(Snapshot::empty());
+        publisher.reclaim();
         assert_eq!(freed.strong_count(), 2);
         drop(in_use);
         assert_eq!(freed.strong_count(), 1);
-        source.reclaim();
+        publisher.reclaim();
         assert_eq!(freed.strong_count(), 0);
-        assert_eq!(Arc::strong_count(&source.snapshot()), 2);
+        assert_eq!(Arc::strong_count(&publisher.snapshot()), 2);
     }
 
     #[test]
     fn threads_never_see_generations_fall() {
-        let source = ConfigSource::new(Snapshot::empty());
+        let publisher = SnapshotPublisher::new(Snapshot::empty());
         let last = Arc::new(Mutex::new(Vec::new()));
         let sink = last.clone();
-        source.on_change(Box::new(move |s| {
+        publisher.on_change(Box::new(move |s| {
             sink.lock().unwrap().push(Arc::as_ptr(&s) as usize);
         }));
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..100 {
-                        source.publish(Snapshot::empty());
+                        publisher.publish(Snapshot::empty());
                     }
                 });
             }
         });
-        assert_eq!(source.status().generation, 401);
+        assert_eq!(publisher.status().generation, 401);
         let last = last.lock().unwrap();
         assert_eq!(last.len(), 400);
-        assert_eq!(last[399], Arc::as_ptr(&source.snapshot()) as usize);
+        assert_eq!(last[399], Arc::as_ptr(&publisher.snapshot()) as usize);
     }
 }
