@@ -1,8 +1,8 @@
 //! Where the model of the mesh comes from, off the data path.
 //!
-//! [`SnapshotPublisher`] publishes one immutable [`mesh::Snapshot`] after another. Whoever wants to know
-//! is called with each; ztunnel puts it into each worker's cell (`rt::mailbox::latest`), whose lock
-//! is held while a pointer moves. What feeds it is a module each:
+//! [`SnapshotPublisher`] publishes one immutable [`mesh::Snapshot`] after another. Whoever wants to
+//! know is called with each; ztunnel puts it into each worker's cell (`rt::mailbox::latest`), whose
+//! lock is held while a pointer moves. What feeds it is a module each:
 //!
 //! * [`local`]: a YAML file or inline text (`LOCAL_XDS_PATH`, `LOCAL_XDS`), and [`watch`],
 //!   which follows changes of the file. A file that is wrong never replaces one that was right.

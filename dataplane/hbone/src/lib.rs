@@ -30,6 +30,7 @@
 //! extended CONNECT (`:protocol` is malformed), sending trailers.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::disallowed_types))]
 
 mod config;
 mod connection;

@@ -18,12 +18,15 @@
 //! nobody outside of that; how long something is put off is measured by the monotonic clock.
 #![forbid(unsafe_code)]
 
+mod clock;
 pub mod issuer;
 pub mod manager;
 pub mod published;
 mod schedule;
+#[cfg_attr(not(test), deny(clippy::disallowed_types))]
 pub mod worker;
 
+pub use clock::{Clock, SystemClock};
 pub use issuer::{IssueError, Issuer, Issuing, LocalIssuer};
 pub use manager::{Handle, Manager};
 pub use published::{CertificateStatus, NoCertificate, WorkloadTls};

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use mesh::Identity;
 use rt::mailbox::{self, LatestSender};
-use tls::{Clock, RecordPath, SystemClock, Validity};
+use tls::{RecordPath, Validity};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::clock::{Clock, SystemClock};
 use crate::issuer::Issuer;
 use crate::published::{
     CertificateStatus, Found, NoCertificate, Published, Request, WorkloadTls, find, statuses,

@@ -12,9 +12,9 @@ use std::time::SystemTime;
 use mesh::Identity;
 use rt::mailbox::LatestReceiver;
 use rt::sync::Broadcast;
-use tls::Clock;
 use tokio::sync::mpsc;
 
+use crate::clock::Clock;
 use crate::published::{Found, NoCertificate, Published, Request, WorkloadTls, find};
 
 /// Connections of one worker that may wait for certificates.

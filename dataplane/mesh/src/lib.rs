@@ -10,6 +10,7 @@
 //! equal answers. Decisions cost a few hash lookups and reference counts; none allocates unless
 //! it fails. Text from peers (authorities, identities) is parsed strictly and never panics.
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::disallowed_types))]
 
 pub mod address;
 pub mod authorize;

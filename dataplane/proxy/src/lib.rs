@@ -23,6 +23,7 @@
 //! sees a reset, never an empty success. Whatever is not allowed for certain is refused.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::disallowed_types))]
 
 mod baggage;
 mod config;

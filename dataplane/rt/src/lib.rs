@@ -28,6 +28,7 @@ mod executor;
 mod limit;
 pub mod mailbox;
 pub mod memory;
+#[deny(clippy::disallowed_types)]
 pub mod net;
 mod op;
 pub mod probe;

@@ -13,8 +13,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::prelude::{ASN1Time, FromDer, X509Certificate};
 use zeroize::Zeroize;
 
-use crate::clock::Validity;
 use crate::peer::first_uri;
+use crate::validity::Validity;
 
 pub(crate) use self::files::{certificates_from_file, certificates_from_pem};
 pub(crate) use self::files::{key_from_file, key_from_pem};

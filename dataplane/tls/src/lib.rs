@@ -7,7 +7,6 @@
 //!
 //! * [`certificate`]: a workload's certificate, key and roots, and loading them.
 //! * [`authority`]: a local certificate authority, issuing in process.
-//! * [`store`]: certificates by identity, issued on first use and renewed at half lifetime.
 //! * [`settings`]: what a handshake needs, built once per certificate.
 //! * [`peer`]: which peers are accepted, and who the peer turned out to be.
 //! * [`handshake`]: sans-io handshake, yields a session.
@@ -22,10 +21,10 @@
 //!
 //! Limits: no resumption, no early data, no TLS 1.2, no revocation lists yet.
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::disallowed_types))]
 
 pub mod authority;
 pub mod certificate;
-pub mod clock;
 pub mod handshake;
 mod hello;
 pub mod peer;
@@ -33,21 +32,18 @@ mod provider;
 pub mod record;
 pub mod session;
 pub mod settings;
-pub mod store;
+pub mod validity;
 mod verify;
 
 pub use authority::{Authority, AuthorityError};
 pub use certificate::{CertificateError, CertificateInfo, WorkloadCertificate};
-pub use clock::{Clock, SystemClock, Validity};
 pub use handshake::{Handshake, HandshakeError, Progress};
 pub use hello::ClientHelloWatch;
 pub use peer::{ExpectedPeers, Peer, PeerRefused};
 pub use record::RecordPath;
 pub use session::{OpenError, Opened, SealError, Session};
 pub use settings::{ClientSettings, ServerSettings, SettingsError};
-pub use store::{
-    CertificateStatus, CertificateStore, IssueError, Issuer, LocalIssuer, StoreError, WorkloadTls,
-};
+pub use validity::Validity;
 
 // The integration tests' helpers serve the unit tests as well.
 #[cfg(test)]

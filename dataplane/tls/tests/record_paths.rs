@@ -7,8 +7,8 @@ use common::{authority, control, handshake, identity, open, seal, sessions_by, w
 use proptest::prelude::*;
 use rustls::AlertDescription;
 use tls::{
-    CertificateStore, ClientSettings, HandshakeError, LocalIssuer, OpenError, Opened, RecordPath,
-    SealError, ServerSettings, Session,
+    ClientSettings, HandshakeError, OpenError, Opened, RecordPath, SealError, ServerSettings,
+    Session,
 };
 
 const PATHS: [RecordPath; 2] = [RecordPath::Own, RecordPath::Rustls];
@@ -20,15 +20,15 @@ fn pairs() -> impl Iterator<Item = (RecordPath, RecordPath)> {
 }
 
 #[test]
-fn the_store_hands_the_choice_on() {
-    let issuer = LocalIssuer::new(authority("mesh"), std::time::Duration::from_secs(60));
-    let issuer = std::sync::Arc::new(issuer);
-    let store = CertificateStore::new(issuer.clone());
+fn settings_hand_the_choice_on() {
     let app = identity("td", "app");
-    assert_eq!(store.get(&app).unwrap().server.records(), RecordPath::Own);
-    let store = CertificateStore::new(issuer).with_records(RecordPath::Rustls);
-    let tls = store.get(&app).unwrap();
-    let outcome = handshake(&tls.client, &tls.server, &app, usize::MAX);
+    let certificate = workload(&authority("mesh"), &app);
+    let (mut client, mut server) = tls::settings::both(&certificate).unwrap();
+    assert_eq!(client.records(), RecordPath::Own);
+    assert_eq!(server.records(), RecordPath::Own);
+    client.set_records(RecordPath::Rustls);
+    server.set_records(RecordPath::Rustls);
+    let outcome = handshake(&client, &server, &app, usize::MAX);
     assert_eq!(outcome.client.unwrap().records(), RecordPath::Rustls);
     assert_eq!(outcome.server.unwrap().records(), RecordPath::Rustls);
 }
