@@ -14,6 +14,10 @@
 //! - Whose each captured address is stands in the [`PodTable`] before the pod is captured.
 //! - Installing over what an earlier process left adopts it: capture is not interrupted.
 //!
+//! In layers, of which none knows those above it: `system` asks and changes the kernel, `journal`
+//! notes changes and takes them back, `cut_off` and the back ends stand on both. `sockmap` and the
+//! listener map stand beside them and need no journal.
+//!
 //! Everything runs in the caller's network namespace, which must be the node's. Kernel floor:
 //! 5.10 for `ebpf` (tcx from 6.6, clsact before), xt_TPROXY and ipset for `iptables_tunnel`.
 
@@ -30,6 +34,7 @@ mod journal;
 mod listener_map;
 mod observation;
 pub mod pod_table;
+mod ports;
 mod settings;
 pub mod sockmap;
 mod status;

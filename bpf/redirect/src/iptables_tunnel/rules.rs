@@ -25,6 +25,7 @@
 use std::net::Ipv4Addr;
 
 use super::Settings;
+use crate::ports;
 use crate::settings::Variant;
 use crate::system::iptables::Table;
 
@@ -73,8 +74,9 @@ pub(crate) fn node(settings: &Settings, port: u16) -> Vec<Table> {
                 .map(|protocol| {
                     format!(
                         "-A ztunnel-PREROUTING -p {protocol} -m set --match-set {POD_SET} src \
-                         -m {protocol} --dport 53 -j DNAT --to-destination {}:{DNS_PORT}",
-                        settings.ztunnel.address
+                         -m {protocol} --dport 53 -j DNAT --to-destination {}:{}",
+                        settings.ztunnel.address,
+                        ports::DNS
                     )
                 })
                 .chain(["PREROUTING", "POSTROUTING"].map(keep))
@@ -107,9 +109,6 @@ fn remembered(variant: Variant) -> impl Iterator<Item = &'static str> {
     };
     [skipped].into_iter().chain(others.iter().copied())
 }
-
-/// Port of ztunnel's DNS server.
-const DNS_PORT: u16 = 15053;
 
 /// Protocols over which DNS is captured: Istio had UDP only.
 fn dns_protocols(settings: &Settings) -> &'static [&'static str] {
@@ -292,10 +291,12 @@ pub(crate) fn ztunnel(settings: &Settings) -> Vec<Table> {
     let tproxy = |port: u16| {
         format!("-j TPROXY --tproxy-mark 0x400/0xfff --on-ip 127.0.0.1 --on-port {port}")
     };
+    let hbone = ports::INBOUND_HBONE;
+    let hbone = format!("-m tcp --dport {hbone} {}", tproxy(hbone));
     let mut rules = vec![
-        format!("-i {PEER_IN} -p tcp -m tcp --dport 15008 {}", tproxy(15008)),
-        format!("-i {PEER_OUT} -p tcp {}", tproxy(15001)),
-        format!("-i {PEER_IN} -p tcp {}", tproxy(15006)),
+        format!("-i {PEER_IN} -p tcp {hbone}"),
+        format!("-i {PEER_OUT} -p tcp {}", tproxy(ports::OUTBOUND)),
+        format!("-i {PEER_IN} -p tcp {}", tproxy(ports::INBOUND_PLAIN)),
     ];
     let eth0 = &settings.ztunnel.interface;
     let foreign: (&str, Ipv4Addr) = (eth0, settings.ztunnel.address);
@@ -309,10 +310,10 @@ pub(crate) fn ztunnel(settings: &Settings) -> Vec<Table> {
         rules.push(format!("{foreign} -m mark --mark 0x4d3/0xfff -j ACCEPT"));
         rules.push(format!(
             "{foreign} -m set --match-set {POD_SET} src {}",
-            tproxy(15001)
+            tproxy(ports::OUTBOUND)
         ));
-        rules.push(format!("{foreign} -m tcp --dport 15008 {}", tproxy(15008)));
-        rules.push(format!("{foreign} {}", tproxy(15006)));
+        rules.push(format!("{foreign} {hbone}"));
+        rules.push(format!("{foreign} {}", tproxy(ports::INBOUND_PLAIN)));
         // Errors about connections that ztunnel has: unreachable, too large for the path.
         let errors = format!("-i {eth0} -p icmp ! -d {}", settings.ztunnel.address);
         rules.push(format!("{errors} {has} -j MARK --set-mark 0x4d3/0xfff"));
