@@ -28,7 +28,7 @@ pub struct SharedCounters {
     values: [AtomicU64; 7],
     tasks: AtomicU64,
     operations: AtomicU64,
-    thread: libc::pid_t,
+    thread: rustix::thread::Pid,
 }
 
 /// CPU time of a worker's thread.
@@ -46,8 +46,7 @@ impl SharedCounters {
             values: Default::default(),
             tasks: AtomicU64::new(0),
             operations: AtomicU64::new(0),
-            // SAFETY: gettid has no preconditions.
-            thread: unsafe { libc::gettid() },
+            thread: rustix::thread::gettid(),
         }
     }
 
@@ -78,7 +77,7 @@ impl SharedCounters {
     /// second); read when asked for, so that the worker pays nothing. None once it has ended.
     #[must_use]
     pub fn cpu_time(&self) -> Option<CpuTime> {
-        let path = format!("/proc/self/task/{}/stat", self.thread);
+        let path = format!("/proc/self/task/{}/stat", self.thread.as_raw_nonzero());
         let text = std::fs::read_to_string(path).ok()?;
         // The name may hold spaces and parentheses; user and system time are fields 14 and 15.
         let mut fields = text.rsplit_once(')')?.1.split_whitespace().skip(11);

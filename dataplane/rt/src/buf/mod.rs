@@ -21,6 +21,7 @@ mod pool;
 mod provided;
 
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
@@ -160,13 +161,14 @@ impl Buf {
         }
     }
 
-    /// Address and length of the tail room, for the kernel to receive into.
-    pub(crate) fn tail_ptr(&mut self) -> (*mut u8, u32) {
-        // SAFETY: one past the range is still inside (or at the end of) the block.
-        (
-            unsafe { self.ptr.add(self.len as usize) }.as_ptr(),
-            self.tail,
-        )
+    /// The tail room, to receive into.
+    pub(crate) fn spare_mut(&mut self) -> &mut [MaybeUninit<u8>] {
+        // SAFETY: `tail` bytes behind the range belong to this buffer's part of the block, which
+        // outlives it; `&mut self` makes the access exclusive; they need not be initialised.
+        unsafe {
+            let end = self.ptr.add(self.len as usize);
+            std::slice::from_raw_parts_mut(end.as_ptr().cast(), self.tail as usize)
+        }
     }
 
     /// Accepts `n` bytes the kernel wrote at the start of the tail room.

@@ -307,17 +307,6 @@ impl IoState {
     }
 }
 
-/// An eventfd for wake-ups.
-fn eventfd(flags: i32) -> io::Result<OwnedFd> {
-    // SAFETY: eventfd has no memory-safety preconditions.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just created and nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 fn close_fd(fd: i32) {
     // SAFETY: the descriptor came with a completion nobody owns, so nobody else closes it.
     drop(unsafe { OwnedFd::from_raw_fd(fd) });

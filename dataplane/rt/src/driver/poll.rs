@@ -11,11 +11,17 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::{IoState, close_fd, eventfd};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
+
+use super::{IoState, close_fd};
 use crate::buf::Pool;
 use crate::op::{FollowUp, OpId, Operation, Readiness, Registration, Socket};
 use crate::sys::{poll_now, set_nonblocking};
@@ -26,14 +32,14 @@ const RESULTS_PER_TRY: usize = 16;
 const EVENTS: usize = 256;
 const WAKE: u64 = u64::MAX;
 /// Bits of an event after which reading tells something new.
-const READ_EDGE: u32 = END | (libc::EPOLLIN | libc::EPOLLPRI) as u32;
-const WRITE_EDGE: u32 = FAILURE_EDGE | libc::EPOLLOUT as u32;
-const FAILURE_EDGE: u32 = (libc::EPOLLHUP | libc::EPOLLERR) as u32;
+const READ_EDGE: EventFlags = END.union(EventFlags::IN).union(EventFlags::PRI);
+const WRITE_EDGE: EventFlags = FAILURE_EDGE.union(EventFlags::OUT);
+const FAILURE_EDGE: EventFlags = EventFlags::HUP.union(EventFlags::ERR);
 /// Of the sides of a socket, in their order.
-const EDGES: [u32; 3] = [READ_EDGE, WRITE_EDGE, FAILURE_EDGE];
+const EDGES: [EventFlags; 3] = [READ_EDGE, WRITE_EDGE, FAILURE_EDGE];
 
 /// Bits of an event that tell of an end.
-const END: u32 = (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) as u32;
+const END: EventFlags = FAILURE_EDGE.union(EventFlags::RDHUP);
 
 /// A registered socket. Each of its directions is a side, and the wait for its failure is one.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,21 +62,15 @@ pub(super) struct Epoll {
     cancelled: Vec<OpId>,
     /// Another thread has woken this one since the last turn.
     woken: bool,
-    events: Vec<libc::epoll_event>,
+    events: Vec<epoll::Event>,
 }
 
 impl Epoll {
     pub(super) fn new() -> io::Result<Self> {
-        // SAFETY: epoll_create1 has no memory-safety preconditions.
-        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor was just created and nobody else owns it.
-        let epoll = unsafe { OwnedFd::from_raw_fd(fd) };
-        let wake_fd = eventfd(libc::EFD_NONBLOCK)?;
-        let flags = (libc::EPOLLIN | libc::EPOLLET) as u32;
-        add(&epoll, wake_fd.as_raw_fd(), flags, WAKE)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let wake_fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let flags = EventFlags::IN | EventFlags::ET;
+        epoll::add(&epoll, &wake_fd, EventData::new_u64(WAKE), flags)?;
         Ok(Self {
             epoll,
             wake_fd,
@@ -91,7 +91,7 @@ impl Epoll {
     pub(super) fn submit(&mut self, id: OpId, state: &mut IoState) {
         match state.ops.operation_mut(id) {
             Operation::Accept(socket) | Operation::Connect(socket, _) => {
-                set_nonblocking(socket.raw());
+                set_nonblocking(&**socket);
             }
             _ => {}
         }
@@ -139,39 +139,34 @@ impl Epoll {
 
     fn take_events(&mut self, state: &mut IoState, timeout: Option<Duration>) -> io::Result<()> {
         // Rounded up: a timer must be due when the wait for it is over.
-        let milliseconds = timeout.map_or(-1, |timeout| {
-            timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32
+        let timeout = timeout.map(|timeout| {
+            let milliseconds = timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i64;
+            Timespec {
+                tv_sec: milliseconds / 1_000,
+                tv_nsec: milliseconds % 1_000 * 1_000_000,
+            }
         });
-        // SAFETY: the vector has room for EVENTS events, and the kernel says how many it wrote.
-        let count = unsafe {
-            let events = self.events.as_mut_ptr();
-            libc::epoll_wait(self.epoll.as_raw_fd(), events, EVENTS as i32, milliseconds)
-        };
-        if count < 0 {
-            let error = io::Error::last_os_error();
-            return match error.raw_os_error() {
-                Some(libc::EINTR) => Ok(()),
-                _ => Err(error),
-            };
+        self.events.clear();
+        let room = spare_capacity(&mut self.events);
+        match epoll::wait(&self.epoll, room, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
         }
-        // SAFETY: the kernel has initialised this many events.
-        unsafe { self.events.set_len(count as usize) };
         for event in &self.events {
-            let (bits, data) = (event.events, event.u64);
+            let (bits, data) = (event.flags, event.data.u64());
             if data == WAKE {
                 state.counters.wakes += 1;
                 self.woken = true;
-                let mut value = 0_u64;
-                // SAFETY: reads eight bytes from the eventfd into a live local.
-                unsafe { libc::read(self.wake_fd.as_raw_fd(), (&raw mut value).cast(), 8) };
+                let _ = rustix::io::read(&self.wake_fd, &mut [0_u8; 8]); // it has counted enough
                 continue;
             }
             let Some(watched) = self.watched.get_mut(data as usize) else {
                 continue;
             };
-            watched.stops |= bits & (END | libc::EPOLLPRI as u32) != 0;
+            watched.stops |= bits.intersects(END | EventFlags::PRI);
             for (side, edge) in EDGES.into_iter().enumerate() {
-                if bits & edge == 0 {
+                if !bits.intersects(edge) {
                     continue;
                 }
                 match watched.waiting[side].take() {
@@ -260,10 +255,11 @@ impl Epoll {
             registration.index() as usize
         } else {
             let index = self.vacant();
-            let bits = READ_EDGE | WRITE_EDGE | libc::EPOLLET as u32;
-            if let Err(error) = add(&self.epoll, socket.raw(), bits, index as u64) {
+            let flags = READ_EDGE | WRITE_EDGE | EventFlags::ET;
+            let data = EventData::new_u64(index as u64);
+            if let Err(error) = epoll::add(&self.epoll, &*socket, data, flags) {
                 self.freed.borrow_mut().push(index as u32);
-                return Err(error.raw_os_error().unwrap_or(libc::EIO));
+                return Err(error.raw_os_error());
             }
             let freed = Rc::clone(&self.freed);
             let index = index as u32;
@@ -296,17 +292,6 @@ impl Epoll {
     }
 }
 
-fn add(epoll: &OwnedFd, fd: RawFd, events: u32, data: u64) -> io::Result<()> {
-    let mut event = libc::epoll_event { events, u64: data };
-    // SAFETY: the event lives across the call.
-    let rc = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event) };
-    if rc != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
 fn finish(state: &mut IoState, id: OpId, result: i32, buffer: Option<u16>, more: bool) -> FollowUp {
     state.counters.completions += 1;
     state.ops.complete(id, result, buffer, more, &state.pool)
@@ -318,18 +303,13 @@ fn perform(operation: &mut Operation, pool: &Pool) -> (i32, Option<u16>) {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     let result = match operation {
         Operation::Accept(socket) => {
-            // SAFETY: null is allowed for the address.
-            let fd = unsafe {
-                let none = std::ptr::null_mut();
-                libc::accept4(socket.raw(), none, std::ptr::null_mut(), libc::SOCK_CLOEXEC)
-            };
-            fd as isize
+            let accepted = accept_with(&**socket, SocketFlags::CLOEXEC);
+            return (number(accepted.map(IntoRawFd::into_raw_fd)), None);
         }
-        Operation::Receive(socket) => return receive(socket.raw(), pool),
+        Operation::Receive(socket) => return receive(socket, pool),
         Operation::Recv(socket, buf) => {
-            let (ptr, len) = buf.tail_ptr();
-            // SAFETY: the buffer's tail room is valid for writes and exclusively owned.
-            unsafe { libc::recv(socket.raw(), ptr.cast(), len as usize, flags) }
+            let received = recv(&**socket, buf.spare_mut(), RecvFlags::DONTWAIT);
+            return (number(received.map(|(_, n)| n as i32)), None);
         }
         // SAFETY: the header's vectors point to tail room that it owns.
         Operation::RecvMsg(socket, header) => unsafe {
@@ -359,21 +339,25 @@ fn perform(operation: &mut Operation, pool: &Pool) -> (i32, Option<u16>) {
     (-code, None)
 }
 
-fn receive(fd: RawFd, pool: &Pool) -> (i32, Option<u16>) {
+/// A result as io_uring gives it: minus the error.
+fn number(result: rustix::io::Result<i32>) -> i32 {
+    result.unwrap_or_else(|error| -error.raw_os_error())
+}
+
+fn receive(socket: &Socket, pool: &Pool) -> (i32, Option<u16>) {
     let Some((bid, ptr, len)) = pool.provided() else {
         return (-libc::ENOBUFS, None);
     };
-    // SAFETY: a provided block is nobody's, and `len` bytes at `ptr` lie inside it.
-    let result = unsafe { libc::recv(fd, ptr.as_ptr().cast(), len as usize, libc::MSG_DONTWAIT) };
-    if result > 0 {
-        pool.take_provided();
-        return (result as i32, Some(bid));
+    // SAFETY: a provided block is nobody's until it is taken, and `len` bytes at `ptr` lie inside
+    // it. They need not be initialised.
+    let block = unsafe { std::slice::from_raw_parts_mut(ptr.as_ptr().cast(), len as usize) };
+    let block: &mut [MaybeUninit<u8>] = block;
+    let result = number(recv(socket, block, RecvFlags::DONTWAIT).map(|(_, n)| n as i32));
+    if result <= 0 {
+        return (result, None);
     }
-    if result == 0 {
-        return (0, None);
-    }
-    let code = io::Error::last_os_error().raw_os_error();
-    (-code.unwrap_or(libc::EIO), None)
+    pool.take_provided();
+    (result, Some(bid))
 }
 
 fn is_ready(socket: &Socket, readiness: Readiness) -> i32 {
@@ -390,7 +374,7 @@ fn is_ready(socket: &Socket, readiness: Readiness) -> i32 {
             };
         }
     };
-    match poll_now(socket.raw(), events) {
+    match poll_now(socket, events) {
         Ok(0) => -libc::EAGAIN,
         Ok(told) => i32::from(told),
         Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),

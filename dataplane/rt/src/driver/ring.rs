@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use io_uring::types::Fd;
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
-use super::{IoState, close_fd, eventfd};
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::{IoState, close_fd};
 use crate::buf::RING_GROUP;
 use crate::op::{FollowUp, OpId, Operation, Readiness, Socket};
 
@@ -91,7 +93,7 @@ impl Ring {
             enter_fd,
             enter_flags,
             backlog: VecDeque::new(),
-            wake_fd: eventfd(0)?,
+            wake_fd: eventfd(0, EventfdFlags::CLOEXEC)?,
             wake_value: Box::new(0),
             next: Vec::new(),
             silent: Vec::new(),
@@ -416,7 +418,8 @@ fn entry(operation: &mut Operation) -> squeue::Entry {
             .build(),
         Operation::Receive(socket) => opcode::RecvMulti::new(Fd(socket.raw()), RING_GROUP).build(),
         Operation::Recv(socket, buf) => {
-            let (ptr, len) = buf.tail_ptr();
+            let room = buf.spare_mut();
+            let (ptr, len) = (room.as_mut_ptr().cast(), room.len() as u32);
             opcode::Recv::new(Fd(socket.raw()), ptr, len).build()
         }
         Operation::RecvMsg(socket, header) => {

@@ -3,13 +3,18 @@
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
-use super::stream::{Keepalive, TcpStream, keep_urgent_inline, peer_addr};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
+
+use super::stream::{Keepalive, TcpStream};
 use crate::executor::{Inner, current};
 use crate::op::{OpId, Operation, RawAddr, Readiness, Socket};
-use crate::sys::{poll_now, set_option, take_error, take_queued_errors};
+use crate::sys::{
+    SocketOption, keep_urgent_inline, peer_addr, poll_now, set_option, take_error,
+    take_queued_errors,
+};
 
 /// Options of an outgoing connection.
 #[derive(Debug, Clone, Copy, Default)]
@@ -76,7 +81,7 @@ async fn perform(inner: &Rc<Inner>, operation: Operation) -> io::Result<()> {
 /// call where all is well. Leaves no error in the socket's queue, which would end every wait at
 /// once; `told` is the last of them.
 fn is_connected(socket: &Socket, told: &mut Option<i32>) -> io::Result<bool> {
-    let fd = socket.raw();
+    let fd = socket.as_fd();
     let state = poll_now(fd, libc::POLLOUT)?;
     if state == libc::POLLOUT {
         return Ok(true);
@@ -113,45 +118,32 @@ impl Drop for Guard<'_> {
 
 fn make(to: SocketAddr, options: &ConnectOptions) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() {
-        libc::AF_INET
+        AddressFamily::INET
     } else {
-        libc::AF_INET6
+        AddressFamily::INET6
     };
-    // SAFETY: socket(2) has no memory-safety preconditions.
-    let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just created and nobody else owns it.
-    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
-    keep_urgent_inline(fd);
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    keep_urgent_inline(&socket);
     if let Some(mark) = options.mark {
-        set_option(fd, libc::SOL_SOCKET, libc::SO_MARK, mark.cast_signed())?;
+        set_option(&socket, SocketOption::Mark(mark))?;
     }
     if let Some(keepalive) = &options.keepalive {
-        keepalive.apply(fd)?;
+        keepalive.apply(&socket)?;
     }
     if let Some(source) = options.source {
-        bind_foreign(fd, source)?;
+        bind_foreign(socket.as_fd(), source)?;
     }
-    Ok(owned)
+    Ok(socket)
 }
 
 /// Binds to an address of another host with a port chosen at connect time.
-fn bind_foreign(fd: RawFd, source: IpAddr) -> io::Result<()> {
+fn bind_foreign(fd: BorrowedFd<'_>, source: IpAddr) -> io::Result<()> {
     match source {
-        IpAddr::V4(_) => set_option(fd, libc::SOL_IP, libc::IP_TRANSPARENT, 1)?,
-        IpAddr::V6(_) => set_option(fd, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?,
+        IpAddr::V4(_) => set_option(fd, SocketOption::TransparentV4)?,
+        IpAddr::V6(_) => set_option(fd, SocketOption::TransparentV6)?,
     }
     // The port is picked by connect(2), per 4-tuple, so that 28,000 ports are not the limit.
-    set_option(fd, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
-    let addr = RawAddr::new(SocketAddr::new(source, 0));
-    // SAFETY: address and length describe live, initialised storage.
-    let rc = unsafe { libc::bind(fd, addr.as_ptr(), addr.len()) };
-    if rc != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    set_option(fd, SocketOption::BindAddressNoPort)?;
+    Ok(bind(fd, &SocketAddr::new(source, 0))?)
 }

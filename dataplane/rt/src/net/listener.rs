@@ -6,10 +6,12 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Poll, ready};
 
-use super::stream::{Keepalive, TcpStream, keep_urgent_inline};
+use rustix::net::{SocketFlags, accept_with, sockopt};
+
+use super::stream::{Keepalive, TcpStream};
 use crate::executor::{Inner, current};
 use crate::op::{OpId, Operation, Socket};
-use crate::sys::{set_nonblocking, set_option};
+use crate::sys::{keep_urgent_inline, set_nonblocking};
 
 /// A listening socket with one multishot accept under way.
 #[derive(Debug)]
@@ -28,7 +30,7 @@ impl Listener {
     #[must_use]
     pub fn from_std(listener: std::net::TcpListener) -> Self {
         let socket = Rc::new(Socket::new(OwnedFd::from(listener)));
-        keep_urgent_inline(socket.raw());
+        keep_urgent_inline(&*socket);
         Self {
             socket,
             inner: current(),
@@ -41,7 +43,7 @@ impl Listener {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn set_nodelay(&self) -> io::Result<()> {
-        set_option(self.socket.raw(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)
+        Ok(sockopt::set_tcp_nodelay(&*self.socket, true)?)
     }
 
     /// Turns keepalive probes on for the connections it accepts, which inherit all of it.
@@ -49,7 +51,7 @@ impl Listener {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn set_keepalive(&self, keepalive: &Keepalive) -> io::Result<()> {
-        keepalive.apply(self.socket.raw())
+        keepalive.apply(&*self.socket)
     }
 
     /// Waits for the next connection. Cancel safe.
@@ -106,18 +108,12 @@ impl Listener {
             .await;
             self.op = None;
         }
-        set_nonblocking(self.socket.raw());
+        set_nonblocking(&*self.socket);
         loop {
-            let none = std::ptr::null_mut();
-            // SAFETY: null is allowed for the address.
-            let fd =
-                unsafe { libc::accept4(self.socket.raw(), none, none.cast(), libc::SOCK_CLOEXEC) };
-            if fd >= 0 {
-                // SAFETY: the kernel has just created this descriptor for us.
-                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                rest.push(TcpStream::from_fd(fd));
-            } else if !is_passing(io::Error::last_os_error().raw_os_error().unwrap_or(0)) {
-                return rest;
+            match accept_with(&*self.socket, SocketFlags::CLOEXEC) {
+                Ok(fd) => rest.push(TcpStream::from_fd(fd)),
+                Err(error) if is_passing(error.raw_os_error()) => {}
+                Err(_) => return rest,
             }
         }
     }

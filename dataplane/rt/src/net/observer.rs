@@ -3,7 +3,6 @@
 
 use std::future::Future as _;
 use std::io;
-use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -12,6 +11,7 @@ use std::time::Duration;
 use super::stream::TcpStream;
 use crate::executor::{Inner, current};
 use crate::op::{OpId, Operation, Readiness, Socket};
+use crate::sys::{bytes_acknowledged, bytes_unacknowledged};
 use crate::time::{Sleep, sleep};
 
 /// Times in which nobody receives are short as a rule. The kernel is asked to tell of a failure
@@ -105,13 +105,9 @@ impl Observer {
     /// How far what was sent has come; none once the connection is gone.
     #[must_use]
     pub fn sent(&self) -> Option<Sent> {
-        let acknowledged = bytes_acknowledged(self.socket.raw())?;
-        let mut left = 0_i32;
-        // SAFETY: the call writes one integer to a live local.
-        let rc = unsafe { libc::ioctl(self.socket.raw(), libc::TIOCOUTQ, &raw mut left) };
-        (rc == 0).then_some(Sent {
-            acknowledged,
-            left: left.max(0) as usize,
+        Some(Sent {
+            acknowledged: bytes_acknowledged(&*self.socket)?,
+            left: bytes_unacknowledged(&*self.socket)?,
         })
     }
 }
@@ -124,17 +120,4 @@ impl Drop for Observer {
             vigil.inner.driver.borrow_mut().abandon(op);
         }
     }
-}
-
-/// `tcpi_bytes_acked` of `struct tcp_info` (`linux/tcp.h`, Linux 4.1).
-fn bytes_acknowledged(fd: RawFd) -> Option<u64> {
-    const WORDS: usize = 16;
-    let mut info = [0_u64; WORDS];
-    let mut len = size_of_val(&info) as libc::socklen_t;
-    let value = info.as_mut_ptr().cast();
-    // SAFETY: the kernel writes at most `len` bytes to the array, which lives across the call.
-    let rc =
-        unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, value, &raw mut len) };
-    // Behind 8 bytes of flags, 24 words of 32 bits, and two rates of 64 bits.
-    (rc == 0 && len as usize == size_of_val(&info)).then(|| info[(8 + 24 * 4 + 16) / 8])
 }

@@ -118,7 +118,7 @@ impl ReadHalf {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn reset_on_close(&self) -> io::Result<()> {
-        reset_on_close(self.socket.raw())
+        reset_on_close(&*self.socket)
     }
 
     /// Receives what is there into `out` and returns how many bytes; 0 is the end of the stream.

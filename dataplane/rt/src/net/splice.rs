@@ -10,9 +10,12 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+
+use rustix::net::{RecvFlags, recv};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with};
 
 use super::read::ReadHalf;
 use super::write::WriteHalf;
@@ -22,7 +25,7 @@ use crate::op::{OpId, Operation, Readiness, Socket};
 use crate::sys::{reset_on_close, set_nonblocking};
 
 /// Capacity asked for; the pipe keeps its own (64 KiB) where the user has too many pages in pipes.
-const PIPE_BYTES: i32 = 1 << 20;
+const PIPE_BYTES: usize = 1 << 20;
 /// Most bytes of one splice(2) from a socket. A pipe holds 256 pieces, however large they are: more
 /// than its capacity fits where the network brings large ones.
 const SPLICE_BYTES: usize = 4 << 20;
@@ -57,15 +60,8 @@ impl Splice {
     /// # Errors
     /// Those of `pipe2(2)`, such as `EMFILE`: go on copying then.
     pub fn new() -> io::Result<Self> {
-        let mut ends = [0; 2];
-        // SAFETY: the array has room for the two descriptors.
-        if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptors were just created and nobody else owns them.
-        let [reader, writer] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        // SAFETY: F_SETPIPE_SZ has no memory-safety preconditions. Failure leaves the size.
-        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, PIPE_BYTES) };
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let _ = fcntl_setpipe_size(&writer, PIPE_BYTES); // failure leaves the size
         Ok(Self {
             reader,
             writer,
@@ -103,8 +99,8 @@ impl Splice {
             *self = Self::new()?; // what an earlier flow left behind is nobody else's
         }
         let (source, target) = (Rc::clone(from.socket()), Rc::clone(to.socket()));
-        set_nonblocking(source.raw());
-        set_nonblocking(target.raw());
+        set_nonblocking(&*source);
+        set_nonblocking(&*target);
         let mut transfer = Transfer {
             pipe: self,
             inner: Rc::clone(from.inner()),
@@ -152,8 +148,7 @@ impl Transfer<'_> {
                 }
             }
             while self.pipe.inside > 0 {
-                let ends = (self.pipe.reader.as_raw_fd(), self.target.raw());
-                match splice(ends.0, ends.1, self.pipe.inside) {
+                match splice(&self.pipe.reader, &*self.target, self.pipe.inside) {
                     Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                     Ok(n) => {
                         self.pipe.inside -= n;
@@ -179,8 +174,7 @@ impl Transfer<'_> {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            let ends = (self.source.raw(), self.pipe.writer.as_raw_fd());
-            match splice(ends.0, ends.1, SPLICE_BYTES) {
+            match splice(&*self.source, &self.pipe.writer, SPLICE_BYTES) {
                 Ok(0) => match has_ended(&self.source) {
                     Ok(true) => ended = true,
                     Ok(false) => return Poll::Ready(Ok(Spliced::Small)),
@@ -217,7 +211,7 @@ impl Drop for Transfer<'_> {
             self.inner.driver.borrow_mut().abandon(op);
         }
         if self.pipe.inside > 0 {
-            let _ = reset_on_close(self.target.raw()); // it may be gone already
+            let _ = reset_on_close(&*self.target); // it may be gone already
         }
     }
 }
@@ -231,23 +225,16 @@ fn noted(socket: &Socket, error: io::Error) -> io::Error {
 /// Whether a source of which splice(2) says that nothing more comes has ended its stream. It says
 /// so too where urgent data and then FIN are next, and after an error that something else was told.
 fn has_ended(source: &Socket) -> io::Result<bool> {
-    let mut byte = 0_u8;
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: one byte is written to a live local at most.
-    let n = unsafe { libc::recv(source.raw(), (&raw mut byte).cast(), 1, flags) };
-    if n < 0 {
-        return Err(noted(source, io::Error::last_os_error()));
-    }
+    let mut byte = [0_u8];
+    let (_, n) = recv(source, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT)
+        .map_err(|error| noted(source, error.into()))?;
     match source.failure() {
         Some(code) if n == 0 => Err(io::Error::from_raw_os_error(code)),
         _ => Ok(n == 0),
     }
 }
 
-fn splice(from: RawFd, to: RawFd, len: usize) -> io::Result<usize> {
-    let none = std::ptr::null_mut();
-    let flags = libc::SPLICE_F_MOVE | libc::SPLICE_F_NONBLOCK;
-    // SAFETY: null offsets are allowed for pipes and sockets.
-    let n = unsafe { libc::splice(from, none, to, none, len, flags) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+fn splice(from: impl AsFd, to: impl AsFd, len: usize) -> io::Result<usize> {
+    let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+    Ok(rustix::pipe::splice(from, None, to, None, len, flags)?)
 }

@@ -2,15 +2,17 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
+
+use rustix::net::sockopt;
 
 use super::read::ReadHalf;
 use super::write::WriteHalf;
 use crate::executor::current;
-use crate::op::{RawAddr, Socket};
-use crate::sys::{reset_on_close, set_option};
+use crate::op::Socket;
+use crate::sys::{canonical, keep_urgent_inline, local_addr, peer_addr, reset_on_close};
 
 impl AsFd for ReadHalf {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -36,27 +38,12 @@ pub struct Keepalive {
 }
 
 impl Keepalive {
-    pub(crate) fn apply(&self, fd: RawFd) -> io::Result<()> {
-        let seconds = |duration: Duration| duration.as_secs().clamp(1, 32_767) as i32;
-        set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-        set_option(
-            fd,
-            libc::IPPROTO_TCP,
-            libc::TCP_KEEPIDLE,
-            seconds(self.time),
-        )?;
-        set_option(
-            fd,
-            libc::IPPROTO_TCP,
-            libc::TCP_KEEPINTVL,
-            seconds(self.interval),
-        )?;
-        set_option(
-            fd,
-            libc::IPPROTO_TCP,
-            libc::TCP_KEEPCNT,
-            self.retries.clamp(1, 127) as i32,
-        )
+    pub(crate) fn apply(&self, fd: impl AsFd) -> io::Result<()> {
+        let seconds = |duration: Duration| Duration::from_secs(duration.as_secs().clamp(1, 32_767));
+        sockopt::set_socket_keepalive(&fd, true)?;
+        sockopt::set_tcp_keepidle(&fd, seconds(self.time))?;
+        sockopt::set_tcp_keepintvl(&fd, seconds(self.interval))?;
+        Ok(sockopt::set_tcp_keepcnt(&fd, self.retries.clamp(1, 127))?)
     }
 }
 
@@ -77,7 +64,7 @@ impl TcpStream {
     /// does.
     #[must_use]
     pub fn from_std(stream: std::net::TcpStream) -> Self {
-        keep_urgent_inline(stream.as_raw_fd());
+        keep_urgent_inline(&stream);
         Self::from_fd(stream.into())
     }
 
@@ -101,7 +88,7 @@ impl TcpStream {
     /// # Errors
     /// `ENOTCONN` once the connection is reset.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        peer_addr(self.0.raw())
+        peer_addr(&*self.0)
     }
 
     /// Address of this end. On a transparent listener's connection: the original destination.
@@ -109,9 +96,7 @@ impl TcpStream {
     /// # Errors
     /// That of `getsockname(2)`.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        let fd = self.0.raw();
-        // SAFETY: `fill` passes storage and length that are valid for writes.
-        RawAddr::fill(|addr, len| unsafe { libc::getsockname(fd, addr, len) })
+        local_addr(&*self.0)
     }
 
     /// Destination before a netfilter `REDIRECT` (`SO_ORIGINAL_DST`, then its IPv6 twin).
@@ -119,15 +104,11 @@ impl TcpStream {
     /// # Errors
     /// `ENOENT` or `ENOPROTOOPT` when conntrack knows no other destination.
     pub fn original_dst(&self) -> io::Result<SocketAddr> {
-        const SO_ORIGINAL_DST: i32 = 80; // linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h
-        let fd = self.0.raw();
-        let ask = |level: i32| {
-            // SAFETY: `fill` passes storage and length that are valid for writes.
-            RawAddr::fill(|addr, len| unsafe {
-                libc::getsockopt(fd, level, SO_ORIGINAL_DST, addr.cast(), len)
-            })
-        };
-        ask(libc::SOL_IP).or_else(|_| ask(libc::SOL_IPV6))
+        let fd = &*self.0;
+        match sockopt::ip_original_dst(fd) {
+            Ok(v4) => Ok(v4.into()),
+            Err(_) => Ok(canonical(sockopt::ipv6_original_dst(fd)?.into())),
+        }
     }
 
     /// Disables Nagle's algorithm.
@@ -135,7 +116,7 @@ impl TcpStream {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn set_nodelay(&self) -> io::Result<()> {
-        set_option(self.0.raw(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)
+        Ok(sockopt::set_tcp_nodelay(&*self.0, true)?)
     }
 
     /// Makes the final close send RST instead of FIN (`SO_LINGER` with zero time).
@@ -143,20 +124,6 @@ impl TcpStream {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn reset_on_close(&self) -> io::Result<()> {
-        reset_on_close(self.0.raw())
+        reset_on_close(&*self.0)
     }
-}
-
-/// A byte that its sender calls urgent is received in its place. Without this it is taken out of
-/// the stream (`tcp(7)`), and a relay that does not ask for it loses it.
-pub(crate) fn keep_urgent_inline(fd: RawFd) {
-    // Every TCP socket has the option.
-    let set = set_option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
-    debug_assert!(set.is_ok(), "{set:?}");
-}
-
-/// Address of the other end; `ENOTCONN` where there is none (yet, or any more).
-pub(crate) fn peer_addr(fd: RawFd) -> io::Result<SocketAddr> {
-    // SAFETY: `fill` passes storage and length that are valid for writes.
-    RawAddr::fill(|addr, len| unsafe { libc::getpeername(fd, addr, len) })
 }

@@ -2,9 +2,10 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::Shutdown;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+
+use rustix::net::{Shutdown, shutdown};
 
 use crate::buf::Buf;
 use crate::executor::Inner;
@@ -178,10 +179,11 @@ impl WriteHalf {
     /// # Errors
     /// `ENOTCONN` when the connection is gone.
     pub fn shutdown(&self) -> io::Result<()> {
-        shutdown(&self.socket, Shutdown::Write).inspect_err(|error| {
+        shutdown(&*self.socket, Shutdown::Write).map_err(|error| {
             // The reason, if nothing else was told.
             self.socket.fetch_error();
-            self.socket.note(-error.raw_os_error().unwrap_or(0));
+            self.socket.note(-error.raw_os_error());
+            error.into()
         })
     }
 
@@ -194,7 +196,7 @@ impl WriteHalf {
     /// # Errors
     /// That of `setsockopt(2)`.
     pub fn reset_on_close(&self) -> io::Result<()> {
-        reset_on_close(self.socket.raw())
+        reset_on_close(&*self.socket)
     }
 
     /// The worker's buffer memory.
@@ -209,20 +211,5 @@ impl Drop for WriteHalf {
         if let Some(send) = self.in_flight.take() {
             self.inner.driver.borrow_mut().abandon(send.op);
         }
-    }
-}
-
-fn shutdown(socket: &Socket, how: Shutdown) -> io::Result<()> {
-    let how = match how {
-        Shutdown::Read => libc::SHUT_RD,
-        Shutdown::Write => libc::SHUT_WR,
-        Shutdown::Both => libc::SHUT_RDWR,
-    };
-    // SAFETY: shutdown(2) has no memory-safety preconditions.
-    let rc = unsafe { libc::shutdown(socket.raw(), how) };
-    if rc != 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
     }
 }

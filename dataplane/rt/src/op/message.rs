@@ -142,9 +142,9 @@ impl MessageHeader {
         self.vectors.clear();
         block.into_segments(|buf| self.segments.push(buf));
         for buf in &mut self.segments {
-            let (ptr, _) = buf.tail_ptr();
+            let room = buf.spare_mut();
             self.vectors.push(libc::iovec {
-                iov_base: ptr.cast(),
+                iov_base: room.as_mut_ptr().cast(),
                 iov_len: payload as usize,
             });
         }

@@ -1,7 +1,8 @@
 //! Socket addresses in the kernel's representation.
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+
+use crate::sys::canonical;
 
 /// Storage for one address and its length.
 pub(crate) struct RawAddr {
@@ -98,26 +99,11 @@ impl RawAddr {
                 };
                 let ip = Ipv6Addr::from(sin.sin6_addr.s6_addr);
                 let port = u16::from_be(sin.sin6_port);
-                Some(match ip.to_ipv4_mapped() {
-                    Some(v4) => SocketAddr::new(IpAddr::V4(v4), port),
-                    None => SocketAddrV6::new(ip, port, 0, sin.sin6_scope_id).into(),
-                })
+                let v6 = SocketAddrV6::new(ip, port, 0, sin.sin6_scope_id);
+                Some(canonical(v6.into()))
             }
             _ => None,
         }
-    }
-
-    /// Fills an address by one of the kernel's `get...name` calls.
-    pub(crate) fn fill(
-        call: impl FnOnce(*mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int,
-    ) -> io::Result<SocketAddr> {
-        let mut raw = Self::empty();
-        let mut len = raw.len;
-        if call((&raw mut raw.storage).cast(), &raw mut len) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        raw.get()
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::EAFNOSUPPORT))
     }
 }
 

@@ -70,7 +70,7 @@ impl Socket {
 
     /// Asks the kernel for an error that nothing has been told yet.
     pub(crate) fn fetch_error(&self) {
-        if let Ok(code) = take_error(self.raw()) {
+        if let Ok(code) = take_error(self) {
             self.note(-code);
         }
     }
