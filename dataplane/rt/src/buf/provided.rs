@@ -74,9 +74,13 @@ impl Provided {
     }
 
     /// Takes over a block that was filled with `len` bytes. Returns where they are.
+    ///
+    /// # Panics
+    /// If the block has an owner, or more bytes than it holds are said to be in it: the caller has
+    /// mixed up its completions, and two owners of one block would be undefined behaviour.
     pub(super) fn take(&self, bid: u16, len: u32) -> NonNull<u8> {
         assert!(len <= self.config.ring_payload() && bid < self.config.ring_entries);
-        debug_assert_eq!(self.refs[usize::from(bid)].get(), 0);
+        self.assert_unowned(bid);
         self.refs[usize::from(bid)].set(1);
         let lent = self.lent.get() + 1;
         self.lent.set(lent);
@@ -85,6 +89,12 @@ impl Provided {
             self.grow();
         }
         self.payload(bid)
+    }
+
+    /// A block has one owner: the ring, or those who are counted.
+    fn assert_unowned(&self, bid: u16) {
+        let owners = self.refs[usize::from(bid)].get();
+        assert_eq!(owners, 0, "ring block {bid} has an owner");
     }
 
     /// The next free block, and where to receive into it.
@@ -140,10 +150,14 @@ impl Provided {
     }
 
     /// A block that was taken from the ring and is nobody's now.
+    ///
+    /// # Panics
+    /// If it has an owner: the kernel would be the second one.
     pub(super) fn give_back(&self, bid: u16) {
         if bid >= self.config.ring_entries {
             return;
         }
+        self.assert_unowned(bid);
         if self.circulating.get() <= self.wanted.get() {
             return self.provide(bid);
         }
@@ -216,6 +230,8 @@ impl Provided {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::AssertUnwindSafe;
+
     use super::*;
 
     #[test]
@@ -256,5 +272,36 @@ mod tests {
         assert_eq!(again.len(), 1_000, "no block is lent twice");
         // SAFETY: no kernel has been told of this ring, and it is not used any more.
         unsafe { ring.free() };
+    }
+
+    /// Whatever is done with a block that has an owner, nobody gets it a second time. A check in
+    /// every build: this is what a `Buf` rests on.
+    #[test]
+    fn a_block_has_one_owner() {
+        type Way = fn(&Provided, u16);
+        let ways: [(&str, Way); 2] = [
+            ("taken", |ring, bid| _ = ring.take(bid, 1)),
+            ("given to the kernel", |ring, bid| ring.give_back(bid)),
+        ];
+        for (way, do_it) in ways {
+            let ring = Provided::new(PoolConfig::default());
+            let (bid, _) = ring.next().unwrap();
+            ring.advance();
+            ring.take(bid, 10);
+            let twice = AssertUnwindSafe(|| do_it(&ring, bid));
+            let refused = std::panic::catch_unwind(twice).unwrap_err();
+            let text = refused.downcast_ref::<String>().unwrap();
+            assert!(text.contains("has an owner"), "{way}: {text}");
+            ring.retain(bid);
+            ring.release(bid);
+            assert!(
+                std::panic::catch_unwind(AssertUnwindSafe(|| do_it(&ring, bid))).is_err(),
+                "{way}: it still has one"
+            );
+            ring.release(bid);
+            assert_eq!(ring.lent(), 0);
+            // SAFETY: no kernel has been told of this ring, and it is not used any more.
+            unsafe { ring.free() };
+        }
     }
 }

@@ -7,9 +7,11 @@
 mod poll;
 mod ring;
 mod spin;
+#[cfg(test)]
+mod tests;
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -204,7 +206,7 @@ impl Driver {
     /// The owner of an operation is dropped: keep its resources until the kernel is done.
     pub(crate) fn abandon(&mut self, id: OpId) {
         let silent = self.state.ops.is_silent(id);
-        if !self.state.ops.abandon(id, &self.state.pool, close_fd) {
+        if !self.state.ops.abandon(id, &self.state.pool) {
             return;
         }
         match &mut self.engine {
@@ -293,8 +295,12 @@ impl IoState {
     }
 
     /// A silent send has succeeded.
-    fn retire(&mut self, id: OpId) {
-        if let Some(list) = self.ops.retire(id) {
+    ///
+    /// # Safety
+    /// As [`OpTable::retire`].
+    unsafe fn retire(&mut self, id: OpId) {
+        // SAFETY: the caller's promise.
+        if let Some(list) = unsafe { self.ops.retire(id) } {
             self.recycle_list(list);
         }
     }
@@ -305,9 +311,4 @@ impl IoState {
             self.lists.push(list);
         }
     }
-}
-
-fn close_fd(fd: i32) {
-    // SAFETY: the descriptor came with a completion nobody owns, so nobody else closes it.
-    drop(unsafe { OwnedFd::from_raw_fd(fd) });
 }

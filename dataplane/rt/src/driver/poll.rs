@@ -21,7 +21,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
 
-use super::{IoState, close_fd};
+use super::IoState;
 use crate::buf::Pool;
 use crate::op::{FollowUp, OpId, Operation, Readiness, Registration, Socket};
 use crate::sys::{poll_now, set_nonblocking};
@@ -210,7 +210,9 @@ impl Epoll {
             }
             if result >= 0 && state.ops.is_silent(id) {
                 state.counters.completions += 1;
-                return state.retire(id);
+                // SAFETY: sendmsg(2) has returned and said that it has taken the last of the list
+                // (a short send went on above); it copies.
+                return unsafe { state.retire(id) };
             }
             self.conclude(state, id, result, buffer, more);
             if !more {
@@ -233,7 +235,6 @@ impl Epoll {
         more: bool,
     ) {
         match finish(state, id, result, buffer, more) {
-            FollowUp::Close(fd) => close_fd(fd),
             FollowUp::Stop => self.cancel(id),
             FollowUp::Wait | FollowUp::WaitForChange | FollowUp::Again => self.tries.push_back(id),
             FollowUp::Nothing => {}
@@ -294,7 +295,9 @@ impl Epoll {
 
 fn finish(state: &mut IoState, id: OpId, result: i32, buffer: Option<u16>, more: bool) -> FollowUp {
     state.counters.completions += 1;
-    state.ops.complete(id, result, buffer, more, &state.pool)
+    // SAFETY: the result is that of the operation's own system call, which has returned and keeps
+    // nothing, or an error without one; the block is the one it filled, and each is entered once.
+    unsafe { state.ops.complete(id, result, buffer, more, &state.pool) }
 }
 
 /// One attempt. The result is that of the system call, or minus its error; with the ring block it

@@ -13,10 +13,11 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{IoState, close_fd};
+use super::IoState;
 use crate::buf::RING_GROUP;
 use crate::op::{FollowUp, OpId, Operation, Readiness, Socket};
 
+// No operation's: their top bit is clear (`OpId`).
 const USER_DATA_IGNORE: u64 = u64::MAX;
 const USER_DATA_WAKE: u64 = u64::MAX - 1;
 
@@ -126,8 +127,10 @@ impl Ring {
             self.backlog.push_back(entry);
             return;
         }
-        // SAFETY: every entry points only to memory owned by the operation table, the pool or this
-        // ring, all of which outlive the operation.
+        // SAFETY: every entry points only to memory that this ring owns, or an operation: the table
+        // gives that up when the last completion has come, or by `retire`, which is unsafe and says
+        // why there is none to come. The ring closes before table and pool are dropped, or these
+        // are leaked.
         if unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.backlog.push_back(entry);
         }
@@ -283,7 +286,9 @@ impl Ring {
             }
             let buffer = cqueue::buffer_select(flags);
             let more = cqueue::more(flags);
-            let follow_up = state.ops.complete(id, result, buffer, more, &state.pool);
+            // SAFETY: the entry is the kernel's, taken from its queue here and nowhere else, and
+            // carries the name that the operation was submitted with.
+            let follow_up = unsafe { state.ops.complete(id, result, buffer, more, &state.pool) };
             if follow_up != FollowUp::Nothing {
                 self.next.push((id, follow_up));
             }
@@ -293,7 +298,6 @@ impl Ring {
         for (id, follow_up) in next.drain(..) {
             match follow_up {
                 FollowUp::Nothing => {}
-                FollowUp::Close(fd) => close_fd(fd),
                 FollowUp::Stop => self.cancel(id),
                 FollowUp::Wait => self.wait_for_room(id, false, state),
                 FollowUp::WaitForChange => self.wait_for_room(id, true, state),
@@ -306,8 +310,24 @@ impl Ring {
         }
     }
 
-    /// Silent sends that have been submitted and did not fail have succeeded: a send that must
-    /// not wait is over when `io_uring_enter` returns, and its failure is in the queue by then.
+    /// Silent sends that have been submitted and did not fail have succeeded, and are over.
+    ///
+    /// Memory safety rests on this, so here is what it rests on. A send with `MSG_DONTWAIT` is
+    /// attempted inside `io_uring_enter`, by the thread that submits it: the ring has no `SQPOLL`,
+    /// and its entries no `IOSQE_ASYNC`, links or drain. `MSG_DONTWAIT` marks the request as one
+    /// that must not wait (`REQ_F_NOWAIT`, set by `io_sendmsg_prep`), and such a request is neither
+    /// armed for poll nor given to a thread of the kernel when the socket is full: it fails with
+    /// `EAGAIN`. With `MSG_WAITALL` a short send fails too and says how much it sent. A failure
+    /// takes `IOSQE_CQE_SKIP_SUCCESS` back (`req_set_fail`), so it has a completion, and that is in
+    /// the queue, or has overflowed, when the call returns. What succeeded was copied by then (TCP
+    /// and sockmap copy what `send` is given; nothing here is zero-copy). So: submitted, with no
+    /// completion in a queue that is empty and has not overflowed, is sent and not referred to any
+    /// more.
+    ///
+    /// It is no documented promise but how Linux 6.1 to 6.18 do it (`io_uring/net.c`,
+    /// `io_uring/io_uring.c`). `what_silent_sends_owned_is_free_when_they_are_over` would notice
+    /// another way (`driver/tests.rs`; it runs with `make test` on the machine's kernel and with
+    /// `make test-kernels` on Debian's).
     fn retire(&mut self, state: &mut IoState) {
         if self.silent.is_empty() {
             return;
@@ -323,7 +343,10 @@ impl Ring {
         }
         self.unretired = false;
         for id in self.silent.drain(..) {
-            state.retire(id);
+            // SAFETY: the kernel has taken every entry (`submitted`), and no completion is left
+            // that could be this one's: it has been sent, and the kernel is done with it, as said
+            // above. One that had failed is not silent any more, and this does nothing.
+            unsafe { state.retire(id) };
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Poll, ready};
 
@@ -76,11 +76,10 @@ impl Listener {
                     Some(done) if done.result < 0 => {
                         return Poll::Ready(Err(io::Error::from_raw_os_error(-done.result)));
                     }
-                    Some(done) => {
-                        // SAFETY: the kernel has just created this descriptor for us.
-                        let fd = unsafe { OwnedFd::from_raw_fd(done.result) };
-                        return Poll::Ready(Ok(TcpStream::from_fd(fd)));
-                    }
+                    Some(done) => match done.accepted {
+                        Some(fd) => return Poll::Ready(Ok(TcpStream::from_fd(fd))),
+                        None => unreachable!("an accept that succeeds has a descriptor"),
+                    },
                 }
             }
         })
@@ -97,11 +96,7 @@ impl Listener {
             poll_fn(|cx| {
                 let mut driver = self.inner.driver.borrow_mut();
                 while let Some(done) = ready!(driver.poll_many(op, cx)) {
-                    if done.result >= 0 {
-                        // SAFETY: the kernel has just created this descriptor for us.
-                        let fd = unsafe { OwnedFd::from_raw_fd(done.result) };
-                        rest.push(TcpStream::from_fd(fd));
-                    }
+                    rest.extend(done.accepted.map(TcpStream::from_fd));
                 }
                 Poll::Ready(())
             })

@@ -1,12 +1,18 @@
 //! What an operation is: its name, what it owns, and what its completions mean to the driver.
 
 use std::num::NonZeroU64;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 
 use super::message::{MessageHeader, SendList};
 use super::sockaddr::RawAddr;
 use super::socket::Socket;
 use crate::buf::Buf;
+
+/// Highest generation of a slot, after which they begin again. Its top bit is clear, and with it
+/// that of every name: the numbers above are free for what is no operation of the table (the ring
+/// back end's read of its eventfd, its cancellations), and for nobody's name.
+const GENERATION_MAX: u32 = u32::MAX >> 1;
 
 /// Name of an operation: slot and generation, which is never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +33,14 @@ impl OpId {
 
     pub(super) fn slot(self) -> usize {
         (self.user_data() & 0xffff_ffff) as usize
+    }
+
+    /// The generation of a slot after `generation`.
+    pub(super) fn next_generation(generation: u32) -> u32 {
+        match generation {
+            GENERATION_MAX => 1,
+            generation => generation + 1,
+        }
     }
 
     pub(super) fn generation(self) -> u32 {
@@ -77,6 +91,17 @@ impl Operation {
         }
     }
 
+    /// The descriptor in a result, if this accepts and has.
+    ///
+    /// # Safety
+    /// `result` is the kernel's for this operation, and nobody else takes the descriptor.
+    pub(super) unsafe fn accepted(&self, result: i32) -> Option<OwnedFd> {
+        let accepted = matches!(self, Self::Accept(_)) && result >= 0;
+        // SAFETY: the kernel has just opened this descriptor for this accept, and the caller says
+        // that it is nobody else's.
+        accepted.then(|| unsafe { OwnedFd::from_raw_fd(result) })
+    }
+
     /// Tells the socket of an error, whoever started the operation and whether or not that is
     /// still there: the kernel tells it once.
     pub(super) fn note(&self, result: i32) {
@@ -91,10 +116,12 @@ impl Operation {
 }
 
 /// One completion of a multishot operation.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Completion {
     pub(crate) result: i32,
     pub(crate) buffer: Option<u16>,
+    /// The connection that was accepted; closed with the completion if nobody takes it.
+    pub(crate) accepted: Option<OwnedFd>,
 }
 
 /// What the driver must do after a completion was entered.
@@ -104,8 +131,6 @@ pub(crate) enum FollowUp {
     /// Cancel it: the queue of a multishot receive grew past its bound, which its owner has to
     /// catch up with first, or a wait for room was answered.
     Stop,
-    /// A completion nobody owns carried a descriptor: close it.
-    Close(i32),
     /// The socket is full: wait until it takes more.
     Wait,
     /// It still is, and something else would end such a wait at once: wait for a change.

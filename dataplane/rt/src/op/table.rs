@@ -127,7 +127,11 @@ impl OpTable {
 
     /// A silent send has succeeded: all it owned is free at once, and its name is no more. Returns
     /// its list, to be used again.
-    pub(crate) fn retire(&mut self, id: OpId) -> Option<Box<SendList>> {
+    ///
+    /// # Safety
+    /// The kernel has sent all of the list and is done with it: message, vectors and buffers. No
+    /// completion says so, so the caller must know from what it did.
+    pub(crate) unsafe fn retire(&mut self, id: OpId) -> Option<Box<SendList>> {
         let pending = self.is_silent(id) && self.pending_mut(id).is_some();
         if !pending {
             return None;
@@ -163,14 +167,20 @@ impl OpTable {
 
     fn vacate(&mut self, id: OpId) -> State {
         let slot = &mut self.slots[id.slot()];
-        slot.generation = (slot.generation.wrapping_add(1) & 0x7fff_ffff).max(1);
+        slot.generation = OpId::next_generation(slot.generation);
         slot.waker = None;
         self.free.push(id.slot() as u32);
         std::mem::replace(&mut slot.state, State::Vacant)
     }
 
     /// Enters a completion; wakes the owner.
-    pub(crate) fn complete(
+    ///
+    /// # Safety
+    /// The kernel has given this completion, for this operation, and it is entered once: owners
+    /// rely on `result` for how many bytes of a buffer are initialised, take a received block by
+    /// its number, and own the descriptor of an accepted connection. Without `more` the kernel is
+    /// done with everything that the operation owns.
+    pub(crate) unsafe fn complete(
         &mut self,
         id: OpId,
         result: i32,
@@ -207,7 +217,12 @@ impl OpTable {
                 stopping,
             } => {
                 operation.note(result);
-                queue.push_back(Completion { result, buffer });
+                queue.push_back(Completion {
+                    result,
+                    buffer,
+                    // SAFETY: the caller's promise; this is the only place that takes it.
+                    accepted: unsafe { operation.accepted(result) },
+                });
                 *ended = !more;
                 if queue.len() >= QUEUE_MAX && more && !*stopping {
                     *stopping = true;
@@ -219,13 +234,12 @@ impl OpTable {
                 if let Some(bid) = buffer {
                     pool.discard_ring(bid);
                 }
-                if matches!(operation, Operation::Accept(_)) && result >= 0 {
-                    follow_up = FollowUp::Close(result);
-                }
+                // SAFETY: the caller's promise; nobody is there to take it.
+                drop(unsafe { operation.accepted(result) });
                 if !more {
                     drop(self.vacate(id));
                 }
-                return follow_up;
+                return FollowUp::Nothing;
             }
             State::Vacant => return FollowUp::Nothing,
         }
@@ -279,7 +293,7 @@ impl OpTable {
     }
 
     /// The owner goes away. Returns whether the kernel must still be told to cancel.
-    pub(crate) fn abandon(&mut self, id: OpId, pool: &Pool, mut close: impl FnMut(i32)) -> bool {
+    pub(crate) fn abandon(&mut self, id: OpId, pool: &Pool) -> bool {
         let Some(slot) = self.get(id) else {
             return false;
         };
@@ -300,12 +314,10 @@ impl OpTable {
                 operation,
                 ..
             } => {
-                let accepts = matches!(operation, Operation::Accept(_));
+                // Connections that were accepted are closed with their completions.
                 for completion in queue {
                     if let Some(bid) = completion.buffer {
                         pool.discard_ring(bid);
-                    } else if accepts && completion.result >= 0 {
-                        close(completion.result);
                     }
                 }
                 if ended {
