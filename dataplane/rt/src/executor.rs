@@ -144,6 +144,22 @@ pub(crate) fn current() -> Rc<Inner> {
     })
 }
 
+/// This thread's runtime is the current one as long as this lives, however [`Runtime::run`] ends.
+struct Entered;
+
+impl Entered {
+    fn new(inner: &Rc<Inner>) -> Self {
+        CURRENT.with(|current| *current.borrow_mut() = Some(Rc::clone(inner)));
+        Self
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let _ = CURRENT.try_with(|current| current.borrow_mut().take());
+    }
+}
+
 /// One worker's runtime. Create and run it on the worker's own thread.
 pub struct Runtime {
     inner: Rc<Inner>,
@@ -222,7 +238,7 @@ impl Runtime {
     /// # Errors
     /// When the ring itself fails (never for errors of single operations).
     pub fn run<T>(&mut self, main: impl Future<Output = T>) -> io::Result<T> {
-        CURRENT.with(|current| *current.borrow_mut() = Some(Rc::clone(&self.inner)));
+        let _entered = Entered::new(&self.inner);
         let mut main = pin!(main);
         let task = self.inner.reserve();
         self.inner.wake(task);
@@ -290,7 +306,6 @@ impl Drop for Runtime {
                 driver.leak();
             }
         }
-        CURRENT.with(|current| current.borrow_mut().take());
         WORKER.set(u16::MAX);
     }
 }
