@@ -17,7 +17,7 @@ use lab::{CertificateAuthority, Redirect};
 use support::{Case, Guarded, TestLab, lab_program, one_line, run_cases, unique, workspace_binary};
 
 /// How long a ztunnel may take to find out that it cannot work.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 
 const MESH: &str = "workloads: []\nservices: []\npolicies: []\n";
 

@@ -24,7 +24,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(
-            start.elapsed() < Duration::from_secs(10),
+            start.elapsed() < Duration::from_secs(60),
             "timed out waiting until {what}"
         );
         tokio::time::sleep(INTERVAL).await;

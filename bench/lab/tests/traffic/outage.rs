@@ -12,50 +12,60 @@ use nix::unistd::Pid;
 use crate::closing::outcome;
 use crate::support::{Pattern, TestLab, at, check_echo, echo_server, try_accept};
 
-/// A ztunnel that is told to end takes nothing new, but lets what is open come to its end.
+/// A ztunnel that is told to end takes nothing new, but lets what is open come to its end, and then
+/// waits no longer: the drain's deadline is 5 s. A machine may be slow for once, so it has three
+/// tries to be quicker than that.
 pub(super) fn draining_lets_connections_finish(lab: &mut TestLab) {
-    let pattern = Pattern::new(16);
+    const QUICK: Duration = Duration::from_secs(3);
     for (ztunnel, index) in [("ztunnel-a", 0), ("ztunnel-b", 1)] {
-        let echo = echo_server(lab.listen("server-b", 8080), 1);
-        let client = lab.connect("client-a", at("server-b", 8080));
-        let pid = lab.lab.ztunnel_pids()[index];
-        pattern.send(&client, 1000, 1, 100);
-        let mut first = vec![0; 1000];
-        (&client).read_exact(&mut first).unwrap();
-        assert_eq!(first, pattern.at(0, 1000));
-        kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGTERM).unwrap();
-        // Under way when the signal comes, and going on for longer than anything else here.
-        for _ in 0..10 {
-            thread::sleep(Duration::from_millis(100));
-            (&client).write_all(b"still here").unwrap();
-            let mut answer = [0; 10];
-            (&client).read_exact(&mut answer).unwrap();
-            assert_eq!(&answer, b"still here", "{ztunnel}");
-        }
-        let new = outcome(
-            lab,
-            "client-a",
-            at("server-b", 7998),
-            Duration::from_secs(1),
-        );
-        assert!(!matches!(new, Ok(1..)), "{ztunnel}: {new:?}");
-        client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!((&client).read(&mut [0; 1]).unwrap(), 0);
-        echo.join().unwrap();
-        // Nothing is left to wait for: it ends well before the drain's deadline of 5 s.
-        let start = Instant::now();
-        lab.lab.stop_ztunnel(ztunnel).unwrap();
-        assert!(
-            start.elapsed() < Duration::from_secs(3),
-            "{ztunnel} lingers"
-        );
-        lab.lab.start_ztunnel(ztunnel).unwrap();
-        // The pids are in order of their start; keep node A's first.
-        if ztunnel == "ztunnel-a" {
-            lab.lab.stop_ztunnel("ztunnel-b").unwrap();
-            lab.lab.start_ztunnel("ztunnel-b").unwrap();
+        let mut took = Vec::new();
+        while took.last().is_none_or(|last| *last >= QUICK) {
+            assert!(took.len() < 3, "{ztunnel} lingers: {took:?}");
+            took.push(drained(lab, ztunnel, index));
         }
     }
+}
+
+/// Drains `ztunnel` beside a connection that goes on; how long it took to end behind that.
+fn drained(lab: &mut TestLab, ztunnel: &str, index: usize) -> Duration {
+    let pattern = Pattern::new(16);
+    let echo = echo_server(lab.listen("server-b", 8080), 1);
+    let client = lab.connect("client-a", at("server-b", 8080));
+    let pid = lab.lab.ztunnel_pids()[index];
+    pattern.send(&client, 1000, 1, 100);
+    let mut first = vec![0; 1000];
+    (&client).read_exact(&mut first).unwrap();
+    assert_eq!(first, pattern.at(0, 1000));
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGTERM).unwrap();
+    // Under way when the signal comes, and going on for longer than anything else here.
+    for _ in 0..10 {
+        thread::sleep(Duration::from_millis(100));
+        (&client).write_all(b"still here").unwrap();
+        let mut answer = [0; 10];
+        (&client).read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"still here", "{ztunnel}");
+    }
+    let new = outcome(
+        lab,
+        "client-a",
+        at("server-b", 7998),
+        Duration::from_secs(1),
+    );
+    assert!(!matches!(new, Ok(1..)), "{ztunnel}: {new:?}");
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!((&client).read(&mut [0; 1]).unwrap(), 0);
+    echo.join().unwrap();
+    // Nothing is left to wait for.
+    let start = Instant::now();
+    lab.lab.stop_ztunnel(ztunnel).unwrap();
+    let took = start.elapsed();
+    lab.lab.start_ztunnel(ztunnel).unwrap();
+    // The pids are in order of their start; keep node A's first.
+    if ztunnel == "ztunnel-a" {
+        lab.lab.stop_ztunnel("ztunnel-b").unwrap();
+        lab.lab.start_ztunnel("ztunnel-b").unwrap();
+    }
+    took
 }
 
 /// Captured traffic must not reach the server when `ztunnel` is not there, and must again once it

@@ -350,14 +350,20 @@ fn a_drain_lets_connections_finish() {
 #[test]
 fn an_idle_worker_drains_at_once() {
     let (port, _) = echo();
-    let drained = |_| {
+    let drained = || {
         let worker = worker(port, "");
         assert_eq!(exchange(&worker.connect(CLIENT), b"x"), b"x");
         worker.drain()
     };
     // Waiting for something would take a second each time; a busy machine is slow now and then.
-    let took = (0..5).map(drained).min().unwrap();
-    assert!(took < Duration::from_millis(900), "{took:?}");
+    let mut took = Vec::new();
+    while took
+        .last()
+        .is_none_or(|last| *last >= Duration::from_millis(900))
+    {
+        assert!(took.len() < 12, "{took:?}");
+        took.push(drained());
+    }
 }
 
 pub(super) fn key(gateway: SocketAddr) -> Key {
@@ -374,7 +380,9 @@ pub(super) fn key(gateway: SocketAddr) -> Key {
 /// Many connections to a gateway that does not answer fail together, not one after the other.
 #[test]
 fn waiters_share_a_failure() {
-    let (_silent, addr) = listen(); // the kernel connects, nobody shakes hands
+    let (silent, addr) = listen(); // the kernel connects, nobody shakes hands
+    silent.set_nonblocking(true).unwrap();
+    let tries = move || std::iter::from_fn(|| silent.accept().ok()).count();
     let timeout = Duration::from_millis(300);
     run(async move {
         let context = context(&mesh(1, 1, ""), |config| config.handshake_timeout = timeout);
@@ -394,11 +402,11 @@ fn waiters_share_a_failure() {
             let error = results.recv().await.unwrap_err();
             assert!(error.contains("handshake did not finish"), "{error}");
         }
-        // One after the other, they would take twenty times as long as one.
-        assert!(started.elapsed() < timeout * 10, "{:?}", started.elapsed());
+        assert_eq!(tries(), 1, "one after the other, they would be twenty");
         // The failure is not remembered: the next one tries again.
         let again = context.pool.open(&context, &key(addr), &request()).await;
         assert!(matches!(again, Err(ProxyError::Shared(_))));
+        assert_eq!(tries(), 1);
         assert!(started.elapsed() >= timeout * 2);
     });
 }

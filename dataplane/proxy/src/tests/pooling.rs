@@ -290,7 +290,7 @@ fn idle_tunnels_are_closed() {
             context.pool.close_unused(unused);
             assert_eq!(context.pool.tunnels().len(), 1);
             drop(stream);
-            context.pool.close_unused(unused);
+            context.pool.close_unused(unused * 1_000);
             assert_eq!(context.pool.tunnels().len(), 1, "used a moment ago");
             rt::time::sleep(unused * 2).await;
             context.pool.close_unused(unused);
@@ -315,7 +315,8 @@ fn stale_tunnels_are_noticed() {
     };
     let quick = |config: &mut ProxyConfig| {
         config.ping_interval = Duration::from_millis(40);
-        config.ping_timeout = Duration::from_millis(160);
+        // Who lives answers sooner, on a busy machine, too.
+        config.ping_timeout = Duration::from_secs(2);
     };
     against(quick, far, async |context, addr| {
         let stale = connect(&context, &key(addr)).await.unwrap();
@@ -323,7 +324,7 @@ fn stale_tunnels_are_noticed() {
         assert!(stale.recv(&mut bufs).await.is_err());
         assert_eq!(context.telemetry.hbone_errors(Fault::Keepalive), 1);
         let fresh = connect(&context, &key(addr)).await.unwrap();
-        rt::time::sleep(Duration::from_millis(500)).await;
+        rt::time::sleep(Duration::from_secs(3)).await;
         assert!(fresh.tunnel().error().is_none());
         assert_eq!(context.telemetry.hbone_errors(Fault::Keepalive), 1);
     });
