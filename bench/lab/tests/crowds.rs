@@ -8,14 +8,17 @@
 mod support;
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::Redirect;
+use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, setns};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::Pid;
 use support::{PATIENCE, TestLab, at, can_run, eventually, turn};
 
 /// Where the echo server is.
@@ -38,8 +41,8 @@ impl Drop for Ended {
     }
 }
 
-/// An echo server on `server-b` that takes as many as come.
-fn server(lab: &TestLab) -> Ended {
+/// An echo server on `host` that takes as many as come.
+fn server(lab: &TestLab, host: &str) -> Ended {
     let directory = std::env::var("LAB_BIN_DIR").map(std::path::PathBuf::from);
     let beside = || {
         std::env::current_exe()
@@ -51,7 +54,7 @@ fn server(lab: &TestLab) -> Ended {
             .to_owned()
     };
     let program = directory.unwrap_or_else(|_| beside()).join("loadgen");
-    let mut command = lab.lab.command("server-b", program).unwrap();
+    let mut command = lab.lab.command(host, program).unwrap();
     command.args([
         "serve",
         "--listen",
@@ -66,12 +69,11 @@ fn server(lab: &TestLab) -> Ended {
             .spawn()
             .unwrap(),
     );
+    // Asked on the host itself: nothing is captured there.
+    let local = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
     eventually("the echo server", || {
-        let netns = lab.lab.netns("server-b").unwrap();
-        lab::http_get(&netns, at("server-b", PORT), "/", Duration::from_secs(1)).err()?;
-        lab.lab
-            .on("server-b", || TcpStream::connect(at("server-b", PORT)).ok())
-            .unwrap()
+        let connect = || TcpStream::connect(local).ok();
+        lab.lab.on(host, connect).unwrap()
     });
     server
 }
@@ -96,89 +98,185 @@ fn all_at_once(lab: &TestLab, crowd: usize) -> Vec<TcpStream> {
     lab.lab.on("client-a", connect_all).unwrap()
 }
 
-/// The round trips of one connection until `stop`, sorted.
-fn round_trips(stream: &TcpStream, stop: &AtomicBool) -> Vec<Duration> {
-    let mut times = Vec::new();
-    while !stop.load(Ordering::Relaxed) {
+/// Percentiles of round trips, and how many there were.
+struct Trips {
+    p50: Duration,
+    p90: Duration,
+    p99: Duration,
+    count: usize,
+}
+
+impl Trips {
+    fn of(mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        let percentile = |percent| times[(times.len() - 1) * percent / 100];
+        Self {
+            p50: percentile(50),
+            p90: percentile(90),
+            p99: percentile(99),
+            count: times.len(),
+        }
+    }
+}
+
+impl std::fmt::Display for Trips {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            p50,
+            p90,
+            p99,
+            count,
+        } = self;
+        write!(
+            f,
+            "{count} round trips, p50 {p50:.1?}, p90 {p90:.1?}, p99 {p99:.1?}"
+        )
+    }
+}
+
+/// Which part of the time it is.
+const QUIET: u8 = 0;
+const LOUD: u8 = 1;
+const OVER: u8 = 2;
+
+/// Established connections of a pod, one by each CPU and so to each worker, on which it asks all
+/// the time.
+struct Asking {
+    part: Arc<AtomicU8>,
+    threads: Vec<thread::JoinHandle<[Vec<Duration>; 2]>>,
+}
+
+impl Asking {
+    fn start(lab: &TestLab, from: &str, to: &str, part: &Arc<AtomicU8>) -> Self {
+        let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let cpus = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu).unwrap());
+        let threads = cpus.take(4).map(|cpu| {
+            let (netns, to) = (lab.lab.netns(from).unwrap(), at(to, PORT));
+            let part = Arc::clone(part);
+            thread::spawn(move || {
+                let mut set = CpuSet::new();
+                set.set(cpu).unwrap();
+                sched_setaffinity(Pid::from_raw(0), &set).unwrap();
+                let namespace = std::fs::File::open(netns).unwrap();
+                setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+                let stream = TcpStream::connect(to).unwrap();
+                stream.set_nodelay(true).unwrap();
+                stream.set_read_timeout(Some(PATIENCE * 4)).unwrap();
+                ask_until_over(&stream, &part)
+            })
+        });
+        Self {
+            part: Arc::clone(part),
+            threads: threads.collect(),
+        }
+    }
+
+    /// The round trips in quiet and while it was loud.
+    fn end(self) -> [Trips; 2] {
+        self.part.store(OVER, Ordering::Relaxed);
+        let mut all = [Vec::new(), Vec::new()];
+        for thread in self.threads {
+            let times = thread.join().unwrap();
+            all.iter_mut()
+                .zip(times)
+                .for_each(|(all, times)| all.extend(times));
+        }
+        all.map(Trips::of)
+    }
+}
+
+/// Round trips by the part in which each began.
+fn ask_until_over(stream: &TcpStream, part: &AtomicU8) -> [Vec<Duration>; 2] {
+    let mut times = [Vec::new(), Vec::new()];
+    loop {
+        let now = part.load(Ordering::Relaxed);
+        if now == OVER {
+            return times;
+        }
         let start = Instant::now();
         ask(stream);
         answer(stream);
-        times.push(start.elapsed());
+        times[usize::from(now)].push(start.elapsed());
         thread::sleep(Duration::from_millis(1));
     }
-    times.sort_unstable();
-    times
 }
 
-fn percentile(sorted: &[Duration], percent: usize) -> Duration {
-    sorted[(sorted.len() - 1) * percent / 100]
-}
-
-/// How long a neighbour's round trips took, sorted: before a crowd, and while it was there.
-struct Neighbour {
-    quiet: Vec<Duration>,
-    loud: Vec<Duration>,
-    /// How long the crowd was.
+/// What a crowd did to others.
+struct Beside {
     took: Duration,
+    neighbour: [Trips; 2],
+    /// Pods outside the mesh, at the same time on the same CPUs.
+    twin: [Trips; 2],
 }
 
-impl Neighbour {
+impl Beside {
     fn show(&self, what: &str) {
-        let show = |times: &[Duration]| {
-            let [p50, p90, p99] = [50, 90, 99].map(|percent| percentile(times, percent));
-            format!("p50 {p50:.1?}, p90 {p90:.1?}, p99 {p99:.1?}")
-        };
-        let (quiet, loud) = (show(&self.quiet), show(&self.loud));
         let took = self.took;
-        eprintln!(
-            "{what}: all were through in {took:.1?}; a neighbour's round trips: quiet {quiet}; \
-             meanwhile {loud}"
-        );
+        eprintln!("{what}: all were through in {took:.1?}");
+        for (who, trips) in [("a neighbour", &self.neighbour), ("its twin", &self.twin)] {
+            eprintln!("  {who}: quiet: {}; meanwhile: {}", trips[0], trips[1]);
+        }
     }
 }
 
-/// `crowd` connections of one pod at once, beside an established connection of another.
-fn beside_a_crowd(lab: &TestLab, crowd: usize) -> (Neighbour, Vec<TcpStream>) {
-    let neighbour = lab.connect("server-a", at("server-b", PORT));
-    neighbour.set_nodelay(true).unwrap();
-    neighbour.set_read_timeout(Some(PATIENCE * 4)).unwrap();
-    let (quiet_over, crowd_over) = (AtomicBool::new(false), AtomicBool::new(false));
-    thread::scope(|scope| {
-        let measuring = scope.spawn(|| {
-            let quiet = round_trips(&neighbour, &quiet_over);
-            (quiet, round_trips(&neighbour, &crowd_over))
-        });
-        thread::sleep(Duration::from_secs(2));
-        quiet_over.store(true, Ordering::Relaxed);
-        let start = Instant::now();
-        let streams = all_at_once(lab, crowd);
-        streams.iter().for_each(answer);
-        let took = start.elapsed();
-        crowd_over.store(true, Ordering::Relaxed);
-        let (quiet, loud) = measuring.join().unwrap();
-        let neighbour = Neighbour { quiet, loud, took };
-        (neighbour, streams)
-    })
+/// `crowd` connections of one pod at once, beside established connections of another and of one
+/// outside the mesh.
+fn beside_a_crowd(lab: &TestLab, crowd: usize) -> (Beside, Vec<TcpStream>) {
+    let part = Arc::new(AtomicU8::new(QUIET));
+    let neighbour = Asking::start(lab, "server-a", "server-b", &part);
+    let twin = Asking::start(lab, "waypoint-b", "plain-b", &part);
+    thread::sleep(Duration::from_secs(2));
+    part.store(LOUD, Ordering::Relaxed);
+    let start = Instant::now();
+    let streams = all_at_once(lab, crowd);
+    streams.iter().for_each(answer);
+    let took = start.elapsed();
+    let beside = Beside {
+        took,
+        neighbour: neighbour.end(),
+        twin: twin.end(),
+    };
+    (beside, streams)
 }
 
-/// A crowd of one pod must not stop an established connection of another.
+/// A crowd of one pod must not stop established connections of another. The first crowd meets a
+/// destination nobody has been to, a later one tunnels that are there.
 fn a_crowd_delays_nobody_for_long(lab: &TestLab, crowd: usize) -> Vec<TcpStream> {
-    let twin = TestLab::up("crowd-none", Redirect::None);
-    let _server = server(&twin);
-    beside_a_crowd(&twin, crowd).0.show("without a mesh");
-    drop(twin);
-    let (neighbour, streams) = beside_a_crowd(lab, crowd);
-    neighbour.show("with a mesh");
-    // A stall is as long as what makes it: a tenth of that is no stall, on any machine.
-    let longest = *neighbour.loud.last().unwrap();
-    let took = neighbour.took;
-    assert!(
-        longest < took / 2,
-        "{longest:?} of {took:?} without an answer"
-    );
-    let answers = neighbour.loud.len();
-    assert!(answers > 20, "{answers} answers in {took:?}");
-    streams
+    let mut tries = Vec::new();
+    loop {
+        let (beside, streams) = beside_a_crowd(lab, crowd);
+        beside.show("with a mesh");
+        // A stall is as long as what makes it: a tenth of that is no stall, on any machine, unless
+        // the machine itself stalled.
+        let (longest, took) = (beside.neighbour[1].p99, beside.took);
+        if longest < (took / 10).max(beside.twin[1].p99 * 2) {
+            return streams;
+        }
+        tries.push(format!("p99 {longest:?} of {took:?}"));
+        assert!(tries.len() < 3, "each time: {tries:?}");
+        drop(streams);
+        thread::sleep(Duration::from_secs(5));
+    }
+}
+
+/// For measuring: several crowds one after the other, `LAB_CROWD_MESH=none` without a mesh.
+#[test]
+#[ignore = "measures and judges nothing"]
+fn crowds_one_after_the_other() {
+    if !can_run("crowds_one_after_the_other") {
+        return;
+    }
+    let _turn = turn();
+    let mesh = std::env::var("LAB_CROWD_MESH").is_ok_and(|mesh| mesh == "none");
+    let redirect = if mesh { Redirect::None } else { Redirect::Ebpf };
+    let lab = TestLab::up("crowds", redirect);
+    let _servers = ["server-b", "plain-b"].map(|host| server(&lab, host));
+    for number in 1..=3 {
+        let (beside, streams) = beside_a_crowd(&lab, crowd());
+        beside.show(&format!("crowd {number}"));
+        drop(streams);
+        thread::sleep(Duration::from_secs(3));
+    }
 }
 
 /// Resident memory of each ztunnel, bytes.
@@ -209,7 +307,7 @@ fn a_crowd_comes_through_costs_little_and_leaves_nothing() {
     let _turn = turn();
     let lab = TestLab::up(test, Redirect::Ebpf);
     let crowd = crowd();
-    let _server = server(&lab);
+    let _servers = ["server-b", "plain-b"].map(|host| server(&lab, host));
     // What is there once is not the crowd's: threads, tables, certificates.
     drop(lab.connect("server-a", at("server-b", PORT)));
     thread::sleep(Duration::from_secs(2));
@@ -232,8 +330,8 @@ fn a_crowd_comes_through_costs_little_and_leaves_nothing() {
     let mut last = memory(&lab);
     while (0..2).any(|at| kept(last[at], at) > limit(at)) {
         assert!(
-            gone.elapsed() < Duration::from_secs(30),
-            "before {before:?}, with {crowd} connections {held:?}, 30 s after them {last:?}"
+            gone.elapsed() < Duration::from_secs(90),
+            "before {before:?}, with {crowd} connections {held:?}, 90 s after them {last:?}"
         );
         thread::sleep(Duration::from_millis(500));
         last = memory(&lab);
@@ -287,8 +385,8 @@ fn memory_of_a_configuration_comes_back() {
     let gone = Instant::now();
     while (0..2).any(|at| memory(&lab)[at] > held[at] - u64::from(workloads) * EACH) {
         assert!(
-            gone.elapsed() < Duration::from_secs(30),
-            "with {workloads} workloads {held:?}, 30 s after them {:?}",
+            gone.elapsed() < Duration::from_secs(90),
+            "with {workloads} workloads {held:?}, 90 s after them {:?}",
             memory(&lab)
         );
         thread::sleep(Duration::from_millis(500));

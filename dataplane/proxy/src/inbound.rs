@@ -52,7 +52,7 @@ pub(crate) async fn own_end(context: &Rc<Context>, key: &Key) -> Result<TcpStrea
     };
     let src = SocketAddr::new(key.source.unwrap_or_else(|| local.ip()), local.port());
     if dst.port() == context.config.node.hbone_port {
-        rt::spawn(handle_from(Rc::clone(context), server, src, dst));
+        rt::spawn_giving_way(handle_from(Rc::clone(context), server, src, dst));
     } else {
         let (context, alive) = (Rc::clone(context), context.alive());
         rt::spawn(async move {
@@ -156,7 +156,7 @@ struct Inbound {
 impl TunnelOwner for Inbound {
     fn request(&self, tunnel: &Rc<Tunnel>, stream: TunnelStream, head: RequestHead) {
         let peer = tunnel.peer();
-        rt::spawn(serve(Request {
+        rt::spawn_giving_way(serve(Request {
             alive: self.context.alive(),
             context: Rc::clone(&self.context),
             dst: self.dst,

@@ -170,7 +170,9 @@ where
     // The worker does not end before this has.
     let _accepting = context.alive();
     let mut listener = context.listener(listener);
-    let take = |stream| rt::spawn(handle(Rc::clone(&context), stream, context.alive()));
+    let take = |stream| {
+        rt::spawn_giving_way(handle(Rc::clone(&context), stream, context.alive()));
+    };
     let mut accepted_in_turn = 0;
     let mut end = None;
     let mut refused = Refused::default();

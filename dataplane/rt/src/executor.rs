@@ -6,12 +6,11 @@
 //! through that worker's inbox and eventfd.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
 use std::io;
 use std::os::fd::RawFd;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +22,7 @@ use crate::counters::SharedCounters;
 use crate::driver::{Backend, Driver};
 use crate::memory::Collector;
 use crate::probe::{self, Refusal};
+use crate::tasks::{LocalFuture, Precedence, Tasks};
 use crate::timer::{Key, Timers};
 
 /// Sizes of one worker's runtime.
@@ -70,23 +70,6 @@ pub enum RuntimeError {
     Misuse(&'static str),
 }
 
-type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
-
-struct Task {
-    generation: u32,
-    future: Option<LocalFuture>,
-    queued: bool,
-    live: bool,
-}
-
-#[derive(Default)]
-struct Tasks {
-    slots: Vec<Task>,
-    free: Vec<u32>,
-    run: VecDeque<u32>,
-    live: usize,
-}
-
 /// What sockets, timers and tasks of one worker share.
 pub(crate) struct Inner {
     pub(crate) driver: RefCell<Driver>,
@@ -119,6 +102,10 @@ struct Remote {
     signalled: AtomicBool,
     closed: AtomicBool,
 }
+
+/// How long tasks that give way may run between two looks at the ring. One of them takes some tens
+/// of microseconds, a look one or two.
+const GIVING_WAY: Duration = Duration::from_micros(250);
 
 /// How long memory may lie unused.
 const TRIM_PERIOD: Duration = Duration::from_secs(1);
@@ -240,8 +227,8 @@ impl Runtime {
     pub fn run<T>(&mut self, main: impl Future<Output = T>) -> io::Result<T> {
         let _entered = Entered::new(&self.inner);
         let mut main = pin!(main);
-        let task = self.inner.reserve();
-        self.inner.wake(task);
+        let task = self.inner.reserve(Precedence::Usual);
+        self.inner.tasks.borrow_mut().wake(task);
         let waker = waker(self.inner.worker, task, 1);
         let result = self.drive(|inner, index| {
             if index == task {
@@ -262,21 +249,22 @@ impl Runtime {
         let inner = &*self.inner;
         loop {
             for _ in 0..self.config.polls_per_turn {
-                let Some(index) = inner.next_task() else {
+                let Some(index) = inner.next_task(Precedence::Usual) else {
                     break;
                 };
                 if let Some(value) = poll(inner, index) {
                     return Ok(value);
                 }
             }
+            inner.run_those_that_give_way();
             let next_turn = inner.next_turn.take();
-            let idle = next_turn.is_empty() && inner.tasks.borrow().run.is_empty();
+            let idle = next_turn.is_empty() && !inner.tasks.borrow().has_work();
             inner.trim_memory();
             let timeout = inner.timers.borrow().next_timeout();
             {
                 let mut driver = inner.driver.borrow_mut();
                 driver.turn(idle, timeout, self.config.completions_per_turn)?;
-                let tasks = inner.tasks.borrow().live;
+                let tasks = inner.tasks.borrow().live();
                 self.counters
                     .publish(driver.counters(), tasks, driver.in_flight());
             }
@@ -311,67 +299,54 @@ impl Drop for Runtime {
 }
 
 impl Inner {
-    fn reserve(&self) -> u32 {
+    fn reserve(&self, precedence: Precedence) -> u32 {
         let mut tasks = self.tasks.borrow_mut();
-        tasks.live += 1;
-        self.collector.note(tasks.live);
-        if let Some(index) = tasks.free.pop() {
-            let slot = &mut tasks.slots[index as usize];
-            slot.live = true;
-            slot.queued = false;
-            return index;
-        }
-        tasks.slots.push(Task {
-            generation: 1,
-            future: None,
-            queued: false,
-            live: true,
-        });
-        (tasks.slots.len() - 1) as u32
+        let index = tasks.reserve(precedence);
+        self.collector.note(tasks.live());
+        index
     }
 
-    fn spawn(&self, future: LocalFuture) {
-        let index = self.reserve();
-        self.tasks.borrow_mut().slots[index as usize].future = Some(future);
-        self.wake(index);
+    fn spawn(&self, future: LocalFuture, precedence: Precedence) {
+        let index = self.reserve(precedence);
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.put(index, future);
+        tasks.wake(index);
     }
 
-    fn wake(&self, index: u32) {
-        let mut tasks = self.tasks.borrow_mut();
-        let slot = &mut tasks.slots[index as usize];
-        if slot.live && !slot.queued {
-            slot.queued = true;
-            tasks.run.push_back(index);
-        }
+    fn next_task(&self, precedence: Precedence) -> Option<u32> {
+        self.tasks.borrow_mut().next(precedence)
     }
 
     fn wake_checked(&self, index: u32, generation: u32) {
-        let current = self
-            .tasks
-            .borrow()
-            .slots
-            .get(index as usize)
-            .map(|task| task.generation);
+        let mut tasks = self.tasks.borrow_mut();
+        let current = tasks.generation(index);
         if current.is_some_and(|current| current & GENERATION_MASK == generation) {
-            self.wake(index);
+            tasks.wake(index);
         }
     }
 
-    fn next_task(&self) -> Option<u32> {
-        let mut tasks = self.tasks.borrow_mut();
-        let index = tasks.run.pop_front()?;
-        tasks.slots[index as usize].queued = false;
-        Some(index)
+    /// Runs one of them at least, so that nothing starves them, and more for [`GIVING_WAY`].
+    fn run_those_that_give_way(&self) {
+        let Some(mut index) = self.next_task(Precedence::GivesWay) else {
+            return;
+        };
+        let start = Instant::now();
+        loop {
+            self.poll_task(index);
+            if start.elapsed() >= GIVING_WAY {
+                return;
+            }
+            match self.next_task(Precedence::GivesWay) {
+                Some(next) => index = next,
+                None => return,
+            }
+        }
     }
 
     fn poll_task(&self, index: u32) {
-        let (mut future, generation) = {
-            let mut tasks = self.tasks.borrow_mut();
-            let slot = &mut tasks.slots[index as usize];
-            let Some(future) = slot.future.take() else {
-                return;
-            };
-            (future, slot.generation)
+        let taken = self.tasks.borrow_mut().take(index);
+        let Some((mut future, generation)) = taken else {
+            return;
         };
         let waker = waker(self.worker, index, generation);
         if future
@@ -379,36 +354,22 @@ impl Inner {
             .poll(&mut Context::from_waker(&waker))
             .is_pending()
         {
-            self.tasks.borrow_mut().slots[index as usize].future = Some(future);
+            self.tasks.borrow_mut().put(index, future);
             return;
         }
         drop(future);
-        let mut tasks = self.tasks.borrow_mut();
-        tasks.live -= 1;
-        let slot = &mut tasks.slots[index as usize];
-        slot.generation = slot.generation.wrapping_add(1);
-        slot.live = false;
-        tasks.free.push(index);
+        self.tasks.borrow_mut().free(index);
     }
 
     /// Drops every task; their operations become orphans.
     fn drop_tasks(&self) {
         loop {
-            let futures: Vec<LocalFuture> = {
-                let mut tasks = self.tasks.borrow_mut();
-                tasks.run.clear();
-                tasks
-                    .slots
-                    .iter_mut()
-                    .filter_map(|slot| slot.future.take())
-                    .collect()
-            };
+            let futures = self.tasks.borrow_mut().take_all();
             if futures.is_empty() {
                 break;
             }
         }
-        let mut tasks = self.tasks.borrow_mut();
-        *tasks = Tasks::default();
+        *self.tasks.borrow_mut() = Tasks::default();
     }
 
     /// Every [`TRIM_PERIOD`] in which there is something to spare, gives memory back.
@@ -424,7 +385,7 @@ impl Inner {
             }
             self.pool.trim();
             self.driver.borrow_mut().trim();
-            self.collector.period(self.tasks.borrow().live);
+            self.collector.period(self.tasks.borrow().live());
         }
         let spare = self.has_spare();
         self.trim
@@ -432,7 +393,7 @@ impl Inner {
     }
 
     fn has_spare(&self) -> bool {
-        self.pool.has_spare() || self.collector.is_due(self.tasks.borrow().live)
+        self.pool.has_spare() || self.collector.is_due(self.tasks.borrow().live())
     }
 
     fn take_remote(&self) {
@@ -504,7 +465,17 @@ fn unregister_remote(worker: u16) {
 /// # Panics
 /// Outside [`Runtime::run`].
 pub fn spawn(future: impl Future<Output = ()> + 'static) {
-    current().spawn(Box::pin(future));
+    current().spawn(Box::pin(future), Precedence::Usual);
+}
+
+/// As [`spawn`], for a task that gives way: all others that are ready come first, and it and its
+/// kind run for a quarter of a millisecond between two looks at the ring. For what many may want at
+/// once and nobody else should wait for, as setting up a connection.
+///
+/// # Panics
+/// Outside [`Runtime::run`].
+pub fn spawn_giving_way(future: impl Future<Output = ()> + 'static) {
+    current().spawn(Box::pin(future), Precedence::GivesWay);
 }
 
 /// Lets other tasks run once.

@@ -34,11 +34,14 @@ mod op;
 pub mod probe;
 pub mod sync;
 mod sys;
+mod tasks;
 pub mod time;
 mod timer;
 
 pub use affinity::{available_cpus, pin_current_thread};
 pub use counters::{Counters, CpuTime, SharedCounters};
 pub use driver::Backend;
-pub use executor::{Runtime, RuntimeConfig, RuntimeError, next_turn, spawn, yield_now};
+pub use executor::{
+    Runtime, RuntimeConfig, RuntimeError, next_turn, spawn, spawn_giving_way, yield_now,
+};
 pub use limit::cpu_limit;

@@ -2,9 +2,11 @@
 //! idle connection cost little.
 
 #![allow(clippy::unwrap_used, reason = "a failed set-up step is a failed test")]
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rt::net::Listener;
@@ -96,7 +98,75 @@ fn busy_tasks_starve_nobody(backend: Backend) {
     flooder.join().unwrap();
 }
 
+/// Takes that much of the worker's time.
+fn work(time: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
+/// However many of those that give way are ready, the worker looks at its ring after a few.
+fn those_who_give_way_run_a_few_at_a_time(backend: Backend) {
+    const CROWD: usize = 400;
+    let mut runtime = Runtime::new(with(backend)).unwrap();
+    let main = async {
+        let done = Rc::new(Cell::new(0));
+        for _ in 0..CROWD {
+            let done = Rc::clone(&done);
+            rt::spawn_giving_way(async move {
+                work(Duration::from_micros(50));
+                done.set(done.get() + 1);
+            });
+        }
+        let (mut turns, mut most) = (0, 0);
+        while done.get() < CROWD {
+            let before = done.get();
+            rt::next_turn().await;
+            most = most.max(done.get() - before);
+            turns += 1;
+        }
+        // Each takes a fifth of what they may take together, or more.
+        assert!((1..=6).contains(&most), "{most} in {turns} turns");
+    };
+    runtime.run(main).unwrap();
+}
+
+/// Tasks that are always ready go before them, but not for ever.
+fn those_who_give_way_come_behind_and_come(backend: Backend) {
+    let mut runtime = Runtime::new(with(backend)).unwrap();
+    let main = async {
+        let order = Rc::<RefCell<Vec<usize>>>::default();
+        for number in 0..100 {
+            let order = Rc::clone(&order);
+            rt::spawn_giving_way(async move {
+                rt::yield_now().await;
+                order.borrow_mut().push(number);
+            });
+        }
+        for number in 100..110 {
+            let order = Rc::clone(&order);
+            rt::spawn(async move {
+                order.borrow_mut().push(number);
+                loop {
+                    rt::yield_now().await;
+                }
+            });
+        }
+        while order.borrow().len() < 110 {
+            rt::next_turn().await;
+        }
+        let usual_first: Vec<_> = (100..110).chain(0..100).collect();
+        assert_eq!(*order.borrow(), usual_first);
+    };
+    let limit = Duration::from_secs(60);
+    let result = runtime.run(async { rt::time::timeout(limit, main).await });
+    result.unwrap().unwrap();
+}
+
 both_back_ends! {
     a_full_completion_queue_loses_nothing,
     busy_tasks_starve_nobody,
+    those_who_give_way_run_a_few_at_a_time,
+    those_who_give_way_come_behind_and_come,
 }

@@ -285,7 +285,7 @@ async fn serve(entry: Rc<Entry>, context: Rc<Context>, key: Key) {
         }
         for _ in 0..entry.missing_dials() {
             let dialling = Dialling::new(&entry);
-            rt::spawn(dial(dialling, Rc::clone(&context), key.clone()));
+            rt::spawn_giving_way(dial(dialling, Rc::clone(&context), key.clone()));
         }
         entry.changed.wait().await;
     }
