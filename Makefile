@@ -10,7 +10,7 @@ CARGO_DENY := $(TARGET)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
 # Time for the advisory database to arrive before it is taken to be out of reach.
 ADVISORIES_TIMEOUT_S := 60
 
-.PHONY: help setup build compare aa readme test test-kernels soak miri bench lint fmt clippy deny clean
+.PHONY: help setup build compare aa readme test test-kernels soak miri bench check lint fmt clippy deny clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench: setup ## run every micro-benchmark; BENCH_QUICK=1 in under 3 minutes afte
 	rm -rf $(TARGET)/bench-parts
 	cargo bench -p benches $(ARGS)
 	$(TARGET)/release/bench-table
+
+check: ## before every commit, in under a minute: fmt, house rules, clippy of changed crates; BASE=main
+	@scripts/check.sh
 
 lint: setup fmt clippy deny ## formatting, clippy and BPF warnings as errors, dependencies
 
