@@ -3,18 +3,20 @@
 use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use identity::{Issuer, Issuing, LocalIssuer};
 use mesh::Identity;
+use rt::Backend;
 use tls::Handshake;
 
-use super::end_to_end::{CLIENT, STRANGER, Worker, echo, exchange, worker_with};
+use super::end_to_end::{CLIENT, STRANGER, Worker, echo, exchange, mesh, worker_on, worker_with};
 use super::peer::Peer;
 use super::store::Store;
-use super::{Ca, identity};
+use super::{Ca, HANG, identity};
 
 /// A CA that notes on which threads it signs, and keeps some waiting.
 #[derive(Clone, Debug)]
@@ -132,7 +134,7 @@ fn who_waits_for_a_certificate_keeps_no_tunnel_out() {
     let ca = Watched::new(&["server"]);
     let worker = worker_with(port, "", &Store::new(ca.clone()), |config| {
         config.handshakes_max = 1;
-        config.handshake_timeout = super::HANG;
+        config.handshake_timeout = HANG;
     });
     let (client, hello) = {
         let client = worker.certificates.get(&identity("client")).unwrap();
@@ -152,7 +154,7 @@ fn who_waits_for_a_certificate_keeps_no_tunnel_out() {
     tunnel(&worker, 4, "stranger");
     ca.answer();
     for mut stream in waiting {
-        stream.set_read_timeout(Some(super::HANG)).unwrap();
+        stream.set_read_timeout(Some(HANG)).unwrap();
         let _ = stream.read(&mut [0; 100]); // served or sent away, but not for ever waiting
     }
     tunnel(&worker, 3, "server");
@@ -173,7 +175,7 @@ fn a_certificate_that_does_not_come_ends_the_wait_in_time() {
     let started = Instant::now();
     let of_identity = |line: &String| line.contains("IDENTITY_ERROR");
     while !failures(&worker).iter().any(of_identity) {
-        assert!(started.elapsed() < super::HANG, "{:?}", failures(&worker));
+        assert!(started.elapsed() < HANG, "{:?}", failures(&worker));
         thread::sleep(Duration::from_millis(5));
     }
 
@@ -193,4 +195,79 @@ fn a_certificate_that_does_not_come_ends_the_wait_in_time() {
 
 fn failures(worker: &Worker) -> Vec<String> {
     worker.samples("istio_tcp_connections_failed_total")
+}
+
+/// Identities that come together.
+const CROWD: u8 = 200;
+
+/// The mesh of the other tests, and a crowd of pods at 127.0.2.0/24, each with an account of its
+/// own.
+fn crowded(outbound: u16, server: u16) -> String {
+    let pods = (0..CROWD).map(|n| {
+        format!(
+            "- {{uid: w{n}, name: w{n}, namespace: default, serviceAccount: w{n}, \
+             workloadIps: [127.0.2.{n}], protocol: HBONE, node: node, network: ''}}\n"
+        )
+    });
+    let pods: String = pods.collect();
+    let mesh = mesh(outbound, server, "");
+    mesh.replacen("workloads:\n", &format!("workloads:\n{pods}"), 1)
+}
+
+/// Round trips of one connection until `enough`: half and 99 of 100 were not longer than, and the
+/// longest.
+fn round_trips(stream: &mut TcpStream, mut enough: impl FnMut(usize) -> bool) -> [Duration; 3] {
+    let mut times = Vec::new();
+    while !enough(times.len()) {
+        let started = Instant::now();
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        times.push(started.elapsed());
+    }
+    times.sort();
+    [times.len() / 2, times.len() * 99 / 100, times.len() - 1].map(|index| times[index])
+}
+
+/// Two hundred pods whose identities nobody has asked for connect at once. All are served, by one
+/// signature each and none on the worker. What a neighbour sees of it is printed, beside what it
+/// sees when nothing happens: `cargo test -p proxy two_hundred -- --nocapture`.
+#[test]
+fn two_hundred_new_identities_at_once_are_served_beside_a_neighbour() {
+    let (port, _) = echo();
+    let ca = Watched::new(&[]);
+    let mesh = move |outbound| crowded(outbound, port);
+    let worker = worker_on(Backend::Auto, mesh, &Store::new(ca.clone()), |config| {
+        config.handshakes_max = 1024; // what it is by default
+        config.handshake_timeout = HANG;
+    });
+    let mut neighbour = worker.connect(CLIENT);
+    let quiet = round_trips(&mut neighbour, |count| count == 1000);
+    let served = AtomicUsize::new(0);
+    let crowd = thread::scope(|scope| {
+        let neighbour = scope.spawn(|| {
+            let started = Instant::now();
+            let all = usize::from(CROWD);
+            round_trips(&mut neighbour, |count| {
+                let all = served.load(Ordering::Relaxed) == all;
+                count >= 100 && (all || started.elapsed() > HANG)
+            })
+        });
+        let connect = |n| worker.connect(Ipv4Addr::new(127, 0, 2, n).into());
+        let crowd: Vec<_> = (0..CROWD).map(connect).collect();
+        for mut stream in crowd {
+            stream.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+            served.fetch_add(1, Ordering::Relaxed);
+        }
+        neighbour.join().unwrap()
+    });
+    println!("round trips of a neighbour, p50, p99 and longest:");
+    println!("  alone {quiet:.1?}");
+    println!("  beside {CROWD} new identities {crowd:.1?}");
+    let signed = ca.signed.lock().unwrap();
+    assert_eq!(signed.len(), usize::from(CROWD) + 2);
+    let of_worker = worker.thread_id();
+    assert!(signed.iter().all(|(_, thread)| *thread != of_worker));
+    drop(neighbour);
+    worker.drain();
 }
