@@ -9,10 +9,9 @@ use std::rc::Rc;
 use rt::buf::{Buf, Pool};
 use rt::net::{ConnectOptions, connect};
 use rt::{Backend, Runtime};
+use testkit::Random;
 
 mod both;
-mod random;
-use random::Random;
 
 /// A buffer and what it must hold.
 struct Pair {

@@ -12,22 +12,12 @@ use std::time::{Duration, Instant};
 
 use rt::net::{ConnectOptions, Listener, Placement, ReadHalf, WriteHalf, connect};
 use rt::{Backend, Runtime, RuntimeConfig};
+use testkit::pattern;
 
 mod both;
 use both::{both_back_ends, with};
 
 const LOCAL: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
-
-fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    (0..len).map(|_| next()).collect()
-}
 
 async fn pump(mut from: ReadHalf, mut to: WriteHalf) -> io::Result<u64> {
     let mut bufs = VecDeque::new();

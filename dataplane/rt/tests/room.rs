@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use rt::net::{ConnectOptions, Listener, ReadHalf, Splice, Spliced, WriteHalf, connect};
 use rt::{Backend, Runtime};
+use testkit::pattern;
 
 mod both;
 use both::{both_back_ends, with};
@@ -23,12 +24,6 @@ const BYTES: usize = 24 << 20;
 /// System calls of a worker in [`QUIET`] that has nothing to do, and some for stragglers.
 const CALLS_MAX: u64 = 100;
 const QUIET: Duration = Duration::from_millis(300);
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8)
-        .collect()
-}
 
 /// Threads that io_uring made for the ring of `owner`, a thread's directory below `/proc`.
 fn kernel_threads(owner: &Path) -> usize {
@@ -74,7 +69,11 @@ fn a_late_reader_gets_everything(backend: Backend, target: SocketAddr, job: Job)
     assert_eq!(kernel_threads(&thread), 0, "the kernel waits in a thread");
     let mut got = Vec::new();
     client.read_to_end(&mut got).unwrap();
-    assert!(got == pattern(BYTES), "{} bytes, or different", got.len());
+    assert!(
+        got == pattern(0, BYTES),
+        "{} bytes, or different",
+        got.len()
+    );
     worker.join().unwrap();
 }
 
@@ -82,7 +81,7 @@ fn a_late_reader_gets_everything(backend: Backend, target: SocketAddr, job: Job)
 async fn send(mut from: ReadHalf, mut to: WriteHalf, size: usize) {
     let mut bufs = VecDeque::new();
     assert_eq!(from.recv(&mut bufs).await.unwrap(), 0);
-    let data = pattern(BYTES);
+    let data = pattern(0, BYTES);
     for pieces in data.chunks(size * 16) {
         for piece in pieces.chunks(size) {
             to.push_copy(piece);
@@ -105,7 +104,7 @@ fn many_pieces_at_a_time(backend: Backend) {
 fn small_pieces_handed_over(backend: Backend) {
     a_late_reader_gets_everything(backend, nobody(), |_from, mut to, _| {
         Box::pin(async move {
-            for piece in pattern(BYTES).chunks(4096) {
+            for piece in pattern(0, BYTES).chunks(4096) {
                 to.push_copy(piece);
                 to.hand_over().await.unwrap();
             }
@@ -120,7 +119,7 @@ fn spliced_data(backend: Backend) {
     let target = server.local_addr().unwrap();
     let source = thread::spawn(move || {
         let (mut stream, _) = server.accept().unwrap();
-        stream.write_all(&pattern(BYTES)).unwrap();
+        stream.write_all(&pattern(0, BYTES)).unwrap();
     });
     a_late_reader_gets_everything(backend, target, |_from, mut to, target| {
         Box::pin(async move {

@@ -15,11 +15,10 @@ use std::time::Duration;
 use rt::buf::Pool;
 use rt::net::{ConnectOptions, Listener, Placement, ReadHalf, WriteHalf, connect};
 use rt::{Backend, Runtime};
+use testkit::Random;
 
 mod both;
 use both::{is_available, with};
-mod random;
-use random::Random;
 
 async fn pause(random: &mut Random) {
     match random.below(8) {

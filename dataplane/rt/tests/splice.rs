@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use rt::net::{ConnectOptions, Listener, ReadHalf, Splice, Spliced, WriteHalf, connect};
 use rt::{Backend, Runtime};
+use testkit::pattern;
 
 mod both;
 use both::{both_back_ends, with};
@@ -90,12 +91,6 @@ fn relay(backend: Backend, target: SocketAddr) -> (SocketAddr, thread::JoinHandl
     (addr, handle)
 }
 
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8)
-        .collect()
-}
-
 /// Bulk one way, the answer after the end of it; then the bytes of both are exact.
 fn bulk_is_exact_and_half_closed(backend: Backend) {
     let server = TcpListener::bind(LOCAL).unwrap();
@@ -107,7 +102,7 @@ fn bulk_is_exact_and_half_closed(backend: Backend) {
         stream.write_all(&all).unwrap();
     });
     let (addr, handle) = relay(backend, target);
-    let data = pattern(24 << 20);
+    let data = pattern(0, 24 << 20);
     let mut client = TcpStream::connect(addr).unwrap();
     client.write_all(&data).unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -147,7 +142,7 @@ fn a_quiet_flow_is_copied_again(backend: Backend) {
     let mut client = TcpStream::connect(addr).unwrap();
     client.set_nodelay(true).unwrap();
     for len in [4 << 20, 8 << 20] {
-        let data = pattern(len);
+        let data = pattern(0, len);
         let (sent, mut writer) = (data.clone(), client.try_clone().unwrap());
         let sender = thread::spawn(move || writer.write_all(&sent).unwrap());
         let mut back = vec![0; len];

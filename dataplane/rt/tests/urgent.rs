@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rt::net::{ConnectOptions, Listener, Placement, ReadHalf, Splice, Spliced, WriteHalf, connect};
 use rt::{Backend, Runtime};
+use testkit::pattern;
 
 mod both;
 use both::{both_back_ends, with};
@@ -108,19 +109,13 @@ fn send(
     to.shutdown(Shutdown::Write).unwrap();
 }
 
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8)
-        .collect()
-}
-
 /// Both ways: through the accepted connection and through the dialled one.
 fn check(backend: Backend, how: How, (len, piece, pause_every): (usize, usize, usize)) {
     let server = TcpListener::bind(LOCAL).unwrap();
     let (addr, handle) = relay(backend, server.local_addr().unwrap(), how);
     let client = TcpStream::connect(addr).unwrap();
     let (served, _) = server.accept().unwrap();
-    let data = pattern(len);
+    let data = pattern(0, len);
     let limit = Some(Duration::from_secs(30));
     for (from, to) in [(&client, &served), (&served, &client)] {
         to.set_read_timeout(limit).unwrap();

@@ -8,15 +8,15 @@ use std::sync::Arc;
 
 use common::{identity, workload};
 use proptest::prelude::*;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::aws_lc_rs::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{
-    AlertDescription, CipherSuite, ClientConfig, ClientConnection, Connection,
-    DigitallySignedStruct, RootCertStore, ServerConfig, ServerConnection, SignatureScheme,
+    AlertDescription, CipherSuite, ClientConfig, ClientConnection, Connection, RootCertStore,
+    ServerConfig, ServerConnection,
 };
-use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls_pki_types::ServerName;
+use testkit::certificates::{AnyServer, Ca};
 use tls::{
     Authority, ClientSettings, Handshake, HandshakeError, OpenError, Opened, RecordPath,
     ServerSettings, Session,
@@ -49,30 +49,10 @@ impl Default for Reference {
     }
 }
 
-/// A chain and key from `authority` for plain rustls.
-fn raw_credentials(
-    authority: &rcgen::CertifiedIssuer<'static, rcgen::KeyPair>,
-    account: &str,
-) -> (Vec<CertificateDer<'static>>, PrivatePkcs8KeyDer<'static>) {
-    let key = rcgen::KeyPair::generate().unwrap();
-    let mut params = rcgen::CertificateParams::default();
-    let uri = identity("td", account).uri().try_into().unwrap();
-    params.subject_alt_names = vec![rcgen::SanType::URI(uri)];
-    let leaf = params.signed_by(&key, authority).unwrap();
-    (
-        vec![leaf.der().clone()],
-        PrivatePkcs8KeyDer::from(key.serialize_der()),
-    )
-}
-
-fn mesh_ca() -> (Authority, rcgen::CertifiedIssuer<'static, rcgen::KeyPair>) {
-    let mut params = rcgen::CertificateParams::default();
-    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    let key = rcgen::KeyPair::generate().unwrap();
-    let issuer = rcgen::CertifiedIssuer::self_signed(params, key).unwrap();
-    let key_pem = issuer.key().serialize_pem();
-    let authority = Authority::from_pem(issuer.pem().as_bytes(), key_pem.as_bytes()).unwrap();
-    (authority, issuer)
+fn mesh_ca() -> (Authority, Ca) {
+    let ca = Ca::new();
+    let authority = Authority::from_pem(ca.pem().as_bytes(), ca.key_pem().as_bytes()).unwrap();
+    (authority, ca)
 }
 
 fn provider(suite128: bool) -> Arc<CryptoProvider> {
@@ -81,47 +61,6 @@ fn provider(suite128: bool) -> Arc<CryptoProvider> {
         provider.cipher_suites = vec![TLS13_AES_128_GCM_SHA256];
     }
     Arc::new(provider)
-}
-
-/// Accepts any chain but checks the signature: the reference need not judge us.
-#[derive(Debug)]
-struct AnyServer;
-
-impl ServerCertVerifier for AnyServer {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::General("TLS 1.2".to_owned()))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
-        verify_tls13_signature(message, cert, dss, &algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        let algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
-        algorithms.supported_schemes()
-    }
 }
 
 /// Our side and rustls', joined in memory.
@@ -139,15 +78,12 @@ struct Pair {
     portion: usize,
 }
 
-fn reference(
-    setup: &Reference,
-    issuer: &rcgen::CertifiedIssuer<'static, rcgen::KeyPair>,
-    with_certificate: bool,
-) -> Connection {
-    let (chain, key) = raw_credentials(issuer, "theirs");
+fn reference(setup: &Reference, issuer: &Ca, with_certificate: bool) -> Connection {
+    let theirs = issuer.issue(identity("td", "theirs").uri());
+    let (chain, key) = (vec![theirs.der()], theirs.key_der());
     if setup.is_server {
         let mut roots = RootCertStore::empty();
-        roots.add(issuer.der().clone()).unwrap();
+        roots.add(issuer.der()).unwrap();
         let provider = provider(setup.suite128);
         let verifier =
             WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
@@ -157,7 +93,7 @@ fn reference(
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key.into())
+            .with_single_cert(chain, key)
             .unwrap();
         config.alpn_protocols = vec![b"http/1.1".to_vec(), b"h2".to_vec()];
         config.send_tls13_tickets = setup.tickets;
@@ -168,9 +104,11 @@ fn reference(
             .with_safe_default_protocol_versions()
             .unwrap()
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AnyServer));
+            .with_custom_certificate_verifier(Arc::new(AnyServer::new(
+                &aws_lc_rs::default_provider(),
+            )));
         let mut config = if with_certificate {
-            builder.with_client_auth_cert(chain, key.into()).unwrap()
+            builder.with_client_auth_cert(chain, key).unwrap()
         } else {
             builder.with_no_client_auth()
         };
@@ -512,7 +450,7 @@ fn tls_1_2_is_refused() {
         .with_protocol_versions(&[&rustls::version::TLS12])
         .unwrap()
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyServer))
+        .with_custom_certificate_verifier(Arc::new(AnyServer::new(&aws_lc_rs::default_provider())))
         .with_no_client_auth();
     let name = ServerName::try_from("ignored.example").unwrap();
     let client = ClientConnection::new(Arc::new(config), name).unwrap();

@@ -10,7 +10,7 @@ use std::path::Path;
 
 fn fuzz(name: &str, target: fn(&[u8])) {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
-    fuzz_driver::fuzz(&corpus.join(name), "TLS_FUZZ_SECONDS", target);
+    testkit::fuzz::fuzz(&corpus.join(name), "TLS_FUZZ_SECONDS", target);
 }
 
 #[test]

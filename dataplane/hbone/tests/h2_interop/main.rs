@@ -8,9 +8,10 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 use hbone::{Config, ErrorCode, Role};
 use http::{Method, Request, Response};
+use testkit::Random;
 use tokio::io::DuplexStream;
 
-use side::{PIPE, Random, Side, payload};
+use side::{PIPE, Side, payload};
 
 fn all_ended(side: &Side) -> bool {
     !side.flows.is_empty() && side.flows.values().all(|f| f.ended && f.finished)
@@ -162,7 +163,7 @@ async fn our_server_echoes_for_an_h2_client() {
                 let body = payload(n, len);
                 let expected = body.clone();
                 let sender = async move {
-                    let mut random = Random(u64::from(n) + 5);
+                    let mut random = Random::new(u64::from(n) + 5);
                     let mut rest = &body[..];
                     while !rest.is_empty() {
                         let (now, tail) = rest.split_at(rest.len().min(1 + random.below(90_000)));
@@ -203,7 +204,7 @@ async fn compressed_headers_of_h2_are_understood() {
     });
     let (mut client, connection) = h2::client::handshake(theirs).await.unwrap();
     let driver = tokio::spawn(connection);
-    let mut random = Random(99);
+    let mut random = Random::new(99);
     let mut expected = Vec::new();
     for n in 0..400usize {
         // Few distinct values and long ones: hits, misses and evictions in the dynamic table.

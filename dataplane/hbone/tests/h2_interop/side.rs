@@ -6,21 +6,10 @@ use hbone::{
     Config, ConnectRequest, Connection, ConnectionError, ErrorCode, Event, RequestHead, Role,
     StreamId,
 };
+use testkit::Random;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
 
 pub(crate) const PIPE: usize = 96 << 10;
-
-/// Deterministic pseudo-random numbers (xorshift).
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit as u64) as usize
-    }
-}
 
 pub(crate) fn pattern(seed: u32, at: usize) -> u8 {
     (at.wrapping_mul(31) ^ (at >> 8) ^ seed as usize) as u8
@@ -70,7 +59,7 @@ impl Side {
             out: Vec::new(),
             flows: BTreeMap::new(),
             events: VecDeque::new(),
-            random: Random(seed | 1),
+            random: Random::new(seed),
             echo: role == Role::Server,
             pongs: Vec::new(),
             go_away: None,

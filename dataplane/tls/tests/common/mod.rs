@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use mesh::Identity;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
+use rcgen::CertificateParams;
+use testkit::certificates::Ca;
 use tls::{
     Authority, ClientSettings, ExpectedPeers, Handshake, HandshakeError, Opened, RecordPath,
     ServerSettings, Session, WorkloadCertificate,
@@ -20,17 +21,13 @@ pub(crate) fn ca_pem_with(
     name: &str,
     change: impl FnOnce(&mut CertificateParams),
 ) -> (String, String) {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    params
-        .distinguished_name
-        .push(rcgen::DnType::OrganizationName, name);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    change(&mut params);
-    let key = KeyPair::generate().unwrap();
-    let certificate = params.self_signed(&key).unwrap();
-    (certificate.pem(), key.serialize_pem())
+    let ca = Ca::with(|params| {
+        params
+            .distinguished_name
+            .push(rcgen::DnType::OrganizationName, name);
+        change(params);
+    });
+    (ca.pem(), ca.key_pem())
 }
 
 pub(crate) fn authority(name: &str) -> Authority {
