@@ -161,7 +161,15 @@ impl ProxyError {
             Self::Io(_) | Self::Lost { .. } | Self::Stream(_) | Self::Revoked(_) => {
                 ResponseFlags::None
             }
-            _ => ResponseFlags::Connect,
+            Self::UnknownSource { .. }
+            | Self::UnknownDestination { .. }
+            | Self::Route(_)
+            | Self::Inbound(_)
+            | Self::Method(_)
+            | Self::Recursive(_)
+            | Self::Connect { .. }
+            | Self::ConnectTimeout { .. }
+            | Self::Status(_) => ResponseFlags::Connect,
         }
     }
 
@@ -183,7 +191,14 @@ impl ProxyError {
             Self::HandshakeOverload { .. } => "handshake overload",
             Self::Setup { .. } | Self::HandshakeTimeout { .. } => "handshake",
             Self::Identity(_) => "no certificate",
-            _ => "connection",
+            Self::Io(_)
+            | Self::Connect { .. }
+            | Self::ConnectTimeout { .. }
+            | Self::HboneTimeout { .. }
+            | Self::Status(_)
+            | Self::Stream(_)
+            | Self::Lost { .. }
+            | Self::Open(_) => "connection",
         }
     }
 
@@ -194,7 +209,24 @@ impl ProxyError {
             Self::Inbound(error) => error.status(),
             Self::Method(_) => 400,
             Self::Denied(_) => 401,
-            _ => 503,
+            Self::Io(_)
+            | Self::UnknownSource { .. }
+            | Self::UnknownDestination { .. }
+            | Self::OtherIdentity { .. }
+            | Self::Route(_)
+            | Self::Recursive(_)
+            | Self::Revoked(_)
+            | Self::HandshakeOverload { .. }
+            | Self::Connect { .. }
+            | Self::ConnectTimeout { .. }
+            | Self::HboneTimeout { .. }
+            | Self::Setup { .. }
+            | Self::HandshakeTimeout { .. }
+            | Self::Identity(_)
+            | Self::Status(_)
+            | Self::Stream(_)
+            | Self::Lost { .. }
+            | Self::Open(_) => 503,
         }
     }
 }

@@ -67,8 +67,8 @@ impl Pool {
         loop {
             let stream = self.open(context, key, request).await?;
             match stream.response().await {
-                Ok(response) if response.status == 200 => return Ok(stream),
-                Ok(response) => return Err(ProxyError::Status(response.status)),
+                Ok(200) => return Ok(stream),
+                Ok(status) => return Err(ProxyError::Status(status)),
                 Err(failure) if failure.is_unprocessed() && !retried => {
                     retried = true;
                     context.telemetry.count_event(Event::Retry);

@@ -314,7 +314,7 @@ impl Pair {
     async fn open(&self) -> (TunnelStream, TunnelStream) {
         let client = self.client.open(&request()).unwrap();
         let server = self.requests.accept().await;
-        assert_eq!(client.response().await.unwrap().status, 200);
+        assert_eq!(client.response().await.unwrap(), 200);
         (client, server)
     }
 }

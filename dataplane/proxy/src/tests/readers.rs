@@ -304,7 +304,7 @@ fn requests_count_until_their_tasks_have_ended() {
         );
         let (far, _) = pair.requests.next().await;
         far.respond(200, None, false).unwrap();
-        assert_eq!(near.response().await.unwrap().status, 200);
+        assert_eq!(near.response().await.unwrap(), 200);
         rt::time::sleep(Duration::from_millis(50)).await;
         assert!(pair.requests.queue.borrow().is_empty());
         assert!(pair.server.error().is_none());

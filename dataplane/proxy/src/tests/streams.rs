@@ -169,7 +169,7 @@ fn a_refusal_arrives() {
             assert_eq!(&*head.authority, "10.0.0.1:80");
             far.respond(status, None, true).unwrap();
             drop(far);
-            assert_eq!(near.response().await.unwrap().status, status);
+            assert_eq!(near.response().await.unwrap(), status);
         }
     });
 }

@@ -305,11 +305,7 @@ async fn pair_over_a_wire(batch: &Rc<Batch>, seed: u64) {
         let seed = seed << 16 | u64::from(near.id().get());
         let talking = Rc::clone(batch);
         batch.spawn(async move {
-            if near
-                .response()
-                .await
-                .is_ok_and(|response| response.status == 200)
-            {
+            if near.response().await.is_ok_and(|status| status == 200) {
                 talk(&talking, Rc::new(near), seed, 1).await;
             }
         });

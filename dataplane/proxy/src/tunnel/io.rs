@@ -537,13 +537,8 @@ impl Reader<'_> {
                 let stream = tunnel.attach(id);
                 tunnel.admit(stream, *head);
             }
-            Event::Response {
-                id,
-                status,
-                baggage,
-            } => {
-                with(id, &|stream| stream.respond(status, baggage.clone()));
-            }
+            // Its baggage is of use behind network gateways only, which tunnels do not pass.
+            Event::Response { id, status, .. } => with(id, &|stream| stream.respond(status)),
             Event::End { id } => with(id, &|stream| stream.end()),
             Event::Reset { id, code } => {
                 with(id, &|stream| {

@@ -31,18 +31,10 @@ pub(super) struct StreamShared {
     reset: Cell<Option<ErrorCode>>,
     /// Given up for want of memory: the bound.
     given_up: Cell<Option<usize>>,
-    response: RefCell<Option<Response>>,
+    /// HTTP status that answers the CONNECT request.
+    response: Cell<Option<u16>>,
     receiver: RefCell<Option<Waker>>,
     sender: RefCell<Option<Waker>>,
-}
-
-/// Answer to a CONNECT request.
-#[derive(Debug, Clone)]
-pub(crate) struct Response {
-    /// HTTP status.
-    pub(crate) status: u16,
-    /// The server workload's attributes.
-    pub(crate) _baggage: Option<Box<str>>,
 }
 
 impl StreamShared {
@@ -58,7 +50,7 @@ impl StreamShared {
             ended: Cell::new(false),
             reset: Cell::new(None),
             given_up: Cell::new(None),
-            response: RefCell::default(),
+            response: Cell::default(),
             receiver: RefCell::default(),
             sender: RefCell::default(),
         }
@@ -111,11 +103,8 @@ impl StreamShared {
         self.wake();
     }
 
-    pub(super) fn respond(&self, status: u16, baggage: Option<Box<str>>) {
-        *self.response.borrow_mut() = Some(Response {
-            status,
-            _baggage: baggage,
-        });
+    pub(super) fn respond(&self, status: u16) {
+        self.response.set(Some(status));
         wake(&self.receiver);
     }
 
@@ -216,10 +205,10 @@ impl TunnelStream {
     }
 
     /// Client: waits for the answer.
-    pub(crate) async fn response(&self) -> Result<Response, StreamFailure> {
+    pub(crate) async fn response(&self) -> Result<u16, StreamFailure> {
         poll_fn(|cx| {
-            if let Some(response) = self.shared.response.borrow_mut().take() {
-                return Poll::Ready(Ok(response));
+            if let Some(status) = self.shared.response.take() {
+                return Poll::Ready(Ok(status));
             }
             if let Some(failure) = self.failure() {
                 return Poll::Ready(Err(failure));
