@@ -72,7 +72,7 @@ fmt:
 
 # Builds the BPF programs too, whose warnings are errors in bpf/redirect/build.rs.
 clippy:
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --features ztunnel/slowdown -- -D warnings
 
 deny: $(CARGO_DENY)
 	$(CARGO_DENY) --locked check --hide-inclusion-graph bans licenses sources

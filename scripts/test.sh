@@ -44,7 +44,7 @@ done <"$list"
 
 if [ -z "${TEST_FILTER:-}" ]; then
     start=$SECONDS code=0
-    cargo test --quiet --profile lab "${packages[@]}" --doc >"$logs/doc.log" 2>&1 || code=$?
+    cargo test --quiet --profile lab "${packages[@]}" "${features[@]}" --doc >"$logs/doc.log" 2>&1 || code=$?
     account "documentation" "$logs/doc.log" "$code" $((SECONDS - start)) "$limit_s"
 fi
 

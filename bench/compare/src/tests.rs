@@ -286,7 +286,7 @@ fn a_slowdown_of_a_fifth_is_found() {
     }
     let directory = tempfile::tempdir().unwrap();
     let Some(slowed) = slowed(directory.path(), 20) else {
-        eprintln!("skipped: {NAME}: this ztunnel is built without debug assertions");
+        eprintln!("skipped: {NAME}: this ztunnel is built without the feature slowdown");
         return;
     };
     // Six trials of 0.3 s miss it now and then, on a machine that does something else as well.

@@ -6,7 +6,7 @@
 //! looks like a complete answer (`relay/ends.rs`). Upstream passes resets on as ends.
 
 mod ends;
-#[cfg(debug_assertions)]
+#[cfg(feature = "slowdown")]
 mod slowdown;
 
 use std::collections::VecDeque;
@@ -39,7 +39,7 @@ enum Way {
 impl Way {
     /// Counts a chunk that was relayed.
     fn count(self, record: &ConnectionRecord, bytes: usize) {
-        #[cfg(debug_assertions)]
+        #[cfg(feature = "slowdown")]
         slowdown::relayed();
         match self {
             Self::Request => record.received(bytes as u64),

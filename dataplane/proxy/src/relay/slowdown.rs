@@ -1,6 +1,6 @@
 //! A known slowdown on request, to show that measurements find one.
 //!
-//! Part of builds with debug assertions only, so never of a release.
+//! Part of builds with the feature `slowdown` only: the lab's, never a release.
 //! `ZTUNNEL_DEBUG_SLOWDOWN_PERCENT`, 0 to 1000, is burnt in addition to the CPU time that the
 //! worker has used, as chunks are relayed.
 
