@@ -5,7 +5,7 @@
     reason = "a helper that fails is a test that fails"
 )]
 
-#[path = "../../../bpf/redirect/tests/redirection/topology/mod.rs"]
+#[path = "../../../../bpf/redirect/tests/redirection/topology/mod.rs"]
 #[allow(
     dead_code,
     unused_imports,
@@ -13,9 +13,7 @@
 )]
 mod topology;
 
-#[path = "agent/granularity.rs"]
 mod granularity;
-#[path = "agent/privilege.rs"]
 mod privilege;
 
 use std::collections::BTreeSet;
