@@ -34,10 +34,11 @@ use crate::settings::Pod;
 const DIRECTORY: &str = "pods";
 const FILE: &str = "table";
 const HEADER: &str = "ztunnel-pods 1";
-/// How long what stat(2) said counts: several look-ups for one connection are one look.
-const FRESH: Duration = Duration::from_micros(100);
+/// How long what stat(2) said counts: the look-ups of one connection, and of those that come while
+/// it is set up, are one look.
+const FRESH: Duration = Duration::from_millis(2);
 /// How long a new table is there before anything else happens.
-const SETTLE: Duration = Duration::from_millis(1);
+const SETTLE: Duration = Duration::from_millis(4);
 /// A larger one is not read: some 80 times what a node's pods need.
 const BYTES_MAX: u64 = 16 << 20;
 
@@ -54,11 +55,11 @@ pub struct PodIdentity {
     pub uid: Arc<str>,
 }
 
-/// What the table says of an address.
+/// What the table says of an address; `P` is what its reader makes of a pod.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Lookup {
+pub enum Lookup<P = PodIdentity> {
     /// A captured pod has it.
-    Pod(Arc<PodIdentity>),
+    Pod(Arc<P>),
     /// No captured pod has it.
     NotCaptured,
     /// There is no table yet, or the one there is cannot be read.
@@ -73,15 +74,17 @@ pub fn path(state_dir: &Path) -> PathBuf {
 
 /// A reader of the table, for one thread.
 #[derive(Debug)]
-pub struct PodTable {
+pub struct PodTable<P = PodIdentity> {
     path: PathBuf,
+    /// What is made of each pod, once for all look-ups.
+    make: fn(PodIdentity) -> P,
     /// The file that was read and its device and number; held open, so that no other file gets
     /// that number.
     read: Option<(File, (u64, u64))>,
     /// When it was last seen to be the one that is there.
     looked: Option<Instant>,
     /// None: what was read is not a table.
-    pods: Option<HashMap<IpAddr, Arc<PodIdentity>>>,
+    pods: Option<HashMap<IpAddr, Arc<P>>>,
     /// Why the last attempt failed: told once.
     complaint: String,
 }
@@ -90,8 +93,17 @@ impl PodTable {
     /// The one at `path`, which need not be there yet.
     #[must_use]
     pub fn new(path: &Path) -> Self {
+        Self::of(path, |pod| pod)
+    }
+}
+
+impl<P> PodTable<P> {
+    /// The one at `path`, whose look-ups answer with what `make` makes of a pod.
+    #[must_use]
+    pub fn of(path: &Path, make: fn(PodIdentity) -> P) -> Self {
         Self {
             path: path.to_owned(),
+            make,
             read: None,
             looked: None,
             pods: None,
@@ -99,9 +111,9 @@ impl PodTable {
         }
     }
 
-    /// Who has `address` now. One stat(2) in 100 us at most, and once after a change reading the
+    /// Who has `address` now. One stat(2) in 2 ms at most, and once after a change reading the
     /// file. One that was removed counts as it was: what it says is captured still is.
-    pub fn get(&mut self, address: IpAddr) -> Lookup {
+    pub fn get(&mut self, address: IpAddr) -> Lookup<P> {
         self.follow();
         match &self.pods {
             None => Lookup::NoTable,
@@ -146,18 +158,18 @@ impl PodTable {
         let mut text = String::new();
         file.take(BYTES_MAX).read_to_string(&mut text)?;
         let wrong = |reason| io::Error::new(io::ErrorKind::InvalidData, reason);
-        self.pods = Some(parse(&text).map_err(wrong)?);
+        self.pods = Some(parse(&text, self.make).map_err(wrong)?);
         Ok(())
     }
 }
 
-fn parse(text: &str) -> Result<HashMap<IpAddr, Arc<PodIdentity>>, String> {
+fn parse<P>(text: &str, make: fn(PodIdentity) -> P) -> Result<HashMap<IpAddr, Arc<P>>, String> {
     let mut lines = text.lines();
     if lines.next() != Some(HEADER) {
         return Err(format!("the first line must be `{HEADER}`"));
     }
     let mut pods = HashMap::new();
-    let mut last: Option<Arc<PodIdentity>> = None;
+    let mut last: Option<(&str, Arc<P>)> = None;
     for (line, number) in lines.by_ref().zip(2..) {
         if line == format!("end {}", pods.len()) {
             return match lines.next() {
@@ -174,15 +186,15 @@ fn parse(text: &str) -> Result<HashMap<IpAddr, Arc<PodIdentity>>, String> {
             .map_err(|_| format!("line {number}: no address at its start"))?;
         // A pod's addresses are side by side.
         let pod = match &last {
-            Some(pod) if &*pod.uid == uid => Arc::clone(pod),
-            _ => Arc::new(PodIdentity {
+            Some((last, pod)) if *last == uid => Arc::clone(pod),
+            _ => Arc::new(make(PodIdentity {
                 namespace: namespace.into(),
                 name: name.into(),
                 service_account: service_account.into(),
                 uid: uid.into(),
-            }),
+            })),
         };
-        last = Some(Arc::clone(&pod));
+        last = Some((uid, Arc::clone(&pod)));
         if pods.insert(address, pod).is_some() {
             return Err(format!("line {number}: {address} is there twice"));
         }
@@ -338,9 +350,13 @@ mod tests {
     #[test]
     fn a_file_that_is_not_a_whole_table_says_nothing() {
         let whole = render(&[pod("a", &["10.0.0.1", "10.0.0.2"])]);
-        assert_eq!(parse(&whole).unwrap().len(), 2);
+        assert_eq!(parse(&whole, |pod| pod).unwrap().len(), 2);
         for cut in 0..whole.len() - 1 {
-            assert!(parse(&whole[..cut]).is_err(), "{:?}", &whole[..cut]);
+            assert!(
+                parse(&whole[..cut], |pod| pod).is_err(),
+                "{:?}",
+                &whole[..cut]
+            );
         }
         for (from, to) in [
             ("ztunnel-pods 1", "ztunnel-pods 2"),
@@ -351,7 +367,7 @@ mod tests {
             ("\trobot", ""),
         ] {
             let text = whole.replacen(from, to, 1);
-            assert!(parse(&text).is_err(), "{text:?}");
+            assert!(parse(&text, |pod| pod).is_err(), "{text:?}");
         }
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("table");

@@ -2,11 +2,10 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use mesh::WorkloadName;
 use proxy::{CapturedPod, LocalPods, Lookup, PodReader};
-use redirect::PodTable;
+use redirect::{PodIdentity, PodTable};
 
 /// The table at a path; each worker reads it for itself.
 #[derive(Debug)]
@@ -20,25 +19,29 @@ impl PodTablePath {
 
 impl LocalPods for PodTablePath {
     fn reader(&self) -> Box<dyn PodReader> {
-        Box::new(Reader(PodTable::new(&self.0)))
+        Box::new(Reader(PodTable::of(&self.0, captured)))
     }
 }
 
 #[derive(Debug)]
-struct Reader(PodTable);
+struct Reader(PodTable<CapturedPod>);
+
+fn captured(pod: PodIdentity) -> CapturedPod {
+    CapturedPod {
+        name: WorkloadName {
+            namespace: pod.namespace,
+            name: pod.name,
+            service_account: pod.service_account,
+            trust_domain: None,
+        },
+        uid: pod.uid,
+    }
+}
 
 impl PodReader for Reader {
     fn pod(&mut self, ip: IpAddr) -> Lookup {
         match self.0.get(ip) {
-            redirect::Lookup::Pod(pod) => Lookup::Pod(Arc::new(CapturedPod {
-                name: WorkloadName {
-                    namespace: Arc::clone(&pod.namespace),
-                    name: Arc::clone(&pod.name),
-                    service_account: Arc::clone(&pod.service_account),
-                    trust_domain: None,
-                },
-                uid: Arc::clone(&pod.uid),
-            })),
+            redirect::Lookup::Pod(pod) => Lookup::Pod(pod),
             redirect::Lookup::NotCaptured => Lookup::NotCaptured,
             redirect::Lookup::NoTable => Lookup::NoTable,
         }
