@@ -40,6 +40,8 @@ pub(super) struct Flow {
     pub(super) receiving: Cell<bool>,
     /// The sender's end has been passed on, behind all before it.
     pub(super) ended: Cell<bool>,
+    /// The other direction has ended: its sender, who is this one's receiver, sends no more.
+    pub(super) is_last: Cell<bool>,
     /// Chunks the receiver has taken.
     moved: Cell<u64>,
 }
@@ -195,6 +197,8 @@ impl Ends<'_> {
     }
 
     fn note(&mut self, way: usize, polled: Poll<Result<(), ProxyError>>) {
+        let ended = self.flows[way].ended.get();
+        self.flows[1 - way].is_last.set(ended);
         let Poll::Ready(result) = polled else { return };
         self.over[way] = true;
         let known = self.sides.iter().any(|side| side.state() == State::Gone);

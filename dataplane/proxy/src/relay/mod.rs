@@ -207,7 +207,7 @@ async fn download(
         flow.receiving.set(false);
         let n = received?;
         if n == 0 {
-            end(to).await?;
+            end(to, flow).await?;
             return flow.end().await;
         }
         deliver(to, &mut bufs).await?;
@@ -306,7 +306,7 @@ async fn copy(
         books.count(n);
         gate.copied(n);
     }
-    end(to).await?;
+    end(to, flow).await?;
     flow.end().await
 }
 
@@ -318,9 +318,13 @@ async fn deliver(to: &mut WriteHalf, bufs: &mut VecDeque<Buf>) -> io::Result<()>
     to.hand_over().await
 }
 
-/// Sends what is left, then FIN.
-async fn end(to: &mut WriteHalf) -> io::Result<()> {
+/// Sends what is left, then FIN. Where the relay ends with this, close(2) sends that as well: all
+/// that comes from the same socket has been received.
+async fn end(to: &mut WriteHalf, flow: &Flow) -> io::Result<()> {
     to.flush().await?;
+    if flow.is_last.get() {
+        return Ok(());
+    }
     to.shutdown()
 }
 
