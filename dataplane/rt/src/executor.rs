@@ -393,7 +393,7 @@ impl Inner {
     }
 
     fn has_spare(&self) -> bool {
-        self.pool.has_spare() || self.collector.is_due(self.tasks.borrow().live())
+        self.driver.borrow().has_spare() || self.collector.is_due(self.tasks.borrow().live())
     }
 
     fn take_remote(&self) {

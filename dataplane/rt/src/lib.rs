@@ -25,6 +25,7 @@ mod counters;
 pub mod descriptors;
 mod driver;
 mod executor;
+mod keepalive;
 mod limit;
 pub mod mailbox;
 pub mod memory;

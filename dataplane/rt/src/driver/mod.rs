@@ -12,12 +12,14 @@ mod tests;
 
 use std::io;
 use std::os::fd::RawFd;
+use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use crate::buf::Pool;
 use crate::counters::Counters;
-use crate::op::{Completion, OpId, OpTable, Operation, SendList};
+use crate::keepalive::{Keepalive, Young};
+use crate::op::{Completion, OpId, OpTable, Operation, SendList, Socket};
 
 use poll::Epoll;
 use ring::Ring;
@@ -43,6 +45,8 @@ pub(crate) struct IoState {
     /// Lists for sends; a connection has one only while it sends.
     #[allow(clippy::vec_box, reason = "the kernel reads a list where it lies")]
     lists: Vec<Box<SendList>>,
+    /// Connections without keepalive yet.
+    young: Young,
 }
 
 /// Lists kept for reuse.
@@ -183,9 +187,20 @@ impl Driver {
         self.state.recycle_list(list);
     }
 
-    /// Frees what is kept for reuse.
+    /// Turns keepalive on for `socket` with the next [`Driver::trim`], if it is still there.
+    pub(crate) fn keep_alive(&mut self, socket: &Rc<Socket>, keepalive: Keepalive) {
+        self.state.young.add(socket, keepalive);
+    }
+
+    /// Whether there is something to trim, buffers included.
+    pub(crate) fn has_spare(&self) -> bool {
+        self.state.pool.has_spare() || !self.state.young.is_empty()
+    }
+
+    /// Frees what is kept for reuse, and does what could wait.
     pub(crate) fn trim(&mut self) {
         self.state.lists = Vec::new();
+        self.state.young.settle();
     }
 
     /// Takes the next queued completion of a multishot operation. `Ready(None)`: it has ended and
@@ -291,6 +306,7 @@ impl IoState {
             pool: pool.clone(),
             counters: Counters::default(),
             lists: Vec::new(),
+            young: Young::default(),
         }
     }
 

@@ -8,8 +8,9 @@ use std::rc::Rc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
-use super::stream::{Keepalive, TcpStream};
+use super::stream::TcpStream;
 use crate::executor::{Inner, current};
+use crate::keepalive::Keepalive;
 use crate::op::{OpId, Operation, RawAddr, Readiness, Socket};
 use crate::sys::{
     SocketOption, keep_urgent_inline, peer_addr, poll_now, set_option, take_error,
@@ -23,7 +24,8 @@ pub struct ConnectOptions {
     pub source: Option<IpAddr>,
     /// `SO_MARK`.
     pub mark: Option<u32>,
-    /// Keepalive probes.
+    /// Keepalive probes. They are turned on within a second or two: the time before the first one
+    /// counts from the last thing received all the same.
     pub keepalive: Option<Keepalive>,
 }
 
@@ -58,6 +60,9 @@ pub async fn connect_prepared(
     while !is_connected(&socket, &mut told)? {
         let wait = Operation::Ready(Rc::clone(&socket), Readiness::Write);
         perform(&inner, wait).await?;
+    }
+    if let Some(keepalive) = options.keepalive {
+        inner.driver.borrow_mut().keep_alive(&socket, keepalive);
     }
     Ok(TcpStream::from_socket(socket))
 }
@@ -127,9 +132,6 @@ fn make(to: SocketAddr, options: &ConnectOptions) -> io::Result<OwnedFd> {
     keep_urgent_inline(&socket);
     if let Some(mark) = options.mark {
         set_option(&socket, SocketOption::Mark(mark))?;
-    }
-    if let Some(keepalive) = &options.keepalive {
-        keepalive.apply(&socket)?;
     }
     if let Some(source) = options.source {
         bind_foreign(socket.as_fd(), source)?;

@@ -8,8 +8,9 @@ use std::task::{Poll, ready};
 
 use rustix::net::{SocketFlags, accept_with, sockopt};
 
-use super::stream::{Keepalive, TcpStream};
+use super::stream::TcpStream;
 use crate::executor::{Inner, current};
+use crate::keepalive::Keepalive;
 use crate::op::{OpId, Operation, Socket};
 use crate::sys::{keep_urgent_inline, set_nonblocking};
 

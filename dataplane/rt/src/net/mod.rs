@@ -17,5 +17,7 @@ pub use listener::Listener;
 pub use observer::{Observer, Sent};
 pub use read::{Placement, ReadHalf};
 pub use splice::{Splice, Spliced};
-pub use stream::{Keepalive, TcpStream};
+pub use stream::TcpStream;
 pub use write::WriteHalf;
+
+pub use crate::keepalive::Keepalive;

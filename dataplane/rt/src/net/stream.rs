@@ -4,7 +4,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Duration;
 
 use rustix::net::sockopt;
 
@@ -23,27 +22,6 @@ impl AsFd for ReadHalf {
 impl AsFd for WriteHalf {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket().as_fd()
-    }
-}
-
-/// TCP keepalive settings (`tcp(7)`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Keepalive {
-    /// Idle time before the first probe (`TCP_KEEPIDLE`), whole seconds.
-    pub time: Duration,
-    /// Time between probes (`TCP_KEEPINTVL`), whole seconds.
-    pub interval: Duration,
-    /// Unanswered probes before the connection is dropped (`TCP_KEEPCNT`).
-    pub retries: u32,
-}
-
-impl Keepalive {
-    pub(crate) fn apply(&self, fd: impl AsFd) -> io::Result<()> {
-        let seconds = |duration: Duration| Duration::from_secs(duration.as_secs().clamp(1, 32_767));
-        sockopt::set_socket_keepalive(&fd, true)?;
-        sockopt::set_tcp_keepidle(&fd, seconds(self.time))?;
-        sockopt::set_tcp_keepintvl(&fd, seconds(self.interval))?;
-        Ok(sockopt::set_tcp_keepcnt(&fd, self.retries.clamp(1, 127))?)
     }
 }
 
