@@ -8,10 +8,10 @@ use std::time::Duration;
 use lab::Lab;
 use lab::Redirect;
 use lab::http_get;
+use mesh::ports;
 
 const NODES: [&str; 2] = ["node-a", "node-b"];
 const ZTUNNELS: [&str; 2] = ["ztunnel-a", "ztunnel-b"];
-const METRICS_PORT: u16 = 15020;
 const ENTERS: &str = "ztunnel_worker_enters";
 /// The node's ends of the tunnel, in Istio's names.
 const TUNNEL: [&str; 2] = ["istioin", "istioout"];
@@ -64,7 +64,7 @@ fn sum(hosts: &[&str], read: impl Fn(&str) -> Option<u64>) -> Option<u64> {
 }
 
 fn enters(lab: &Lab, host: &str) -> Option<u64> {
-    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS_PORT));
+    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::METRICS));
     let (status, text) = http_get(&lab.netns(host).ok()?, server, "/metrics", TIMEOUT).ok()?;
     (status == 200)
         .then(|| sum_of_samples(&text, ENTERS))

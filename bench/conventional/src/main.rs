@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use conventional::{Certificates, Listeners, Proxy, Settings, register};
+use mesh::ports;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use telemetry::{HttpLimits, Logging, PendingTask, Ready, Registry};
 use tokio::runtime::{Builder, Runtime};
@@ -47,8 +48,8 @@ fn run() -> Result<()> {
     let certificates = Certificates::from_pem(&certificate, &read(&settings.ca_key)?)?;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    let metrics = endpoint(15020)?;
-    let readiness = endpoint(15021)?;
+    let metrics = endpoint(ports::METRICS)?;
+    let readiness = endpoint(ports::READINESS)?;
     let sets = (0..settings.workers)
         .map(|_| Listeners::bind(settings.ipv6))
         .collect::<io::Result<Vec<_>>>()?;

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
+use mesh::ports;
 use nix::sys::socket::{setsockopt, sockopt};
 use redirect::{ListenerMap, Role};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -36,9 +37,9 @@ impl Listeners {
     /// A port is taken, or the capability for `IP_TRANSPARENT` is missing.
     pub fn bind(ipv6: bool) -> io::Result<Self> {
         Ok(Self {
-            outbound: listen(15001, ipv6)?,
-            plaintext: listen(15006, ipv6)?,
-            hbone: listen(15008, ipv6)?,
+            outbound: listen(ports::OUTBOUND, ipv6)?,
+            plaintext: listen(ports::INBOUND_PLAIN, ipv6)?,
+            hbone: listen(ports::INBOUND_HBONE, ipv6)?,
         })
     }
 }

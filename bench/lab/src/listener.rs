@@ -16,15 +16,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use loadgen::serve::{Mode, Options, Server};
+use mesh::ports;
 use nix::sys::socket::{setsockopt, sockopt};
 use redirect::{ListenerMap, Role};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::steering::configured_cpus;
-use crate::ztunnel::READINESS_PORT;
 
-/// Where ztunnel expects what pods send.
-const OUTBOUND_PORT: u16 = 15001;
 const BACKLOG: i32 = 4096;
 /// Longest wait for the words of a readiness probe.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -34,7 +32,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// # Errors
 /// A port that is taken, a missing capability, a map that is not there.
 pub fn serve(map: Option<&Path>) -> Result<()> {
-    let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, OUTBOUND_PORT));
+    let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, ports::OUTBOUND));
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let listeners = (0..threads).map(|_| transparent(listen));
     let listeners: Vec<TcpListener> = listeners
@@ -54,7 +52,7 @@ pub fn serve(map: Option<&Path>) -> Result<()> {
         print_peers: false,
     };
     let server = Server::over(listeners, &options).context("starting to serve")?;
-    let ready = SocketAddr::from((Ipv4Addr::UNSPECIFIED, READINESS_PORT));
+    let ready = SocketAddr::from((Ipv4Addr::UNSPECIFIED, ports::READINESS));
     let ready = TcpListener::bind(ready).with_context(|| format!("listening on {ready}"))?;
     thread::spawn(move || {
         for probe in ready.incoming().flatten() {

@@ -12,6 +12,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use mesh::ports;
 use nix::unistd::{SysconfVar, sysconf};
 use redirect::{ListenerMap, Role};
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -20,9 +21,9 @@ use crate::error::{Error, Result};
 
 /// Where ztunnels listen, and for what.
 const PORTS: [(u16, Role); 3] = [
-    (15001, Role::Outbound),
-    (15006, Role::InboundPlain),
-    (15008, Role::InboundHbone),
+    (ports::OUTBOUND, Role::Outbound),
+    (ports::INBOUND_PLAIN, Role::InboundPlain),
+    (ports::INBOUND_HBONE, Role::InboundHbone),
 ];
 
 /// Registers the listeners of the process `pid` in the map pinned at `map`.

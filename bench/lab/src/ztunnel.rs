@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mesh::ports;
+
 use crate::agent::{listener_map, pod_table};
 use crate::daemon::{Daemon, last_words};
 use crate::error::{Error, Result};
@@ -31,9 +33,6 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(8);
 const PORTS_LIMIT: Duration = Duration::from_secs(5);
 
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// ztunnel's readiness port.
-pub(crate) const READINESS_PORT: u16 = 15021;
 
 /// The log of `node`'s ztunnel.
 pub(crate) fn log_path(lab: &str, node: Node) -> PathBuf {
@@ -143,7 +142,7 @@ pub(crate) fn wait_answering(state: &State, node: Node) -> Result<()> {
 
 /// Whether `host`'s ztunnel answers its readiness probe with 200.
 pub(crate) fn is_ready(lab: &str, host: Host) -> bool {
-    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, READINESS_PORT));
+    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::READINESS));
     let answer = http_get(
         &netns_path(lab, host),
         server,

@@ -139,7 +139,7 @@ fn identities(snapshot: &Snapshot, node: &NodeContext) -> identity::Wanted {
 
 /// Who listens where these sockets will, and is not this process.
 fn neighbours(sockets: &[Listeners]) -> Neighbours {
-    let mut neighbours = Neighbours::of(listeners::OUTBOUND);
+    let mut neighbours = Neighbours::of(mesh::ports::OUTBOUND);
     for set in sockets {
         neighbours.add_own(&set.outbound);
     }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mesh::ports;
 use nix::sys::socket::{setsockopt, sockopt};
 use proxy::Listeners;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -14,13 +15,6 @@ use crate::handover;
 
 /// Connections the kernel holds for us before they are accepted.
 const BACKLOG: i32 = 4096;
-/// Where captured connections of pods come to.
-pub(crate) const OUTBOUND: u16 = 15001;
-const INBOUND_PLAIN: u16 = 15006;
-const INBOUND_HBONE: u16 = 15008;
-const ADMIN: u16 = 15000;
-const METRICS: u16 = 15020;
-const READINESS: u16 = 15021;
 
 /// Why a socket cannot be had. `Display` is one line.
 #[derive(Debug, thiserror::Error)]
@@ -126,9 +120,9 @@ pub(crate) fn endpoints(ipv6: bool, successor: bool) -> Result<Endpoints, Listen
     let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let endpoint = |ip, port, purpose| Endpoint::new(SocketAddr::new(ip, port), purpose, successor);
     Ok(Endpoints {
-        admin: endpoint(local, ADMIN, "admin")?,
-        metrics: endpoint(any, METRICS, "metrics")?,
-        readiness: endpoint(any, READINESS, "readiness")?,
+        admin: endpoint(local, ports::ADMIN, "admin")?,
+        metrics: endpoint(any, ports::METRICS, "metrics")?,
+        readiness: endpoint(any, ports::READINESS, "readiness")?,
     })
 }
 
@@ -147,9 +141,9 @@ pub(crate) fn data_path(
             let shared =
                 |port, purpose| shared(SocketAddr::new(ip, port), purpose, transparent, cpu);
             Ok(Listeners {
-                outbound: shared(OUTBOUND, "outbound")?,
-                inbound_plain: shared(INBOUND_PLAIN, "inbound plaintext")?,
-                inbound_hbone: shared(INBOUND_HBONE, "HBONE")?,
+                outbound: shared(ports::OUTBOUND, "outbound")?,
+                inbound_plain: shared(ports::INBOUND_PLAIN, "inbound plaintext")?,
+                inbound_hbone: shared(ports::INBOUND_HBONE, "HBONE")?,
             })
         })
         .collect()
