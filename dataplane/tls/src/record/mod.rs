@@ -1,7 +1,7 @@
 //! TLS 1.3 records: framing (RFC 8446, 5.1 and 5.2) and their protection.
 //!
-//! [`RecordLayer`] is what a session asks of whoever does the rest, and there are three places for
-//! it, chosen by [`RecordPath`] before the handshake:
+//! `session::layer::RecordLayer` is what a session asks of whoever does the rest, and there are
+//! three places for it, chosen by [`RecordPath`] before the handshake:
 //!
 //! * *own* (`protection`, `session::in_place`): AES-GCM in the caller's buffers, in user space;
 //! * *rustls* (`session::buffered`): rustls' buffered connections, the reference to compare with;
@@ -11,8 +11,6 @@
 //!   data. Key updates stay with the session, which has the key schedule.
 
 use std::fmt;
-
-use crate::session::{Direction, OpenError, Opened, SealError};
 
 pub(crate) mod protection;
 
@@ -50,41 +48,6 @@ impl fmt::Display for RecordPath {
             Self::Own => "own",
             Self::Rustls => "rustls",
         })
-    }
-}
-
-/// The records of one connection, both directions. The contract of each function is that of the
-/// function of the same name of [`Session`](crate::Session).
-pub(crate) trait RecordLayer {
-    fn seal(&mut self, record: &mut [u8]) -> Result<(), SealError>;
-    /// Opens a record; the peer's direction is known to be open.
-    fn try_open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError>;
-    /// What is left of the peer's direction.
-    fn reading(&self) -> Direction;
-    fn fail(&mut self, error: &OpenError);
-    fn has_control_output(&self) -> bool;
-    fn take_control_output(&mut self, output: &mut Vec<u8>);
-    fn close_notify(&mut self, output: &mut Vec<u8>);
-    fn update_keys(&mut self, ask_peer: bool);
-    fn set_key_update_after(&mut self, records: u64);
-
-    #[inline]
-    fn open(&mut self, record: &mut [u8]) -> Result<Opened, OpenError> {
-        match self.reading() {
-            Direction::Open => {}
-            Direction::Closed => return Ok(Opened::Closed),
-            Direction::Failed => return Err(OpenError::Failed),
-        }
-        let opened = self.try_open(record);
-        match &opened {
-            Ok(_) | Err(OpenError::Incomplete { .. }) => {}
-            Err(error) => self.fail(error),
-        }
-        opened
-    }
-
-    fn received_close_notify(&self) -> bool {
-        self.reading() == Direction::Closed
     }
 }
 

@@ -12,9 +12,10 @@ use std::io::{Read as _, Write as _};
 
 use rustls::{Connection, Error, PeerMisbehaved};
 
-use super::{Direction, KEY_UPDATE_AFTER, MAX_WITHOUT_DATA, OpenError, Opened, SealError};
+use super::layer::{Direction, Opened, RecordLayer};
+use super::{KEY_UPDATE_AFTER, MAX_WITHOUT_DATA, OpenError, SealError};
 use crate::record::{
-    self, APPLICATION_DATA, MAX_PLAINTEXT, RECORD_HEADER, RECORD_TRAILER, RecordLayer, write_header,
+    self, APPLICATION_DATA, MAX_PLAINTEXT, RECORD_HEADER, RECORD_TRAILER, write_header,
 };
 
 /// A connection that rustls serves to its end.

@@ -9,15 +9,12 @@ use rustls::kernel::KernelConnection;
 use rustls::server::ServerConnectionData;
 use rustls::{AlertDescription, ConnectionTrafficSecrets, ExtractedSecrets};
 
+use super::layer::{Direction, Opened, RecordLayer};
 use super::post_handshake::{self, MessageReader};
-use super::{
-    Direction, FATAL, KEY_LIMIT, KEY_UPDATE_AFTER, MAX_WITHOUT_DATA, OpenError, Opened, SealError,
-    WARNING,
-};
+use super::{FATAL, KEY_LIMIT, KEY_UPDATE_AFTER, MAX_WITHOUT_DATA, OpenError, SealError, WARNING};
 use crate::record::protection::{ProtectionError, TrafficKey};
 use crate::record::{
     self, ALERT, APPLICATION_DATA, HANDSHAKE, MAX_PLAINTEXT, RECORD_HEADER, RECORD_TRAILER,
-    RecordLayer,
 };
 
 /// The handshake's secrets from which further keys come.

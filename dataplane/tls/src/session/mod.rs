@@ -18,17 +18,18 @@
 mod buffered;
 mod error;
 mod in_place;
+mod layer;
 mod post_handshake;
-
-use std::ops::Range;
 
 pub(crate) use self::buffered::Buffered;
 pub use self::error::{OpenError, SealError};
 pub(crate) use self::in_place::{InPlace, Keys};
+pub use self::layer::Opened;
+use self::layer::RecordLayer;
 pub use self::post_handshake::MessageError;
 use crate::peer::Peer;
 use crate::record::{
-    self, MAX_PLAINTEXT, RECORD_HEADER, RECORD_TRAILER, RecordLayer, RecordPath, RecordTooLong,
+    self, MAX_PLAINTEXT, RECORD_HEADER, RECORD_TRAILER, RecordPath, RecordTooLong,
 };
 
 /// Records sealed with one key before it is updated. AES-GCM allows 2^24.5 full records (RFC 8446,
@@ -41,25 +42,6 @@ pub const MAX_WITHOUT_DATA: u8 = 32;
 /// Level of an alert on the wire; ignored by TLS 1.3 receivers, but written as RFC 8446 asks.
 const WARNING: u8 = 1;
 const FATAL: u8 = 2;
-
-/// What a record held.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Opened {
-    /// Application data: this range of the record, possibly empty.
-    Data(Range<usize>),
-    /// Nothing for the application. There may be control output now.
-    Handled,
-    /// The peer sends nothing any more (close_notify). Further records are ignored.
-    Closed,
-}
-
-/// What is left of one direction of a connection.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Direction {
-    Open,
-    Closed,
-    Failed,
-}
 
 /// Which record layer the connection has. Not a trait object: the usual one is called directly,
 /// behind a branch that always goes the same way.
