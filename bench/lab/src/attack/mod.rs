@@ -51,8 +51,8 @@ const SIDE_BY_SIDE: usize = 6;
 const QUIET: Duration = Duration::from_millis(400);
 /// How long ztunnels may take to give descriptors back.
 const SETTLE: Duration = Duration::from_secs(45);
-/// Descriptors that may be more after an attack: tunnels of the honest.
-const LEFT_OVER: u64 = 48;
+/// Descriptors that may be more after an attack: tunnels of the honest, a hundred for a crowd.
+const LEFT_OVER: u64 = 256;
 
 /// What to attack, and where.
 #[derive(Args, Clone, Debug)]
