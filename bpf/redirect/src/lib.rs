@@ -34,7 +34,6 @@ mod journal;
 mod listener_map;
 mod observation;
 pub mod pod_table;
-mod ports;
 mod settings;
 pub mod sockmap;
 mod status;

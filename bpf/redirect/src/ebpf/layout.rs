@@ -213,7 +213,22 @@ fn put_addresses(array: &mut [u8], addresses: &[IpAddr]) {
 
 #[cfg(test)]
 mod tests {
+    use mesh::ports;
+
     use super::*;
+
+    #[test]
+    fn the_programs_have_the_same_ports() {
+        let header = include_str!("../../../src/layout.h");
+        for (name, port) in [
+            ("OUTBOUND", ports::OUTBOUND),
+            ("INBOUND_PLAIN", ports::INBOUND_PLAIN),
+            ("INBOUND_HBONE", ports::INBOUND_HBONE),
+        ] {
+            let line = format!("#define PORT_{name} {port}\n");
+            assert!(header.contains(&line), "{line}");
+        }
+    }
 
     #[test]
     fn config_has_the_programs_layout() {

@@ -24,8 +24,9 @@
 
 use std::net::Ipv4Addr;
 
+use mesh::ports;
+
 use super::Settings;
-use crate::ports;
 use crate::settings::Variant;
 use crate::system::iptables::Table;
 
