@@ -201,10 +201,10 @@ fn refused(path: &Path, reason: &str) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    const SOUND: &str = "
+    pub(crate) const SOUND: &str = "
 redirect: ebpf
 node: {interfaces: [und], address: 10.244.1.1, pod_cidrs: [10.244.0.0/16]}
 ztunnel: {netns: /run/netns/z, interface: eth0, host_interface: vz, address: 10.244.1.2}

@@ -131,18 +131,8 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::config::tests::SOUND;
     use crate::events::{EVENTS_MAX, Event};
-
-    const SOUND: &str = "
-redirect: ebpf
-node: {interfaces: [und], address: 10.244.1.1, pod_cidrs: [10.244.0.0/16]}
-ztunnel: {netns: /run/netns/z, interface: eth0, host_interface: vz, address: 10.244.1.2}
-state_dir: /run/x
-bpffs: /run/y
-pods:
-- {uid: a, namespace: ns, name: a, service_account: s, addresses: [10.244.1.11], netns: /run/netns/a,
-   host_interface: va1}
-";
 
     fn without_pods() -> &'static str {
         &SOUND[..SOUND.find("pods:").unwrap() + "pods:".len()]
